@@ -1,0 +1,1 @@
+"""A patch series for SGLang: decode context parallelism over a sharded KV cache."""
