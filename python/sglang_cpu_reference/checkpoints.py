@@ -1,0 +1,159 @@
+"""Tiny checkpoints with random weights, in the real file format, made on the spot.
+
+``make_checkpoint("llama", directory)`` writes what ``transformers`` and SGLang load as any other
+model: config, fp32 safetensors, and a tokenizer whose tokens are the 256 bytes. The same family,
+overrides and seed give the same bytes.
+
+Weights are scaled by fan-in and the attention logits kept sharp, so that greedy tokens are diverse,
+depend on single earlier tokens, and rarely near a tie: a wrong attention shows in the tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+#: Tokenizer: one token per byte, then the special ones. The model's vocabulary is a little wider,
+#: as real ones are.
+SPECIAL_TOKENS = MappingProxyType(
+    {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+)
+VOCAB_SIZE = 320
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+}
+_GQA = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+_MLA = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    # The widths of the real models, which kernels are written for; the rest is small.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+
+
+class Family(NamedTuple):
+    """What distinguishes a model family: transformers' model type and its configuration."""
+
+    model_type: str
+    config: Mapping[str, Any]
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family("llama", {**_COMMON, **_GQA}),
+        "qwen3": Family("qwen3", {**_COMMON, **_GQA}),
+        "deepseek_v2": Family(
+            "deepseek_v2",
+            {
+                **_COMMON,
+                **_MLA,
+                "first_k_dense_replace": 1,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "n_shared_experts": 1,
+                "moe_intermediate_size": 64,
+                "moe_layer_freq": 1,
+                "topk_method": "greedy",
+                "n_group": 1,
+                "topk_group": 1,
+                "scoring_func": "softmax",
+                "routed_scaling_factor": 1.0,
+                "norm_topk_prob": False,
+            },
+        ),
+    }
+)
+
+
+def make_checkpoint(family: str, directory: Path | str, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a checkpoint of the family into the directory (created if missing); returns the path.
+
+    overrides replace entries of the family's configuration, e.g. ``num_key_value_heads=4`` or
+    ``q_lora_rank=None``. Raises ValueError for an unknown family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
+    model_type, config = FAMILIES[family]
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**config, **overrides}), dtype=torch.float32
+    )
+    _fill(model, seed)
+    model.save_pretrained(directory)
+    _byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+#: Standard deviation of a projection's outputs for inputs of unit variance; 1 when not named.
+#: Query and key give logits of about 3, a sharp softmax. The head gives logits wide enough that
+#: fp32 rounding cannot reorder the first two.
+_GAIN = {
+    **dict.fromkeys(("q_proj", "k_proj", "q_b_proj", "q_norm", "k_norm"), 1.7),
+    "gate": 2.0,
+    "lm_head": 4.0,
+}
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        owner = name.split(".")[-2]
+        if parameter.dim() == 1:
+            # Norm weights and biases: away from their neutral value, so that they matter.
+            centre = 0.0 if name.endswith("bias") else _GAIN.get(owner, 1.0)
+            parameter.uniform_(centre - 0.3, centre + 0.3, generator=generator)
+        else:
+            gain = 1.0 if owner == "embed_tokens" else _GAIN.get(owner, 1.0)
+            fan_in = 1 if owner == "embed_tokens" else parameter.shape[-1]
+            parameter.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
+
+
+def _byte_tokenizer() -> Any:
+    """A byte-level BPE without merges: token i is byte i, so any text is its UTF-8 bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE(vocab=_byte_alphabet(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level BPE -> that byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,0 +1,55 @@
+"""Greedy tokens and log-probabilities by ``transformers``: a judge that shares no code with SGLang."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Completion(NamedTuple):
+    """A greedy completion of T tokens.
+
+    token_ids: T chosen tokens. logprobs: their T natural-log probabilities. top: for each of the T
+    positions the most likely tokens as (token id, log-probability), best first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+
+    def smallest_margin(self) -> float:
+        """Least gap in log-probability between the first and second token of any position."""
+        return min(best[1] - second[1] for best, second, *_ in self.top)
+
+
+class Oracle:
+    """A checkpoint loaded by transformers, in fp32 on the CPU, with eager attention."""
+
+    def __init__(self, checkpoint: Path | str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        ).eval()
+
+    @torch.inference_mode()
+    def generate(
+        self, input_ids: Sequence[int], max_new_tokens: int, top_logprobs: int = 5
+    ) -> Completion:
+        """Complete one prompt greedily, never stopping early; top_logprobs entries a position."""
+        completion = Completion([], [], [])
+        cache, tokens = None, list(input_ids)
+        for _ in range(max_new_tokens):
+            result = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            logprobs = torch.log_softmax(result.logits[0, -1].float(), dim=-1)
+            best = torch.topk(logprobs, max(2, top_logprobs))
+            completion.top.append(
+                list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            )
+            chosen, logprob = completion.top[-1][0]
+            completion.token_ids.append(chosen)
+            completion.logprobs.append(logprob)
+            tokens = [chosen]
+        return completion

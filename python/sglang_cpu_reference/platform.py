@@ -1,0 +1,84 @@
+"""The platform: the released SGLang on a CPU, several ranks over gloo, plain torch operations.
+
+Selected by ``SGLANG_PLATFORM=cpu_reference`` and by nothing else. It is a reference for results,
+not for speed: one thread a rank, no compiled kernels, no graphs.
+"""
+
+import os
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+#: The name that ``SGLANG_PLATFORM`` selects; also the entry point's name in pyproject.toml.
+PLATFORM_NAME = "cpu_reference"
+
+#: What the reference serves with when the user said nothing. Weights and the KV pool of every
+#: rank come out of one machine's memory, so the pool is bounded by tokens, not by a fraction.
+_DEFAULT_MAX_TOTAL_TOKENS = 16384
+_DEFAULT_MEM_FRACTION = 0.1
+
+
+def selected() -> bool:
+    """Whether the user chose this platform."""
+    return os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME
+
+
+def activate() -> str | None:
+    """Entry point of ``sglang.srt.platforms``: the class to use, or None when not selected."""
+    if not selected():
+        return None
+    # Ranks share the cores; torch's default of one thread per core in each of them only makes
+    # them wait for one another. Set here because every child inherits it before importing torch.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return f"{__name__}.CpuReferencePlatform"
+
+
+class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU device operations under an out-of-tree identity.
+
+    In-tree ``CPU`` means Intel AMX or Arm kernels of sgl-kernel; the out-of-tree identity leads
+    SGLang to its torch-native paths instead.
+    """
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
+        """Nothing to pin for: host memory is device memory."""
+        return False
+
+    def get_default_attention_backend(self) -> str:
+        """Name of the attention backend used when the user named none."""
+        return "torch_native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        """Run compiled regions as they are."""
+        return "eager"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Fill what the user left open; SGLang records each assignment as a platform default."""
+        server_args.disable_overlap_schedule = True
+        server_args.disable_custom_all_reduce = True
+        if server_args.dtype == "auto":  # SGLang's auto rounds an fp32 checkpoint to fp16
+            server_args.dtype = "float32"
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = _DEFAULT_MEM_FRACTION
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = _DEFAULT_MAX_TOTAL_TOKENS
+
+    def get_group_coordinator_device(self, local_rank: int) -> torch.device:
+        """The CPU, for every rank; asked once SGLang's plugins are loaded, before any group."""
+        from sglang_cpu_reference import plugin
+
+        plugin.verify()
+        return torch.device("cpu")
+
+    def init_backend(self) -> None:
+        """In each process that runs a model, before the model exists."""
+        torch.set_num_threads(1)
+        from sglang_helix.srt.layers.attention.torch_native_backend import register
+
+        register()

@@ -1,0 +1,99 @@
+"""Hooks the platform needs where SGLang has no seam for an out-of-tree CPU.
+
+A general plugin (entry point group ``sglang.srt.plugins``). It does nothing unless the platform is
+selected, and stops the process when a hook did not take: SGLang itself would log and carry on.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_cpu_reference.platform import selected
+
+_PARALLEL_STATE = "sglang.srt.distributed.parallel_state"
+_BOOTSTRAP = "sglang.srt.distributed.bootstrap"
+
+
+def register() -> None:
+    """Entry point: register every hook of the platform, in every SGLang process."""
+    if not selected():
+        return
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_missing_default_values")(_serve_on_the_cpu)
+    register_resolution_hook("handle_cpu_backends")(_plain_torch_backends)
+    for target, replacement in _REPLACED.items():
+        HookRegistry.register(target, replacement, HookType.REPLACE)
+
+
+def _serve_on_the_cpu(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """``--device`` defaults to cpu also where SGLang would find a GPU; nothing else is served."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    device = resolving_view(server_args).device
+    if device is None:
+        declare_resolution(server_args, "cpu_reference", device="cpu")
+    elif device != "cpu":
+        raise ValueError(
+            f"SGLANG_PLATFORM=cpu_reference runs on --device cpu only, not {device!r}; "
+            "leave --device out, or unset SGLANG_PLATFORM."
+        )
+    previous(server_args)
+
+
+def _plain_torch_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """In place of upstream's CPU defaults, which are the Intel AMX kernels."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    cfg = resolving_view(server_args)
+    if cfg.attention_backend is None:
+        declare_resolution(server_args, "cpu_reference", attention_backend="torch_native")
+    declare_resolution(server_args, "cpu_reference", sampling_backend="pytorch")
+
+
+def _bind_threads(*, device: str) -> None:
+    """Upstream wants one NUMA node per rank here; ours share the cores, one thread each."""
+    torch.set_num_threads(1)
+
+
+def _no_threads_env(*, local_omp_cpuid: object, dist_init_method: str | None = None) -> None:
+    """Upstream's shared-memory all-reduce belongs to sgl-kernel; gloo serves instead."""
+
+
+def _config_as_it_is(model_config: Any, load_config: object, tp_size: int) -> Any:
+    """No padding of heads: SGLang's own KV head replication serves tp > KV heads, as on a GPU."""
+    return model_config
+
+
+def _all_gather_into_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:  # noqa: A002
+    """``GroupCoordinator.all_gather_into_tensor`` over gloo.
+
+    Upstream goes through a custom op that an out-of-tree platform has for accelerator tensors only.
+    """
+    torch.distributed.all_gather_into_tensor(output, input, group=group.device_group)
+
+
+def _reduce_scatter_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:  # noqa: A002
+    """``GroupCoordinator.reduce_scatter_tensor`` (sum) over gloo; see above."""
+    torch.distributed.reduce_scatter_tensor(output, input, group=group.device_group)
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
+    f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
+    "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
+    f"{_PARALLEL_STATE}.GroupCoordinator.all_gather_into_tensor": _all_gather_into_tensor,
+    f"{_PARALLEL_STATE}.GroupCoordinator.reduce_scatter_tensor": _reduce_scatter_tensor,
+}
+
+
+def verify() -> None:
+    """Stop the process unless every hook took; called in each rank before it builds a group."""
+    missing = sorted(set(_REPLACED) - HookRegistry._patched)
+    if missing:
+        raise SystemExit(
+            f"SGLANG_PLATFORM=cpu_reference: hooks not applied: {', '.join(missing)}. The installed "
+            "SGLang may not be the one supported, or SGLANG_PLUGINS leaves out 'cpu_reference'."
+        )

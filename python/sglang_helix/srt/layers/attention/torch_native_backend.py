@@ -1,0 +1,233 @@
+"""Reference attention in plain torch, under SGLang's backend name ``torch_native``.
+
+Upstream's backend of that name has neither absorbed MLA nor an LSE. This one has both, for MHA,
+GQA, MQA and MLA, and is what the other adapters are tested against: one matrix product per request
+and nothing clever. All arithmetic is fp32, whatever the dtype of the cache.
+
+Attention over a set of keys is a *partial*: its normalised output together with the log-sum-exp
+(LSE) of its logits. Partials over disjoint sets of keys merge exactly, so the extend path, which
+attends to the current chunk and to the cached prefix, and a cache whose sequence is sharded over
+ranks are the same computation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+
+class Partial(NamedTuple):
+    """Attention of T queries over some of their keys.
+
+    out: fp32 [T, Hq, Dv], normalised over these keys alone; 0 where there are none.
+    lse: fp32 [T, Hq], natural log; -inf where there are none.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def partial_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    visible: torch.Tensor | None = None,
+) -> Partial:
+    """Softmax attention of q over the given keys, accumulated in fp32.
+
+    q [T, Hq, Dk], k [S, Hkv, Dk], v [S, Hkv, Dv] of any floating dtypes, Hkv dividing Hq; query
+    head h reads key head h // (Hq / Hkv). scale multiplies the logits; logit_cap > 0 then bounds
+    them to cap * tanh(logit / cap). visible, bool [T, S], says which keys a query sees (all when
+    None). A query that sees no key, and S = 0, give out 0 and lse -inf.
+    """
+    T, Hq, Dk = q.shape
+    S, Hkv, Dv = v.shape
+    grouped = q.float().view(T, Hkv, Hq // Hkv, Dk)
+    logits = torch.einsum("tkgd,skd->tkgs", grouped, k.float()) * scale
+    if logit_cap > 0:
+        logits = logit_cap * torch.tanh(logits / logit_cap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible.view(T, 1, 1, S), -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1)  # -inf over nothing
+    # -inf minus -inf is NaN: a row without keys subtracts 0 instead and keeps weights of 0.
+    weights = torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+    out = torch.einsum("tkgs,skd->tkgd", weights, v.float())
+    return Partial(out.reshape(T, Hq, Dv), lse.view(T, Hq))
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The partial over the union of two disjoint sets of keys, for the same queries."""
+    lse = torch.logaddexp(a.lse, b.lse)
+    finite = lse.masked_fill(lse.isneginf(), 0.0)
+    out = sum(p.out * torch.exp(p.lse - finite).unsqueeze(-1) for p in (a, b))
+    return Partial(out, lse)
+
+
+def causal(queries: int, keys: int) -> torch.Tensor:
+    """bool [queries, keys]: the last query sees every key, each one before it one key less."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+class TorchReferenceAttnBackend(AttentionBackend):
+    """``torch_native``: decode, extend, chunked prefill and prefix-cache hits on any device."""
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        # SGLang reads the pools off its attention backend under these names.
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+
+    def support_triton(self) -> bool:
+        """No: SGLang then prepares its indices with torch as well."""
+        return False
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """One query token per request over all its cached tokens, this one included.
+
+        q [B, Hq * Dk] or [B, Hq, Dk] -> [B, Hq * Dv] in q's dtype.
+        """
+        refuse_unsupported(layer, forward_batch)
+        if save_kv_cache and k is not None:
+            self._write(layer, forward_batch, k, v)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        partial = self.cached_partial(
+            q, layer, forward_batch, [1] * len(q), forward_batch.seq_lens.tolist()
+        )
+        return partial.out.flatten(1).to(q.dtype)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """The new tokens of each request, causal among themselves, over the cached prefix.
+
+        q [T, Hq * Dk] or [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] -> [T, Hq * Dv] in q's dtype;
+        requests stand one after the other. The prefix is read from the pool, the new tokens from
+        k and v (from the pool where a layer shares another's cache and brings none).
+        """
+        refuse_unsupported(layer, forward_batch)
+        if save_kv_cache and k is not None:
+            self._write(layer, forward_batch, k, v)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if k is None or v is None:
+            k, v = (buffer[forward_batch.out_cache_loc] for buffer in self._buffers(layer))
+        partial = self.chunk_partial(q, k, v, layer, forward_batch)
+        if any(forward_batch.extend_prefix_lens_cpu):
+            prefix = self.cached_partial(
+                q,
+                layer,
+                forward_batch,
+                forward_batch.extend_seq_lens_cpu,
+                forward_batch.extend_prefix_lens_cpu,
+            )
+            partial = merge(prefix, partial)
+        return partial.out.flatten(1).to(q.dtype)
+
+    def chunk_partial(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
+    ) -> Partial:
+        """Each request's new tokens over its own new tokens up to themselves."""
+        lens = list(forward_batch.extend_seq_lens_cpu)
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        parts = (
+            self._partial(layer, q_r, k_r, v_r, causal(len(q_r), len(k_r)).to(q.device))
+            for q_r, k_r, v_r in zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
+        )
+        return _concatenate(parts)
+
+    def cached_partial(
+        self,
+        q: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        query_lens: list[int],
+        cached_lens: list[int],
+    ) -> Partial:
+        """Each request's query tokens over the first cached_lens tokens of its cache, all visible.
+
+        q [T, Hq, Dk], its rows split over the requests by query_lens.
+        """
+        keys, values = self._buffers(layer)
+        requests = forward_batch.req_pool_indices.tolist()
+        parts = []
+        for q_r, request, length in zip(
+            q.split(list(query_lens)), requests, cached_lens, strict=True
+        ):
+            rows = self.cached_rows(request, length)
+            parts.append(self._partial(layer, q_r, keys[rows], values[rows], None))
+        return _concatenate(parts)
+
+    def cached_rows(self, request: int, length: int) -> torch.Tensor:
+        """Pool rows, int64 [length], of the first `length` tokens of a request."""
+        return self.req_to_token_pool.req_to_token[request, :length].long()
+
+    def _partial(
+        self,
+        layer: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: torch.Tensor | None,
+    ) -> Partial:
+        return partial_attention(
+            q, k, v, scale=layer.scaling, logit_cap=layer.logit_cap, visible=visible
+        )
+
+    def _buffers(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        pool = self.token_to_kv_pool
+        return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+
+    def _write(
+        self, layer: Any, forward_batch: Any, k: torch.Tensor, v: torch.Tensor | None
+    ) -> None:
+        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+
+
+def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
+    """Raise NotImplementedError for attention this backend would compute wrongly."""
+    reasons = {
+        "cross attention": layer.is_cross_attention,
+        "encoder-only attention": layer.attn_type != AttentionType.DECODER,
+        "sliding-window attention": layer.sliding_window_size > -1,
+        "temperature scaling by position": layer.xai_temperature_len > 0,
+        f"logit capping by {layer.logit_capping_method}": layer.logit_cap > 0
+        and layer.logit_capping_method != "tanh",
+        "speculative decoding": forward_batch.spec_info is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise NotImplementedError(
+                f"--attention-backend torch_native does not support {reason} "
+                f"(layer {layer.layer_id}); use --attention-backend triton."
+            )
+
+
+def _concatenate(parts: Any) -> Partial:
+    outs, lses = zip(*parts, strict=True)
+    return Partial(torch.cat(outs), torch.cat(lses))
+
+
+def register() -> None:
+    """Take the name ``torch_native`` in SGLang's table of attention backends."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend("torch_native")(TorchReferenceAttnBackend)
