@@ -1,0 +1,464 @@
+"""Softmax-exact combination of partial attention outputs, and the rows they travel in.
+
+Attention over a sequence that is split among N ranks gives N partial outputs o_n with the
+log-sum-exp l_n of their scores. With m = max l_n and w_n = exp(l_n - m), attention over the whole
+sequence is sum(w_n o_n) / sum(w_n), and its LSE is m + log sum(w_n) (Milakov and Gimelshein,
+arXiv:1805.02867).
+
+Two implementations of the same contract stand side by side: Triton kernels, and plain torch where
+Triton cannot run (CPU tensors, no triton installed). ``TRITON_INTERPRET=1`` selects the kernels for
+CPU tensors too.
+
+A shard without tokens has LSE -inf; NaN and +inf mean the same. Whatever stands in its output, NaN
+included, never reaches the result. Where all shards are empty the result is 0 with LSE -inf.
+"""
+
+from __future__ import annotations
+
+import os
+from math import gcd
+from typing import Literal, NamedTuple, overload
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the plain torch implementation needs nothing
+    triton = None
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_PAYLOADS = (torch.bfloat16, torch.float16, torch.float32)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_TAIL = (
+    16  # bytes behind each packed payload: the fp32 LSE, padded so that rows stay 16-byte aligned
+)
+_LOG2_E = 1.4426950408889634
+_MANY_THREADS = 132 * 2048  # enough rows to fill the chip: then larger programs, fewer of them
+
+
+@overload
+def combine(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    out: torch.Tensor | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    base2: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def combine(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    out: torch.Tensor | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    base2: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def combine(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    base2: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Merge N partial attention outputs into the output over all their tokens.
+
+    Args:
+        partials: [N, B, h, D] bf16, fp16 or fp32, any strides. Accumulation is in fp32.
+        lse: [N, B, h] fp32, any strides; natural logarithm, or base 2 with ``base2``.
+        out: [B, h, D] tensor to write to, any strides, apart from ``partials``; None allocates it.
+        out_dtype: bf16, fp16 or fp32; by default that of ``out``, or else of ``partials``.
+        base2: the LSE, in and out, is a base-2 logarithm.
+        return_lse: also return the LSE of the result.
+
+    Returns:
+        ``out``, or ``(out, lse [B, h] fp32)`` with ``return_lse``.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is not supported; fp8 is not, since its scale is not known here.
+    """
+    _check_combine(partials, lse, out, out_dtype)
+    _, B, h, D = partials.shape
+    if out is None:
+        out = partials.new_empty((B, h, D), dtype=out_dtype)
+    out_lse = lse.new_empty((B, h)) if return_lse else None
+    if lse.numel():
+        run = _combine_triton if _runs_triton(partials) else _combine_torch
+        run(partials, lse, out, out_lse, base2)
+    return out if out_lse is None else (out, out_lse)
+
+
+def packed_row_bytes(D: int, dtype: torch.dtype) -> int:
+    """Bytes of one packed row: D elements padded to 16 bytes, then 16 bytes with the fp32 LSE."""
+    return -(-D * dtype.itemsize // 16) * 16 + _TAIL
+
+
+def pack(
+    out: torch.Tensor, lse: torch.Tensor, num_ranks: int, send: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Lay a partial output and its LSE out by owner rank, for one all-to-all of bytes.
+
+    Rank n owns heads [n*H/N, (n+1)*H/N). A row is one token and head: see `packed_row_bytes`; the
+    padding inside a row is left as it was. NaN and +inf LSE leave as -inf.
+
+    Args:
+        out: [B, H, D], any strides, any dtype of 1, 2 or 4 bytes: payloads, fp8 too, move as bytes.
+        lse: [B, H] fp32, any strides.
+        num_ranks: N; H must be divisible by it.
+        send: contiguous uint8 [N, B, H/N, row bytes] to write to; None allocates it.
+
+    Returns:
+        The send buffer. What arrives after the exchange has the same shape and goes to `unpack`.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is not supported.
+    """
+    _check_pack(out, lse, num_ranks, send)
+    B, H, D = out.shape
+    if send is None:
+        row = packed_row_bytes(D, out.dtype)
+        send = torch.empty(
+            (num_ranks, B, H // num_ranks, row), dtype=torch.uint8, device=out.device
+        )
+    if send.numel():
+        bits = _BITS[out.dtype.itemsize]
+        run = _pack_triton if _runs_triton(out) else _pack_torch
+        run(out.view(bits), lse, send)
+    return send
+
+
+def unpack(recv: torch.Tensor, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of packed rows, without a copy: partials [N, B, h, D] and lse [N, B, h] for `combine`.
+
+    Args:
+        recv: contiguous uint8 [N, B, h, row bytes], as `pack` lays it out.
+        D: elements of a payload.
+        dtype: the payload's.
+
+    Raises:
+        ValueError: ``recv`` does not hold such rows.
+        TypeError: ``recv`` is not uint8.
+    """
+    _check_packed("recv", recv, D, dtype)
+    payload = recv[..., : D * dtype.itemsize].view(dtype)
+    lse = recv[..., -_TAIL : -_TAIL + 4].view(torch.float32)[..., 0]
+    return payload, lse
+
+
+def _runs_triton(x: torch.Tensor) -> bool:
+    return triton is not None and (x.is_cuda or _INTERPRETED)
+
+
+def _without_tokens(lse: torch.Tensor) -> torch.Tensor:
+    return ~lse.isfinite()
+
+
+def _combine_torch(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    out: torch.Tensor,
+    out_lse: torch.Tensor | None,
+    base2: bool,
+) -> None:
+    empty = _without_tokens(lse)
+    lse = lse.masked_fill(empty, -torch.inf)
+    top = lse.amax(0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weight = torch.exp2(lse - top) if base2 else torch.exp(lse - top)
+    total = weight.sum(0)  # at least 1, or 0 where all shards are empty
+    values = partials.float().masked_fill(empty[..., None], 0)
+    out.copy_((values * (weight / total.clamp_min(1))[..., None]).sum(0))
+    if out_lse is not None:
+        out_lse.copy_(top + (total.log2() if base2 else total.log()))
+
+
+def _pack_torch(out: torch.Tensor, lse: torch.Tensor, send: torch.Tensor) -> None:
+    payload, packed_lse = unpack(send, out.shape[-1], out.dtype)
+    N, B, h, D = payload.shape
+    payload.copy_(out.view(B, N, h, D).transpose(0, 1))
+    lse = lse.masked_fill(_without_tokens(lse), -torch.inf)
+    packed_lse.copy_(lse.view(B, N, h).transpose(0, 1))
+
+
+if triton is not None:
+    # Batch size and strides vary between calls: none may trigger a compilation.
+    @triton.jit(do_not_specialize=["rows", "x_n", "x_b", "x_h", "l_n", "l_b", "l_h", "y_b", "y_h"])
+    def _combine_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        l_ptr,
+        y_ptr,
+        y_lse_ptr,
+        rows,
+        x_n,
+        x_b,
+        x_h,
+        l_n,
+        l_b,
+        l_h,
+        y_b,
+        y_h,
+        x_d: tl.constexpr,
+        y_d: tl.constexpr,
+        X_UNIT: tl.constexpr,
+        Y_UNIT: tl.constexpr,
+        N: tl.constexpr,
+        HEADS: tl.constexpr,
+        D: tl.constexpr,
+        SHARDS: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        BASE2: tl.constexpr,
+        LOG2_E: tl.constexpr,
+        WITH_LSE: tl.constexpr,
+    ):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        b = (row // HEADS).to(tl.int64)
+        h = (row % HEADS).to(tl.int64)
+        n = tl.arange(0, SHARDS)[:, None].to(tl.int64)
+        d = tl.arange(0, COLS)[None, :]
+        shard_ok = (n < N) & (row < rows)[None, :]
+        cell_ok = (row < rows)[:, None] & (d < D)
+
+        # Both loads are issued before either is used: no chain from LSE to payload.
+        lse = tl.load(
+            l_ptr + n * l_n + (b * l_b + h * l_h)[None, :], mask=shard_ok, other=float("-inf")
+        )
+        x_row = (n * x_n + (b * x_b + h * x_h)[None, :]) * X_UNIT
+        x = tl.load(
+            x_ptr + x_row[:, :, None] + (d * x_d)[None, :, :],
+            mask=shard_ok[:, :, None] & (d < D)[None, :, :],
+            other=0.0,
+        )
+
+        lse = tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
+        top = tl.max(lse, 0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(lse - top[None, :] if BASE2 else (lse - top[None, :]) * LOG2_E)
+        total = tl.sum(weight, 0)  # at least 1, or 0 where all shards are empty
+        weight = weight / tl.maximum(total, 1.0)[None, :]
+        x = tl.where((lse == float("-inf"))[:, :, None], 0.0, x.to(tl.float32))
+        y = tl.sum(x * weight[:, :, None], 0)
+
+        y_row = (b * y_b + h * y_h) * Y_UNIT
+        tl.store(y_ptr + y_row[:, None] + d * y_d, y.to(y_ptr.dtype.element_ty), mask=cell_ok)
+        if WITH_LSE:
+            log = tl.log2(total) if BASE2 else tl.log(total)
+            tl.store(y_lse_ptr + row, top + log, mask=row < rows)
+
+    @triton.jit(do_not_specialize=["rows", "x_b", "x_h", "l_b", "l_h"])
+    def _pack_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        l_ptr,
+        send_ptr,
+        send_lse_ptr,
+        rows,
+        x_b,
+        x_h,
+        l_b,
+        l_h,
+        x_d: tl.constexpr,
+        X_UNIT: tl.constexpr,
+        PITCH: tl.constexpr,
+        LSE_PITCH: tl.constexpr,
+        LSE_AT: tl.constexpr,
+        HEADS: tl.constexpr,
+        OWNED: tl.constexpr,
+        D: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+    ):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        b = (row // HEADS).to(tl.int64)
+        h = (row % HEADS).to(tl.int64)
+        d = tl.arange(0, COLS)[None, :]
+        cell_ok = (row < rows)[:, None] & (d < D)
+
+        lse = tl.load(l_ptr + b * l_b + h * l_h, mask=row < rows)
+        x = tl.load(x_ptr + ((b * x_b + h * x_h) * X_UNIT)[:, None] + d * x_d, mask=cell_ok)
+
+        packed = (h // OWNED * (rows // HEADS) + b) * OWNED + h % OWNED
+        tl.store(send_ptr + (packed * PITCH)[:, None] + d, x, mask=cell_ok)
+        lse = tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
+        tl.store(send_lse_ptr + packed * LSE_PITCH + LSE_AT, lse, mask=row < rows)
+
+
+def _combine_triton(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    out: torch.Tensor,
+    out_lse: torch.Tensor | None,
+    base2: bool,
+) -> None:
+    N, B, h, D = partials.shape
+    x, y = _Strides(partials), _Strides(out)
+    tile = _tile(B * h, D, partials.element_size())
+    _combine_kernel[tile.grid](
+        partials,
+        lse,
+        out,
+        out_lse,
+        B * h,
+        *x.outer,
+        *lse.stride(),
+        *y.outer,
+        x_d=x.last,
+        y_d=y.last,
+        X_UNIT=x.unit,
+        Y_UNIT=y.unit,
+        N=N,
+        HEADS=h,
+        D=D,
+        SHARDS=_power_of_2(N),
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        BASE2=base2,
+        LOG2_E=_LOG2_E,
+        WITH_LSE=out_lse is not None,
+        num_warps=tile.warps,
+    )
+
+
+def _pack_triton(out: torch.Tensor, lse: torch.Tensor, send: torch.Tensor) -> None:
+    B, H, D = out.shape
+    row = send.shape[-1]
+    x = _Strides(out)
+    tile = _tile(B * H, D, out.element_size())
+    _pack_kernel[tile.grid](
+        out,
+        lse,
+        send.view(out.dtype),
+        send.view(torch.float32),
+        B * H,
+        *x.outer,
+        *lse.stride(),
+        x_d=x.last,
+        X_UNIT=x.unit,
+        PITCH=row // out.element_size(),
+        LSE_PITCH=row // 4,
+        LSE_AT=(row - _TAIL) // 4,
+        HEADS=H,
+        OWNED=send.shape[2],
+        D=D,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        num_warps=tile.warps,
+    )
+
+
+class _Strides:
+    """Strides as the kernels take them: those of rows in units of up to 16 bytes.
+
+    Triton vectorises an access only as far as it can prove alignment. It could learn that from the
+    values of the strides and compile again for others; the unit is a constant that says as much.
+    """
+
+    def __init__(self, x: torch.Tensor):
+        *outer, self.last = x.stride()
+        self.unit = gcd(16 // x.element_size(), *outer)
+        self.outer = [s // self.unit for s in outer]
+
+
+class _Tile(NamedTuple):
+    grid: tuple[int]
+    rows: int
+    cols: int
+    warps: int
+
+
+def _tile(rows: int, D: int, itemsize: int) -> _Tile:
+    """Rows per program such that each thread holds one 16-byte vector of a shard's payload."""
+    cols = _power_of_2(D)
+    threads = max(1, cols * itemsize // 16)
+    wanted = 128 if rows * threads >= _MANY_THREADS else 32
+    per_program = max(1, wanted // threads)
+    warps = min(8, max(1, per_program * threads // 32))
+    return _Tile((-(-rows // per_program),), per_program, cols, warps)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _check_combine(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
+    if partials.ndim != 4 or partials.shape[0] == 0:
+        raise ValueError(f"partials must be [N, B, h, D] with N >= 1, got {list(partials.shape)}")
+    if partials.dtype not in _PAYLOADS:
+        raise TypeError(f"partials must be bf16, fp16 or fp32, got {partials.dtype}; convert first")
+    _check_lse(lse, partials.shape[:-1], partials, "partials")
+    if out is not None:
+        if out.shape != partials.shape[1:]:
+            raise ValueError(
+                f"out must be [B, h, D] = {list(partials.shape[1:])} to hold the combination of "
+                f"partials {list(partials.shape)}, got {list(out.shape)}"
+            )
+        if out.device != partials.device:
+            raise ValueError(f"out is on {out.device} and partials on {partials.device}")
+        if out_dtype not in (None, out.dtype):
+            raise TypeError(f"out_dtype is {out_dtype} but out is {out.dtype}; give one of them")
+        out_dtype = out.dtype
+    if out_dtype not in (None, *_PAYLOADS):
+        raise TypeError(f"the result must be bf16, fp16 or fp32, got {out_dtype}")
+
+
+def _check_pack(
+    out: torch.Tensor, lse: torch.Tensor, num_ranks: int, send: torch.Tensor | None
+) -> None:
+    if out.ndim != 3:
+        raise ValueError(f"out must be [B, H, D], got {list(out.shape)}")
+    if out.element_size() not in _BITS:
+        raise TypeError(f"out must have elements of 1, 2 or 4 bytes, got {out.dtype}")
+    B, H, D = out.shape
+    if num_ranks < 1 or H % num_ranks:
+        raise ValueError(
+            f"{H} heads of out {list(out.shape)} do not divide among {num_ranks} ranks"
+        )
+    _check_lse(lse, out.shape[:-1], out, "out")
+    if send is not None:
+        _check_packed("send", send, D, out.dtype)
+        if send.shape[:3] != (num_ranks, B, H // num_ranks):
+            raise ValueError(
+                f"send must be [N, B, H/N, row bytes] = {[num_ranks, B, H // num_ranks]} + "
+                f"[{send.shape[3]}] for out {list(out.shape)}, got {list(send.shape)}"
+            )
+        if send.device != out.device:
+            raise ValueError(f"send is on {send.device} and out on {out.device}")
+
+
+def _check_lse(lse: torch.Tensor, shape: torch.Size, of: torch.Tensor, name: str) -> None:
+    if lse.shape != shape:
+        raise ValueError(
+            f"lse must be {list(shape)} beside {name} {list(of.shape)}, got {list(lse.shape)}"
+        )
+    if lse.dtype != torch.float32:
+        raise TypeError(f"lse must be fp32, got {lse.dtype}")
+    if lse.device != of.device:
+        raise ValueError(f"lse is on {lse.device} and {name} on {of.device}")
+
+
+def _check_packed(name: str, rows: torch.Tensor, D: int, dtype: torch.dtype) -> None:
+    if rows.dtype != torch.uint8:
+        raise TypeError(f"{name} must be uint8, got {rows.dtype}")
+    row = packed_row_bytes(D, dtype)
+    if rows.ndim != 4 or rows.shape[3] != row:
+        raise ValueError(
+            f"{name} must be [N, B, h, {row}]: rows of {D} {dtype} and their LSE take {row} bytes, "
+            f"got {list(rows.shape)}"
+        )
+    if not rows.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {rows.stride()}")

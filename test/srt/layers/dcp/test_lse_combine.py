@@ -1,0 +1,500 @@
+"""Combine and pack against float64: one suite for plain torch, Triton's interpreter and CUDA.
+
+The oracle is written in float64 from the definition. Where hardware rounds fp32 to bf16 the
+interpreter truncates, so results in bf16 are checked on the other two only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sglang_helix.srt.layers.dcp import lse_combine
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INF = math.inf
+EMPTY = (-INF, INF, math.nan)  # what an LSE says where a shard has no token
+BOUND = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+FLOATS = list(BOUND)
+BYTES = [*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2]
+SIZES = [1, 7, 16, 20, 64, 80, 96, 128, 192, 512, 576]
+
+generated = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class Implementation(NamedTuple):
+    device: str
+    rounds_bf16: bool = True
+
+
+INTERPRETED = lse_combine._INTERPRETED
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="not in the interpreter")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device"
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "interpreter" if INTERPRETED else "torch",
+        pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_cuda]),
+    ],
+)
+def impl(request: pytest.FixtureRequest) -> Implementation:
+    if request.param == "cuda":
+        return Implementation("cuda")
+    return Implementation("cpu", rounds_bf16=not INTERPRETED)
+
+
+@needs_triton
+@compiled_only
+def test_this_file_in_the_interpreter() -> None:
+    """In a process of its own: triton.jit reads TRITON_INTERPRET when it decorates."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "[interpreter", __file__]
+    command += ["-p", "no:cacheprovider", "--rootdir", os.getcwd()]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    child = subprocess.run(
+        command, check=False, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode == 0, child.stdout[-5000:]
+
+
+def in_float64(
+    partials: torch.Tensor, lse: torch.Tensor, base2: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: sum of o_n weighted by 2^l_n or e^l_n over the shards that hold a token."""
+    x, logs = partials.double().cpu(), lse.double().cpu()
+    logs = torch.where(logs.isfinite(), logs * (math.log(2) if base2 else 1), -INF)
+    x = torch.where((logs > -INF)[..., None], x, 0)
+    total = torch.logsumexp(logs, 0)
+    weight = torch.where(logs > -INF, (logs - total).exp(), 0)
+    return (x * weight[..., None]).sum(0), total / (math.log(2) if base2 else 1)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, bound: float) -> None:
+    got = got.double().cpu()
+    assert got.isfinite().all()
+    assert (got - want).norm() <= bound * want.norm()
+
+
+def assert_same_lse(got: torch.Tensor, want: torch.Tensor) -> None:
+    got = got.double().cpu()
+    empty = want == -INF
+    assert torch.equal(got == -INF, empty)
+    error = (got - want).masked_fill(empty, 0).abs()
+    assert (error <= 2e-6 * want.abs().masked_fill(empty, 0).clamp_min(1)).all()
+
+
+def laid_out(x: torch.Tensor, order: list[int], pitch: int, step: int) -> torch.Tensor:
+    """The same values with the outer dimensions stored in another order, rows padded or spread."""
+    outer = [x.shape[i] for i in order]
+    room = torch.empty((*outer, x.shape[-1] * step + pitch), dtype=x.dtype, device=x.device)
+    room.view(torch.uint8).fill_(0xFF)  # NaN in every float format
+    rows = room[..., : x.shape[-1] * step : step]
+    view = rows.permute(*[order.index(i) for i in range(len(order))], -1)
+    view.copy_(x)
+    return view
+
+
+class Case(NamedTuple):
+    partials: torch.Tensor
+    lse: torch.Tensor
+    base2: bool
+    out_dtype: torch.dtype | None
+
+    def __repr__(self) -> str:
+        shape, strides = list(self.partials.shape), self.partials.stride()
+        return (
+            f"Case({self.partials.dtype} {shape} strides {strides}, base2={self.base2}, "
+            f"lse strides {self.lse.stride()}, out_dtype={self.out_dtype})"
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    N, B, h = (
+        draw(st.integers(1, 9) | st.just(16)),
+        draw(st.integers(0, 5)),
+        draw(st.integers(1, 4)),
+    )
+    D, dtype = draw(st.sampled_from(SIZES)), draw(st.sampled_from(FLOATS))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    x = torch.randn((N, B, h, D), generator=rng).to(dtype)
+    lse = torch.randn((N, B, h), generator=rng) * draw(st.sampled_from([1.0, 30.0, 1e4]))
+    share_empty = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    empty = torch.rand((N, B, h), generator=rng) < share_empty
+    lse[empty] = draw(st.sampled_from(EMPTY))
+    x[empty] = draw(st.sampled_from([0.0, math.nan, INF, -INF]))
+    pitch, step = draw(st.sampled_from([0, 0, 2, 8])), draw(st.sampled_from([1, 1, 2]))
+    order = draw(st.permutations(range(3)))
+    lse = laid_out(lse[..., None], draw(st.permutations(range(3))), draw(st.integers(0, 3)), 1)[
+        ..., 0
+    ]
+    return Case(
+        laid_out(x, order, pitch, step),
+        lse,
+        draw(st.booleans()),
+        draw(st.sampled_from([None, *FLOATS])),
+    )
+
+
+def moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    """To the device with its strides: Tensor.to drops the gaps."""
+    if x.device.type == device:
+        return x
+    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return y.copy_(x)
+
+
+@generated
+@given(case=cases())
+def test_combine(impl: Implementation, case: Case) -> None:
+    dtype = case.out_dtype or case.partials.dtype
+    if dtype == torch.bfloat16 and not impl.rounds_bf16:
+        dtype = torch.float32
+    partials, lse = moved(case.partials, impl.device), moved(case.lse, impl.device)
+    out, out_lse = lse_combine.combine(
+        partials, lse, out_dtype=dtype, base2=case.base2, return_lse=True
+    )
+    want, want_lse = in_float64(case.partials, case.lse, case.base2)
+    assert out.dtype == dtype
+    assert out_lse.dtype == torch.float32
+    assert_close(out, want, BOUND[dtype])
+    assert_same_lse(out_lse, want_lse)
+    assert torch.equal(out.cpu()[want_lse == -INF], torch.zeros_like(out.cpu()[want_lse == -INF]))
+    alone = lse_combine.combine(partials, lse, out_dtype=dtype, base2=case.base2)
+    assert torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("marker", EMPTY)
+@pytest.mark.parametrize("poison", [math.nan, INF, -INF])
+def test_a_shard_without_tokens_leaves_no_trace(
+    impl: Implementation, marker: float, poison: float
+) -> None:
+    partials = torch.randn(4, 2, 3, 64, device=impl.device)
+    lse = torch.randn(4, 2, 3, device=impl.device)
+    want = lse_combine.combine(partials[1:3], lse[1:3], return_lse=True)
+    lse[0], lse[3] = marker, -INF
+    partials[0] = partials[3] = poison
+    got = lse_combine.combine(partials, lse, return_lse=True)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+    lse[:] = marker
+    out, out_lse = lse_combine.combine(partials, lse, return_lse=True)
+    assert (out == 0).all()
+    assert (out_lse == -INF).all()
+
+
+def test_one_shard_is_the_identity(impl: Implementation) -> None:
+    partials = torch.randn(1, 3, 2, 128, device=impl.device)
+    lse = 20 * torch.randn(1, 3, 2, device=impl.device)
+    out, out_lse = lse_combine.combine(partials, lse, return_lse=True)
+    assert torch.equal(out, partials[0])
+    assert torch.equal(out_lse, lse[0])
+
+
+def test_combine_writes_only_into_the_given_view(impl: Implementation) -> None:
+    partials = torch.randn(3, 4, 2, 80, device=impl.device)
+    lse = torch.randn(3, 4, 2, device=impl.device)
+    want = lse_combine.combine(partials, lse)
+    room = torch.full((3, 5, 90), 7.0, device=impl.device)
+    out = room[:2, :4, 5:85].transpose(0, 1)  # head-major, rows padded and 4-byte aligned
+    assert lse_combine.combine(partials, lse, out=out) is out
+    assert torch.equal(out, want)
+    out.fill_(7.0)
+    assert (room == 7.0).all()
+
+
+def test_batch_of_nothing(impl: Implementation) -> None:
+    partials = torch.empty(4, 0, 2, 64, device=impl.device)
+    lse = torch.empty(4, 0, 2, device=impl.device)
+    out, out_lse = lse_combine.combine(partials, lse, return_lse=True)
+    assert out.shape == (0, 2, 64)
+    assert out_lse.shape == (0, 2)
+    send = lse_combine.pack(partials[0], lse[0], 2)
+    assert send.shape == (2, 0, 1, 64 * 4 + 16)
+    payload, packed = lse_combine.unpack(send, 64, torch.float32)
+    assert payload.shape == (2, 0, 1, 64)
+    assert packed.shape == (2, 0, 1)
+
+
+@generated
+@given(
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)),
+    D=st.sampled_from(SIZES),
+    dtype=st.sampled_from(BYTES),
+    order=st.permutations(range(2)),
+    pitch=st.sampled_from([0, 0, 3, 16]),
+    step=st.sampled_from([1, 1, 2]),
+    seed=st.integers(0, 2**32),
+    given_send=st.booleans(),
+)
+def test_pack(
+    impl: Implementation,
+    sizes: tuple[int, int, int],
+    D: int,
+    dtype: torch.dtype,
+    order: list[int],
+    pitch: int,
+    step: int,
+    seed: int,
+    given_send: bool,
+) -> None:
+    N, B, h = sizes
+    rng = torch.Generator().manual_seed(seed)
+    size = D * dtype.itemsize
+    raw = torch.randint(0, 256, (B, N * h, size), generator=rng, dtype=torch.uint8)
+    lse = torch.randn((B, N * h), generator=rng)
+    lse.view(-1)[:: max(1, seed % 4)] = EMPTY[seed % 3]
+    out = moved(laid_out(raw.view(dtype), order, pitch, step), impl.device)
+    strided_lse = moved(laid_out(lse[..., None], order, 1, 1)[..., 0], impl.device)
+
+    row = lse_combine.packed_row_bytes(D, dtype)
+    assert row % 16 == 0
+    assert size + 16 <= row < size + 32
+    send = None
+    if given_send:
+        send = torch.full((N, B, h, row), 0xAB, dtype=torch.uint8, device=impl.device)
+    packed = lse_combine.pack(out, strided_lse, N, send)
+    assert send is None or packed is send
+    assert packed.is_contiguous()
+    assert packed.dtype == torch.uint8
+
+    sent = packed.cpu()
+    tail = sent[..., row - 16 : row - 12].contiguous().view(torch.float32)[..., 0]
+    for n in range(N):
+        heads = slice(n * h, (n + 1) * h)
+        assert torch.equal(sent[n, ..., :size], raw[:, heads])
+        clean = torch.where(lse[:, heads].isfinite(), lse[:, heads], -INF)
+        assert torch.equal(tail[n], clean)
+
+    payload, view = lse_combine.unpack(packed, D, dtype)
+    storage = packed.untyped_storage().data_ptr()
+    assert payload.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() == storage
+    assert torch.equal(view.cpu(), tail)
+    assert torch.equal(payload.contiguous().view(torch.uint8).cpu(), sent[..., :size])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharded_attention_equals_attention(
+    impl: Implementation, ranks: int, dtype: torch.dtype
+) -> None:
+    """From scores to result: pack on every rank, exchange, combine; some ranks hold no token."""
+    H, D, lengths = 24, 96, [1, 2, 7, 40]
+    B = len(lengths)
+    torch.manual_seed(ranks)
+    scores = 5 * torch.randn(B, H, max(lengths), dtype=torch.float64)
+    scores.masked_fill_(torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None, None], -INF)
+    values = torch.randn(B, max(lengths), D, dtype=torch.float64)
+    want = scores.softmax(-1) @ values
+
+    sends = []
+    for rank in range(ranks):
+        mine = scores[..., rank::ranks]
+        lse = mine.logsumexp(-1)
+        partial = mine.softmax(-1) @ values[:, rank::ranks]  # NaN where there is no token
+        assert ranks == 1 or rank == 0 or partial.isnan().any()
+        on = {"device": impl.device}
+        sends.append(lse_combine.pack(partial.to(dtype=dtype, **on), lse.float().to(**on), ranks))
+    for rank in range(ranks):
+        received = torch.stack([send[rank] for send in sends])
+        partials, lse = lse_combine.unpack(received, D, dtype)
+        got = lse_combine.combine(partials, lse, out_dtype=torch.float32)
+        heads = slice(rank * H // ranks, (rank + 1) * H // ranks)
+        assert_close(got, want[:, heads], BOUND[dtype])
+
+
+X = torch.zeros(2, 3, 4, 16)
+L = torch.zeros(2, 3, 4)
+SEND = torch.zeros(2, 3, 2, 80, dtype=torch.uint8)
+ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ("combine", (X[0], L), {}, ValueError, "[3, 4, 16]"),
+    ("combine", (X[:0], L[:0]), {}, ValueError, "[0, 3, 4, 16]"),
+    ("combine", (X, L[:1]), {}, ValueError, "[1, 3, 4]"),
+    ("combine", (X, L.double()), {}, TypeError, "float64"),
+    ("combine", (X, L.to("meta")), {}, ValueError, "meta"),
+    ("combine", (X.double(), L), {}, TypeError, "float64"),
+    ("combine", (X.to(torch.float8_e4m3fn), L), {}, TypeError, "float8_e4m3fn"),
+    ("combine", (X, L), {"out": X[0, :2]}, ValueError, "[2, 4, 16]"),
+    ("combine", (X, L), {"out": X[0].to("meta")}, ValueError, "meta"),
+    ("combine", (X, L), {"out": X[0].int()}, TypeError, "int32"),
+    ("combine", (X, L), {"out_dtype": torch.float64}, TypeError, "float64"),
+    ("combine", (X, L), {"out": X[0], "out_dtype": torch.half}, TypeError, "float16"),
+    ("pack", (X, L, 2), {}, ValueError, "[2, 3, 4, 16]"),
+    ("pack", (X[0], L[0], 3), {}, ValueError, "4 heads"),
+    ("pack", (X[0], L[0], 0), {}, ValueError, "0 ranks"),
+    ("pack", (X[0].double(), L[0], 2), {}, TypeError, "float64"),
+    ("pack", (X[0], L[0].half(), 2), {}, TypeError, "float16"),
+    ("pack", (X[0], L[1:], 2), {}, ValueError, "[1, 3, 4]"),
+    ("pack", (X[0], L[0], 2, SEND.float()), {}, TypeError, "float32"),
+    ("pack", (X[0], L[0], 2, SEND[..., :64]), {}, ValueError, "[2, 3, 2, 64]"),
+    ("pack", (X[0], L[0], 2, SEND[:, :2].contiguous()), {}, ValueError, "[2, 2, 2, 80]"),
+    ("pack", (X[0], L[0], 2, SEND.to("meta")), {}, ValueError, "meta"),
+    ("unpack", (SEND, 20, torch.half), {}, ValueError, "take 64 bytes"),
+    ("unpack", (SEND.transpose(1, 2), 16, torch.float), {}, ValueError, "strides"),
+]
+
+
+@pytest.mark.parametrize(("function", "args", "kwargs", "error", "names"), ERRORS)
+def test_errors_name_the_sizes(
+    function: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], names: str
+) -> None:
+    with pytest.raises(error, match=re.escape(names)):
+        getattr(lse_combine, function)(*args, **kwargs)
+
+
+def test_imports_and_runs_without_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from sglang_helix.srt.layers.dcp import lse_combine as m\n"
+        "send = m.pack(torch.ones(2, 4, 8), torch.zeros(2, 4), 2)\n"
+        "out = m.combine(*m.unpack(send, 8, torch.float32))\n"
+        "assert out.shape == (2, 2, 8) and (out == 1).all()"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=env, timeout=120)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_cuda])]
+)
+def test_compiles_into_one_graph(device: str) -> None:
+    def exchange(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        send = lse_combine.pack(out, lse, 4)
+        return lse_combine.combine(*lse_combine.unpack(send, 64, torch.bfloat16))
+
+    compiled = torch.compile(
+        exchange, fullgraph=True, dynamic=True, backend="eager" if device == "cpu" else "inductor"
+    )
+    for B in (2, 5):
+        out = torch.randn(B, 8, 64, device=device).bfloat16()
+        lse = torch.randn(B, 8, device=device)
+        assert torch.equal(compiled(out, lse), exchange(out, lse))
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.args: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.options = {"num_warps": kwargs.pop("num_warps")}
+            self.args = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+
+        return launch
+
+    def ptx(self) -> str:
+        """The launch compiled for sm_90; needs no device."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.compiler import compile as compile_source
+
+        pointer = {torch.bfloat16: "*bf16", torch.int16: "*i16", torch.float32: "*fp32"}
+        params = self.kernel.params
+        signature = {
+            p.name: "constexpr"
+            if p.is_constexpr or self.args[p.name] is None
+            else pointer[self.args[p.name].dtype]
+            if isinstance(self.args[p.name], torch.Tensor)
+            else "i32"
+            for p in params
+        }
+        constants = {
+            name: self.args[name] for name, kind in signature.items() if kind == "constexpr"
+        }
+        aligned = {
+            (p.num,): [["tt.divisibility", 16]] for p in params if signature[p.name].startswith("*")
+        }
+        source = ASTSource(self.kernel, signature, constants, aligned)
+        return compile_source(source, GPUTarget("cuda", 90, 32), self.options).asm["ptx"]
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.parametrize(("D", "h", "N"), [(512, 16, 8), (128, 8, 8), (576, 16, 4), (80, 4, 3)])
+def test_kernels_move_16_bytes_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, D: int, h: int, N: int
+) -> None:
+    """Rows of D+8 elements are no multiple of 16, which is all Triton would find out by itself."""
+    out = torch.empty(3, N * h, D, dtype=torch.bfloat16)
+    send = torch.empty(N, 3, h, lse_combine.packed_row_bytes(D, out.dtype), dtype=torch.uint8)
+    for name, launch in {
+        "_pack_kernel": lambda: lse_combine._pack_triton(
+            out.view(torch.int16), torch.empty(3, N * h), send
+        ),
+        "_combine_kernel": lambda: lse_combine._combine_triton(
+            *lse_combine.unpack(send, D, out.dtype), out[:, :h], None, False
+        ),
+    }.items():
+        recorder = Recorder(getattr(lse_combine, name))
+        monkeypatch.setattr(lse_combine, name, recorder)
+        launch()
+        ptx = recorder.ptx()
+        scalars = re.findall(r"(?:ld|st)\.global\S*\.b16\b", ptx)
+        assert not scalars, name
+        assert ptx.count("ld.global.v4") >= (1 if name == "_pack_kernel" else N)
+        assert "st.global.v4" in ptx
+        assert "bar.sync" not in ptx  # every reduction stays inside a thread
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_replays_in_a_cuda_graph() -> None:
+    out, lse = torch.randn(5, 16, 512, device="cuda").bfloat16(), torch.randn(5, 16, device="cuda")
+
+    def exchange() -> tuple[torch.Tensor, torch.Tensor]:
+        received = lse_combine.unpack(lse_combine.pack(out, lse, 4), 512, out.dtype)
+        return lse_combine.combine(*received, return_lse=True)
+
+    exchange()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got, got_lse = exchange()
+    for _ in range(3):
+        out.normal_()
+        lse.normal_()
+        lse[1] = -INF
+        graph.replay()
+        want, want_lse = exchange()
+        assert torch.equal(got, want)
+        assert torch.equal(got_lse, want_lse)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_batch_sizes_share_compiled_kernels() -> None:
+    def compiled() -> int:
+        caches = [lse_combine._combine_kernel.device_caches, lse_combine._pack_kernel.device_caches]
+        return sum(len(cache[torch.cuda.current_device()][0]) for cache in caches)
+
+    def exchange(B: int) -> None:
+        out, lse = torch.randn(B, 16, 64, device="cuda"), torch.randn(B, 16, device="cuda")
+        lse_combine.combine(*lse_combine.unpack(lse_combine.pack(out, lse, 4), 64, out.dtype))
+
+    exchange(2)
+    exchange(20000)  # many rows take larger programs: the second and last variant
+    before = compiled()
+    for B in (1, 3, 16, 17, 48, 255, 256, 1000, 30000):
+        exchange(B)
+    assert compiled() == before
