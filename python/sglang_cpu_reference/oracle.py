@@ -1,4 +1,4 @@
-"""Greedy tokens and log-probabilities by ``transformers``: a judge that shares no code with SGLang."""
+"""Greedy tokens and log-probabilities by ``transformers``, which shares no code with SGLang."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,7 +4,6 @@ Selected by ``SGLANG_PLATFORM=cpu_reference`` and by nothing else. It is a refer
 not for speed: one thread a rank, no compiled kernels, no graphs.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -12,28 +11,10 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-#: The name that ``SGLANG_PLATFORM`` selects; also the entry point's name in pyproject.toml.
-PLATFORM_NAME = "cpu_reference"
-
 #: What the reference serves with when the user said nothing. Weights and the KV pool of every
 #: rank come out of one machine's memory, so the pool is bounded by tokens, not by a fraction.
 _DEFAULT_MAX_TOTAL_TOKENS = 16384
 _DEFAULT_MEM_FRACTION = 0.1
-
-
-def selected() -> bool:
-    """Whether the user chose this platform."""
-    return os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME
-
-
-def activate() -> str | None:
-    """Entry point of ``sglang.srt.platforms``: the class to use, or None when not selected."""
-    if not selected():
-        return None
-    # Ranks share the cores; torch's default of one thread per core in each of them only makes
-    # them wait for one another. Set here because every child inherits it before importing torch.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return f"{__name__}.CpuReferencePlatform"
 
 
 class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):

@@ -4,15 +4,17 @@ A general plugin (entry point group ``sglang.srt.plugins``). It does nothing unl
 selected, and stops the process when a hook did not take: SGLang itself would log and carry on.
 """
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_cpu_reference.platform import selected
+from sglang_cpu_reference import forkserver, selected
 
 _PARALLEL_STATE = "sglang.srt.distributed.parallel_state"
+_START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
 
 
@@ -24,6 +26,9 @@ def register() -> None:
 
     register_resolution_hook("handle_missing_default_values")(_serve_on_the_cpu)
     register_resolution_hook("handle_cpu_backends")(_plain_torch_backends)
+    if multiprocessing.parent_process() is None:
+        forkserver.start_early()
+        HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
 
@@ -67,7 +72,7 @@ def _config_as_it_is(model_config: Any, load_config: object, tp_size: int) -> An
     return model_config
 
 
-def _all_gather_into_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:  # noqa: A002
+def _all_gather_into_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
     """``GroupCoordinator.all_gather_into_tensor`` over gloo.
 
     Upstream goes through a custom op that an out-of-tree platform has for accelerator tensors only.
@@ -75,7 +80,7 @@ def _all_gather_into_tensor(group: Any, output: torch.Tensor, input: torch.Tenso
     torch.distributed.all_gather_into_tensor(output, input, group=group.device_group)
 
 
-def _reduce_scatter_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:  # noqa: A002
+def _reduce_scatter_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
     """``GroupCoordinator.reduce_scatter_tensor`` (sum) over gloo; see above."""
     torch.distributed.reduce_scatter_tensor(output, input, group=group.device_group)
 
@@ -94,6 +99,6 @@ def verify() -> None:
     missing = sorted(set(_REPLACED) - HookRegistry._patched)
     if missing:
         raise SystemExit(
-            f"SGLANG_PLATFORM=cpu_reference: hooks not applied: {', '.join(missing)}. The installed "
-            "SGLang may not be the one supported, or SGLANG_PLUGINS leaves out 'cpu_reference'."
+            f"SGLANG_PLATFORM=cpu_reference: hooks not applied: {', '.join(missing)}; install the "
+            "SGLang this was made for, and name 'cpu_reference' in SGLANG_PLUGINS if that is set."
         )

@@ -1,0 +1,60 @@
+"""Start the ranks by forking a process that has imported SGLang already.
+
+SGLang spawns every rank, and each then spends about ten seconds of CPU time importing the same
+modules: on a small machine that is most of a server's start. Python's own fork server imports them
+once, beside the launcher's imports; a rank is then a fork, and shares that memory too.
+
+Two things differ from a spawned child, and are made up for here. The fork server's environment is
+the launcher's of an earlier moment, so each child is sent the launcher's at the time it is started.
+And a rank's parent, which SGLang signals when a rank fails, is the fork server, which passes the
+signal on.
+
+What is preloaded is what a spawned rank has imported by the time it loads plugins, not more: hooks
+meet the same modules as under spawn.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+_PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
+
+
+def start_early() -> None:
+    """In the command line launcher: begin the preload while it still parses its arguments."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    if main is not None and main.name == "sglang.launch_server":
+        multiprocessing.forkserver.set_forkserver_preload([f"{__package__}.preload", *_PRELOADED])
+        multiprocessing.forkserver.ensure_running()
+
+
+def use(*_ignored: object) -> None:
+    """From now on ``multiprocessing.Process`` forks the server; follows SGLang's set to spawn."""
+    # set_start_method takes names only, and ours is not one that multiprocessing knows.
+    multiprocessing.context._default_context._actual_context = _Context()  # type: ignore[attr-defined]
+
+
+class _Process(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        target = process_obj._target
+        process_obj._target = partial(_run, dict(os.environ), target)
+        return ForkServerProcess._Popen(process_obj)
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
+def _run(environ: Mapping[str, str], target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In the child."""
+    os.environ.clear()
+    os.environ.update(environ)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    return target(*args, **kwargs)

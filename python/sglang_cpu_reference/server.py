@@ -1,0 +1,258 @@
+"""The real server, ``python -m sglang.launch_server``, as a context manager with a small client.
+
+with Server(checkpoint, "--tp", "2") as server:
+    server.generate([1, 2, 3], max_new_tokens=8)
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from sglang_cpu_reference import PLATFORM_NAME
+from sglang_cpu_reference.oracle import Completion
+
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerError(RuntimeError):
+    """The server did not start, died, or refused; the message ends with the tail of its log."""
+
+
+class Generation(NamedTuple):
+    """One answer: the completion, its text, and SGLang's own account of the request."""
+
+    completion: Completion
+    text: str
+    meta_info: dict[str, Any]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came out of the prefix cache."""
+        return int(self.meta_info["cached_tokens"])
+
+
+class Server:
+    """A server process on a free loopback port, and nothing left of it afterwards.
+
+    checkpoint: model directory. flags: command line flags as one would type them. platform: value
+    of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
+    start_timeout: seconds until health before ServerError. progress: report on stderr while
+    starting. The log is at ``log_path`` while the server lives.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        *flags: str,
+        platform: str | None = PLATFORM_NAME,
+        env: Mapping[str, str] | None = None,
+        start_timeout: float = 300,
+        progress: bool = True,
+    ) -> None:
+        self.port = free_port()
+        self.command = [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)),
+            *("--host", "127.0.0.1", "--port", str(self.port), *flags),
+        ]
+        self.env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        if platform is not None:
+            self.env["SGLANG_PLATFORM"] = platform
+        self.start_timeout = start_timeout
+        self.progress = progress
+        self.start_seconds: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        log, name = tempfile.mkstemp(prefix="sglang-server-", suffix=".log")
+        self.log_path = Path(name)
+        # A session of its own, so that the whole family can be signalled at once.
+        self._process = subprocess.Popen(
+            self.command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 one system call, no lock taken
+        )
+        os.close(log)
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=15)
+        with contextlib.suppress(ProcessLookupError):  # raised when nobody is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self.log_path.unlink(missing_ok=True)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        *,
+        top_logprobs: int = 5,
+        **sampling_params: Any,
+    ) -> Generation:
+        """Complete one prompt, text or token ids; greedily and to the full length by default."""
+        return self.generate_batch(
+            [prompt], max_new_tokens, top_logprobs=top_logprobs, **sampling_params
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int,
+        *,
+        top_logprobs: int = 5,
+        **sampling_params: Any,
+    ) -> list[Generation]:
+        """Complete prompts sent in one request; all of them text, or all of them token ids."""
+        key = "text" if isinstance(prompts[0], str) else "input_ids"
+        answers = self.post(
+            "/generate",
+            {
+                key: list(prompts),
+                "sampling_params": {
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "max_new_tokens": max_new_tokens,
+                    **sampling_params,
+                },
+                "return_logprob": True,
+                "top_logprobs_num": top_logprobs,
+            },
+        )
+        return [_generation(answer) for answer in answers]
+
+    def server_info(self) -> dict[str, Any]:
+        """SGLang's resolved arguments and internal state."""
+        return self.get("/server_info")
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache; the server must be idle."""
+        self.post("/flush_cache", None)
+
+    def get(self, path: str, timeout: float = 60) -> Any:
+        """The JSON (or, where it is not JSON, the text) that a GET of the path answers."""
+        return self._request(urllib.request.Request(self._url(path)), timeout)
+
+    def post(self, path: str, body: Any, timeout: float = 600) -> Any:
+        """The JSON (or text) that a POST of the body, as JSON, answers."""
+        request = urllib.request.Request(
+            self._url(path),
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        return self._request(request, timeout)
+
+    def log(self, lines: int | None = None) -> str:
+        """The log so far, or its last lines."""
+        text = self.log_path.read_text(errors="replace")
+        return text if lines is None else "\n".join(text.splitlines()[-lines:])
+
+    def _url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _request(self, request: urllib.request.Request, timeout: float) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            raise ServerError(
+                f"{request.full_url} answered {error.code}: {error.read().decode()}"
+            ) from error
+        except OSError as error:
+            raise ServerError(
+                f"{request.full_url} did not answer ({error})\n{self.log(40)}"
+            ) from error
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    def _wait_until_healthy(self) -> None:
+        assert self._process is not None
+        start = reported = time.monotonic()
+        while True:
+            elapsed = time.monotonic() - start
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"the server exited with status {self._process.returncode} after "
+                    f"{elapsed:.0f} s\n{self.log(60)}"
+                )
+            if elapsed > self.start_timeout:
+                raise ServerError(
+                    f"the server was not healthy after {self.start_timeout:.0f} s\n{self.log(60)}"
+                )
+            if self._healthy():
+                self.start_seconds = elapsed
+                self._report(f"up after {elapsed:.0f} s")
+                return
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                last = self.log(1).strip()[:100]
+                self._report(
+                    f"starting, {elapsed:.0f} s of at most {self.start_timeout:.0f}: {last}"
+                )
+            time.sleep(0.2)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._url("/health"), timeout=20) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def _report(self, what: str) -> None:
+        if self.progress:
+            print(f"[server :{self.port}] {what}", file=sys.stderr, flush=True)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """In the child before exec: a test runner that is killed must not leave a server behind."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _generation(answer: Mapping[str, Any]) -> Generation:
+    meta = answer["meta_info"]
+    chosen = meta["output_token_logprobs"]
+    return Generation(
+        Completion(
+            token_ids=[token for _, token, _ in chosen],
+            logprobs=[logprob for logprob, _, _ in chosen],
+            top=[
+                [(token, logprob) for logprob, token, _ in position]
+                for position in meta.get("output_top_logprobs") or []
+            ],
+        ),
+        answer["text"],
+        meta,
+    )
