@@ -1,0 +1,1 @@
+"""Its presence puts this folder on sys.path: tests import helpers as ``srt.distributed.ranks``."""
