@@ -1,0 +1,1 @@
+"""Benchmarks of decode context parallelism: ``python -m benchmark.dcp``."""

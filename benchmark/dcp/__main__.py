@@ -1,0 +1,29 @@
+"""``python -m benchmark.dcp COMMAND``; each command is a module here with ``main(argv) -> int``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+COMMANDS = {
+    "kernels": "combine, pack and the one-kernel exchange beside their peers, on one device",
+    "collectives": "the exchange through real process groups",
+    "serve": "whole servers: tensor parallelism beside the layouts of the series",
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.dcp")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in COMMANDS.items():
+        if importlib.util.find_spec(f"benchmark.dcp.{name}"):
+            # Options, --help among them, belong to the module, loaded only when it is chosen.
+            commands.add_parser(name, help=help_text, add_help=False)
+    chosen, rest = parser.parse_known_args(argv)
+    return importlib.import_module(f"benchmark.dcp.{chosen.command}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""`python -m benchmark.dcp kernels` on a CPU, with few and small sizes, so that it cannot rot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmark.dcp import kernels, report
+
+ROOT = Path(__file__).parents[3]
+SIZES = ["--ranks", "2", "8", "--batch", "1", "3", "--samples", "2"]
+
+
+def benchmark(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmark.dcp", *map(str, args)]
+    return subprocess.run(
+        command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kernels") / "figures.csv"
+    ran = benchmark("kernels", "--device", "cpu", "--shape", "gqa", *SIZES, "--csv", path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return path
+
+
+def test_measures_every_operation(figures: Path) -> None:
+    rows = report.read_csv(figures)
+    measured = {(row.op, row.ranks, row.batch) for row in rows}
+    assert measured == {(op, N, B) for op in kernels.OPERATIONS for N in (2, 8) for B in (1, 3)}
+    for row in rows:
+        assert 0 < row.p10_us <= row.median_us <= row.p90_us
+        assert row.device == "CPU"
+        assert (row.error is None) == (row.name == report.COPY)
+        assert row.error is None or row.error <= kernels.BOUND
+
+
+def test_reports_on_earlier_figures(figures: Path, tmp_path: Path) -> None:
+    plot, again = tmp_path / "figures.png", tmp_path / "again.csv"
+    ran = benchmark("kernels", "--from-csv", figures, "--csv", again, "--plot", plot)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert again.read_text() == figures.read_text()
+    assert plot.exists() == (importlib.util.find_spec("matplotlib") is not None)
+    assert plot.exists() or "matplotlib is not installed" in ran.stdout
+
+
+def test_summary_compares_with_the_fastest_peer() -> None:
+    def row(name: str, median: float, share: float) -> report.Row:
+        return report.Row(
+            op="combine",
+            shape="mla",
+            heads=8,
+            head_dim=4,
+            ranks=2,
+            batch=1,
+            name=name,
+            launches=1,
+            p10_us=median,
+            median_us=median,
+            p90_us=median,
+            moved_bytes=1,
+            copy_share=share,
+            error=0.0,
+            rotated_mib=1.0,
+            device="",
+            software="",
+        )
+
+    text = report.summary([row("helix", 2.0, 0.5), row("slow", 9.0, 0.1), row("fast", 3.0, 0.3)])
+    assert "1.50 at worst [mla, N 2, B 1] (fast / helix)" in text
+    assert "at least 50% of the copy's bandwidth" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--ranks", "3", "--device", "cpu"], "--ranks 3 does not divide the 128 heads of mla"),
+        (["--samples", "1", "--device", "cpu"], "--samples 1"),
+    ],
+)
+def test_refuses_what_it_cannot_measure(args: list[str], names: str) -> None:
+    ran = benchmark("kernels", *args)
+    assert ran.returncode == 2
+    assert names in ran.stderr
+
+
+def test_help_of_the_command_and_of_its_parts() -> None:
+    assert "kernels" in benchmark("--help").stdout
+    assert "--from-csv" in benchmark("kernels", "--help").stdout
