@@ -17,6 +17,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+
 
 class Partial(NamedTuple):
     """Attention of T queries over some of their keys.
@@ -64,8 +66,8 @@ def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the union of two disjoint sets of keys, for the same queries."""
     lse = torch.logaddexp(a.lse, b.lse)
     finite = lse.masked_fill(lse.isneginf(), 0.0)
-    out = sum(p.out * torch.exp(p.lse - finite).unsqueeze(-1) for p in (a, b))
-    return Partial(out, lse)
+    a_share, b_share = (torch.exp(p.lse - finite).unsqueeze(-1) for p in (a, b))
+    return Partial(a.out * a_share + b.out * b_share, lse)
 
 
 def causal(queries: int, keys: int) -> torch.Tensor:
@@ -146,8 +148,8 @@ class TorchReferenceAttnBackend(AttentionBackend):
     ) -> Partial:
         """Each request's new tokens over its own new tokens up to themselves."""
         lens = list(forward_batch.extend_seq_lens_cpu)
-        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
-        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        k = k.view(len(q), -1, layer.qk_head_dim)
+        v = v.view(len(q), -1, layer.v_head_dim)
         parts = (
             self._partial(layer, q_r, k_r, v_r, causal(len(q_r), len(k_r)).to(q.device))
             for q_r, k_r, v_r in zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
@@ -202,6 +204,44 @@ class TorchReferenceAttnBackend(AttentionBackend):
         self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
 
 
+class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBackend):
+    """``torch_native`` over a sharded cache: the adapter that the others are tested against."""
+
+    def cached_rows(self, request: int, length: int) -> torch.Tensor:
+        """Rows of this rank's tokens among the first `length` of a request."""
+        return self.shard.read_rows(super().cached_rows(request, length))
+
+    def partial_decode(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> Partial:
+        """See `ShardedAttention.partial_decode`."""
+        refuse_unsupported(layer, forward_batch)
+        lens = forward_batch.seq_lens.tolist()
+        return self.cached_partial(q, layer, forward_batch, [1] * len(q), lens)
+
+    def partial_current(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
+    ) -> Partial:
+        """See `ShardedAttention.partial_current`."""
+        refuse_unsupported(layer, forward_batch)
+        return self.chunk_partial(q, k, v, layer, forward_batch)
+
+    def partial_prefix(
+        self,
+        q: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        gathered: torch.Tensor | None = None,
+    ) -> Partial:
+        """See `ShardedAttention.partial_prefix`."""
+        chunks = list(forward_batch.extend_seq_lens_cpu)
+        prefixes = list(forward_batch.extend_prefix_lens_cpu)
+        if gathered is None:
+            return self.cached_partial(q, layer, forward_batch, chunks, prefixes)
+        return _concatenate(
+            self._partial(layer, q_r, rows, rows[..., : layer.v_head_dim], None)
+            for q_r, rows in zip(q.split(chunks), gathered.split(prefixes), strict=True)
+        )
+
+
 def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
     """Raise NotImplementedError for attention this backend would compute wrongly."""
     reasons = {
@@ -224,10 +264,3 @@ def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
 def _concatenate(parts: Any) -> Partial:
     outs, lses = zip(*parts, strict=True)
     return Partial(torch.cat(outs), torch.cat(lses))
-
-
-def register() -> None:
-    """Take the name ``torch_native`` in SGLang's table of attention backends."""
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
-
-    register_attention_backend("torch_native")(TorchReferenceAttnBackend)

@@ -1,0 +1,64 @@
+"""Command line: ``python -m sglang_helix series`` and ``python -m sglang_helix compatibility``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_helix", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    series = commands.add_parser(
+        "series", help="list every hook and check it against the installed SGLang"
+    )
+    series.add_argument("--why", action="store_true", help="print the catalogue entry of each hook")
+    commands.add_parser("compatibility", help="what works beside a sharded cache (Markdown table)")
+    options = parser.parse_args(argv)
+    if options.command == "series":
+        return print_series(catalogue=options.why)
+    return print_compatibility()
+
+
+def print_series(*, catalogue: bool) -> int:
+    """Print patch, kind, target and state of each hook; 1 when a target is not as declared."""
+    from sglang_helix.hook import SeriesError, check_version, installed_sglang
+    from sglang_helix.series import SERIES
+
+    failures = 0
+    try:
+        print(f"sglang {installed_sglang()}")
+        check_version()
+    except SeriesError as unsupported:
+        print(unsupported)
+        failures += 1
+    for patch in SERIES:
+        print(f"\n{patch.name}: {patch.summary}")
+        for hook in patch.hooks:
+            problem = hook.check()
+            failures += problem is not None
+            state = "ok" if problem is None else f"DIFFERS: {problem}"
+            print(f"  {hook.stage:6}  {hook.kind:10}  {hook.target}  {state}")
+            if catalogue:
+                for name in ("why", "how", "upstream", "until"):
+                    text = f"{name}: {getattr(hook, name)}"
+                    print(textwrap.indent(textwrap.fill(text, 84), " " * 10))
+    return 1 if failures else 0
+
+
+def print_compatibility() -> int:
+    """Print the compatibility table as Markdown."""
+    from sglang_helix.srt.compatibility import TABLE
+
+    print("| feature | flag | with a sharded cache | why |\n|---|---|---|---|")
+    for row in TABLE:
+        print(
+            f"| {row.feature} | {f'`{row.flag}`' if row.flag else ''} | {row.status} | {row.why} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

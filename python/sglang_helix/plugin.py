@@ -1,0 +1,113 @@
+"""SGLang's door to the series: the entry point, its two stages, and the checks that fail closed.
+
+SGLang calls `register` in every process that loads plugins. The launch stage registers the light
+hooks. The serve stage runs in a scheduler process whose layout shards the cache, just before the
+process groups are built, and installs the rest.
+
+SGLang logs a plugin or a hook that fails and carries on; a rank that lacks one would then serve
+wrong tokens. So whatever goes wrong in a stage ends the process (SystemExit passes through
+SGLang's `except Exception`), and the launcher serves only when every rank has reported its stages.
+
+This module imports nothing that can fail: an ImportError here would be swallowed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from sglang_helix.hook import Hook, Stage
+
+logger = logging.getLogger(__name__)
+
+_installed: set[str] = set()
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`: the launch stage."""
+    try:
+        from sglang_helix.hook import check_version
+        from sglang_helix.series import hooks
+
+        check_version()
+        _register(hooks("launch"))
+        _installed.add("launch")
+    except Exception as failure:
+        _stop("launch", failure)
+
+
+def install_serve_stage() -> None:
+    """In a scheduler process, before its process groups: import the heavy targets and patch."""
+    try:
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        from sglang_helix.series import hooks
+
+        verify("launch")
+        _register(hooks("serve"))
+        HookRegistry.apply_hooks()
+        verify("serve")
+        _installed.add("serve")
+    except Exception as failure:
+        _stop("serve", failure)
+
+
+def installed_stages() -> frozenset[str]:
+    """The stages this process has installed without a failure."""
+    return frozenset(_installed)
+
+
+def verify(stage: Stage) -> None:
+    """Raise SeriesError unless SGLang has applied every hook of a stage in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_helix.hook import HOOK_TYPES, SeriesError
+    from sglang_helix.series import hooks
+
+    missing = [
+        hook.target
+        for hook in hooks(stage)
+        if hook.kind in HOOK_TYPES and hook.target not in HookRegistry._patched
+    ]
+    if missing:
+        raise SeriesError(f"SGLang did not apply the hooks on {', '.join(missing)}")
+
+
+def _register(hooks: Iterable[Hook]) -> None:
+    """Check each hook against the installed SGLang and hand it to SGLang's registries."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_helix.hook import HOOK_TYPES, SeriesError
+
+    for hook in hooks:
+        if problem := hook.check():
+            raise SeriesError(problem)
+        implementation = hook.implementation()
+        if hook.kind in HOOK_TYPES:
+            HookRegistry.register(hook.target, implementation, HookType(hook.kind))
+        elif hook.kind == "resolution":
+            from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+            register_resolution_hook(hook.target.rpartition(".")[2])(implementation)
+        elif hook.kind == "backend":
+            hook.table()[hook.key] = implementation
+        else:
+            hook.resolve().extend(implementation())
+
+
+def _stop(stage: str, failure: Exception) -> NoReturn:
+    message = f"sglang-helix: the {stage} stage of the series failed: {failure}"
+    logger.error(message, exc_info=failure)
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(message) from failure
+
+
+def before_process_groups(*args: Any, **kwargs: Any) -> None:
+    """Before SGLang's `init_parallel_runtime`: the serve stage, where the cache is sharded."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().attn_dcp_size > 1:
+        install_serve_stage()

@@ -1,0 +1,299 @@
+"""The patch series as data: every place where it touches SGLang, and why.
+
+One declaration serves four readers: `plugin.py` installs it, ``python -m sglang_helix series``
+prints and checks it, the contract test runs the same check, and whoever carries the series to the
+next SGLang reads here what each hook is for and when it can go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sglang_helix.hook import Hook, Patch, Stage
+
+_SRT = "sglang_helix.srt"
+
+A2A = Patch(
+    "a2a",
+    "Decode context parallelism over one exchange interface, for every attention backend that has "
+    "an adapter, GQA and MLA",
+    (
+        Hook(
+            target="sglang.srt.arg_groups.parallel_hook.handle_deprecated_dp_attention",
+            kind="resolution",
+            stage="launch",
+            impl=f"{_SRT}.server_args:verify_series",
+            signature="server_args",
+            why="SGLang logs a hook that could not be applied and starts without it",
+            how="first step of resolution: stops unless every launch hook was applied",
+            upstream="none",
+            until="SGLang stops on a failed hook by itself",
+        ),
+        Hook(
+            target="sglang.srt.arg_groups.parallel_hook.handle_decode_context_parallelism",
+            kind="resolution",
+            stage="launch",
+            impl=f"{_SRT}.server_args:resolve_comm_backend",
+            signature="server_args",
+            why="heads that cannot be laid out start and answer wrongly; on Blackwell the default "
+            "fi_a2a is ignored for GQA",
+            how="checks N, K and heads after upstream's step; a2a where fi_a2a does not exist",
+            upstream="sgl-project/sglang#34355",
+            until="upstream validates the heads of GQA under DCP",
+        ),
+        Hook(
+            target="sglang.srt.arg_groups.attention_hook.handle_attention_backend_compatibility",
+            kind="resolution",
+            stage="launch",
+            impl=f"{_SRT}.server_args:choose_attention_backend",
+            signature="server_args",
+            why="the default backend on Hopper (fa3) has no DCP and dies at graph capture",
+            how="chooses a backend that works where the user named none, and says so",
+            upstream="sgl-project/sglang#35384, #39440",
+            until="upstream's default takes dcp_size into account",
+        ),
+        Hook(
+            target="sglang.srt.arg_groups.model_hook.handle_model_capability_adjustments",
+            kind="resolution",
+            stage="launch",
+            impl=f"{_SRT}.server_args:validate",
+            signature="server_args",
+            why="many combinations with DCP start and then crash or answer wrongly",
+            how="walks the compatibility table once everything else is resolved",
+            upstream="sgl-project/sglang#37735, #29760, #34355",
+            until="upstream refuses the same combinations",
+        ),
+        Hook(
+            target="sglang.srt.distributed.bootstrap.init_parallel_runtime",
+            kind="before",
+            stage="launch",
+            impl="sglang_helix.plugin:before_process_groups",
+            signature="server_args, device, dist_port",
+            why="attention backends and models are too heavy to import in every process",
+            how="installs the serve stage in scheduler processes whose cache is sharded",
+            upstream="none",
+            until="SGLang's plugins can register hooks for scheduler processes alone",
+        ),
+        Hook(
+            target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+            kind="after",
+            stage="launch",
+            impl=f"{_SRT}.managers.scheduler:add_series_report",
+            signature="self",
+            why="a rank whose plugin failed would serve upstream's DCP, with wrong tokens",
+            how="adds this rank's series and layout to its ready message",
+            upstream="none",
+            until="SGLang reports the plugins of each rank",
+        ),
+        Hook(
+            target="sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+            kind="around",
+            stage="launch",
+            impl=f"{_SRT}.entrypoints.engine:launch_scheduler_processes",
+            signature="server_args, port_args, run_scheduler_process_func, placement_group=",
+            why="see Scheduler.get_init_info",
+            how="waits for the ranks' reports and refuses to serve unless all agree",
+            upstream="none",
+            until="SGLang reports the plugins of each rank",
+        ),
+        Hook(
+            target="sglang.srt.distributed.parallel_state.initialize_model_parallel",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.distributed.parallel_state:initialize_model_parallel",
+            signature="backend=, duplicate_tp_group=, enable_symm_mem=, recovered_rank=, "
+            "rank_offset=, max_world_size=",
+            why="upstream builds its DCP group on CUDA, HIP, NPU and XPU only",
+            how="builds the same group where upstream refuses the platform",
+            upstream="sgl-project/sglang#26432",
+            until="the platform gate goes",
+        ),
+        Hook(
+            target="sglang.srt.distributed.parallel_state.GroupCoordinator.all_to_all_single",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.distributed.all_to_all:group_all_to_all_single",
+            signature="self, output, input",
+            why="equal splits only, no check of its arguments, no CPU tensors",
+            how="validated, uneven splits, any dtype, gloo, one custom op",
+            upstream="sgl-project/sglang#21637",
+            until="upstream's takes splits and checks its arguments",
+        ),
+        Hook(
+            target="sglang.srt.distributed.device_communicators.pynccl.PyNcclCommunicator"
+            ".all_to_all_single",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.distributed.device_communicators.pynccl:pynccl_all_to_all_single",
+            signature="self, output_tensor, input_tensor",
+            why="right for one dimension only; leaves the output unset when disabled",
+            how="bytes, any shape and split, ncclAlltoAll where the library has it",
+            upstream="sgl-project/sglang#32560",
+            until="upstream's does the same",
+        ),
+        Hook(
+            target="sglang.srt.layers.dcp.comm.dcp_a2a_lse_reduce",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.layers.dcp.comm:dcp_a2a_lse_reduce",
+            signature="cp_attn_out, cp_attn_lse, cp_group, is_lse_base_on_e=, "
+            "cuda_graph_buffers=, comm_backend=",
+            why="an empty shard's NaN reaches the result; 4-byte rows; power-of-two sizes only",
+            how="the series' exchange; fi_a2a stays upstream's",
+            upstream="sgl-project/sglang#34614",
+            until="upstream's combine masks empty shards",
+        ),
+        Hook(
+            target="sglang.srt.layers.dcp.comm.cp_lse_ag_out_rs_mha",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.layers.dcp.comm:cp_lse_ag_out_rs_mha",
+            signature="cp_attn_out, cp_attn_lse, cp_group, return_lse=",
+            why="all-reduces what it then slices; a +inf LSE zeroes every rank's share",
+            how="the series' exchange: a true reduce-scatter",
+            upstream="sgl-project/sglang#25090",
+            until="upstream's reduce-scatters and masks",
+        ),
+        Hook(
+            target="sglang.srt.layers.dcp.comm.cp_lse_ag_out_rs_mla",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.layers.dcp.comm:cp_lse_ag_out_rs_mla",
+            signature="cp_attn_out, cp_attn_lse, cp_group, ctx=, is_lse_base_on_e=",
+            why="an empty shard's NaN is spread to all ranks; power-of-two sizes only",
+            how="the series' exchange",
+            upstream="sgl-project/sglang#14194",
+            until="upstream's masks empty shards",
+        ),
+        Hook(
+            target="sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
+            ".is_mla_dcp_lse_base_on_e",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.layers.dcp.comm:is_mla_dcp_lse_base_on_e",
+            signature="attention_backend",
+            why="names three backends; triton's and torch_native's LSE would be read as base 2",
+            how="one table for all backends",
+            upstream="sgl-project/sglang#33325",
+            until="backends declare the base of their LSE",
+        ),
+        Hook(
+            target="sglang.srt.models.deepseek_common.utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS",
+            kind="append",
+            stage="serve",
+            impl=f"{_SRT}.layers.attention.attention_registry:absorbed_mla_backends",
+            signature="",
+            why="backends outside this list take a branch of MLA decode that never binds an LSE",
+            how="adds the backends with an adapter",
+            upstream="sgl-project/sglang#30444",
+            until="upstream's Triton backend serves MLA under DCP",
+        ),
+        Hook(
+            target="sglang.srt.layers.dcp.planner.prepare_decode_context_parallel_metadata",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.layers.dcp.planner:prepare_decode_context_parallel_metadata",
+            signature="seq_lens, extend_prefix_lens, extend_prefix_lens_cpu, extend_seq_lens, "
+            "req_pool_indices, req_to_token, seq_lens_sum, kv_buffer_shape, kv_cache_dtype, "
+            "kv_cache_device, create_chunked_prefix_cache_kv_indices_fn",
+            why="reads other ranks' rows once a prefix length is not a multiple of K; Triton only",
+            how="counts each request's own rows, in torch",
+            upstream="sgl-project/sglang#14194",
+            until="upstream's planner counts by request",
+        ),
+        Hook(
+            target="sglang.srt.layers.linear.QKVParallelLinear.__init__",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.layers.linear:qkv_parallel_linear_init",
+            signature="self, hidden_size, head_size, total_num_heads, total_num_kv_heads=, bias=, "
+            "skip_bias_add=, params_dtype=, quant_config=, prefix=, load_presharded_attn=, "
+            "v_head_size=, skip_block_quant_check=, parallel_group=, kv_parallel_group=",
+            why="ranks of a KVP group would compute different key-value heads",
+            how="shards key-value heads by A while the model is built",
+            upstream="sgl-project/sglang#34355",
+            until="upstream's models shard key-value heads by tp / dcp",
+        ),
+        Hook(
+            target="sglang.srt.model_loader.loader._initialize_model",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.model_loader.loader:initialize_model",
+            signature="model_config, load_config, quant_config=",
+            why="see QKVParallelLinear",
+            how="sets the scope, then fits and checks every attention layer, or refuses the model",
+            upstream="sgl-project/sglang#34355",
+            until="see QKVParallelLinear",
+        ),
+        Hook(
+            target="sglang.srt.models.utils.enable_fused_set_kv_buffer",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.models.utils:enable_fused_set_kv_buffer",
+            signature="forward_batch",
+            why="the fused rotary kernel writes K and V at widened slots, out of the pool's bounds",
+            how="keeps the two steps apart",
+            upstream="none",
+            until="the fused kernel resolves the owner of a slot",
+        ),
+        Hook(
+            target="sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.set_kv_buffer",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.memory_pool:mla_set_kv_buffer",
+            signature="self, layer, loc_info, cache_k, cache_v, layer_id_override=",
+            why="asserts under DCP, but MLA's prefill writes through it on other platforms",
+            how="splits the row and goes through the store that resolves owners",
+            upstream="sgl-project/sglang#37735",
+            until="upstream's write path is the same on every platform",
+        ),
+        Hook(
+            target="sglang.srt.managers.schedule_policy.PrefillAdder.__init__",
+            kind="before",
+            stage="serve",
+            impl=f"{_SRT}.managers.schedule_policy:prefill_adder_init",
+            signature="self, page_size, tree_cache, token_to_kv_pool_allocator, running_batch, "
+            "new_token_ratio, rem_input_tokens, rem_chunk_tokens, num_mixed_decode_tokens=, "
+            "priority_scheduling_preemption_threshold=, max_prefill_bs=, max_running_requests=, "
+            "prefill_max_requests=, prefill_delayer_single_pass=, dllm_config=, "
+            "waiting_queue_len=, prefill_tile_block_m=",
+            why="budgets in the pool's pages, not the allocator's K times longer ones",
+            how="hands it the allocator's page size",
+            upstream="none",
+            until="the scheduler passes the allocator's page size",
+        ),
+        Hook(
+            target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[triton]",
+            kind="backend",
+            stage="serve",
+            impl=f"{_SRT}.layers.attention.attention_registry:create_triton_backend",
+            signature="runner",
+            why="its DCP ignores the communication backend, drops heads and breaks on MLA",
+            how="the adapter in layers/attention/triton_backend.py",
+            upstream="sgl-project/sglang#25090, #34161, #30444",
+            until="upstream's backend honours the exchange",
+        ),
+        Hook(
+            target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
+            "[torch_native]",
+            kind="backend",
+            stage="serve",
+            impl=f"{_SRT}.layers.attention.attention_registry:create_torch_native_backend",
+            signature="runner",
+            why="no DCP and no absorbed MLA",
+            how="the adapter in layers/attention/torch_native_backend.py",
+            upstream="none",
+            until="upstream's backend serves both",
+        ),
+    ),
+)
+
+SERIES: tuple[Patch, ...] = (A2A,)
+
+
+def hooks(stage: Stage | None = None) -> Iterator[Hook]:
+    """Every hook of the series in order, or those of one stage."""
+    for patch in SERIES:
+        for hook in patch.hooks:
+            if stage is None or hook.stage == stage:
+                yield hook

@@ -1,0 +1,349 @@
+"""What works beside a sharded cache, and what is refused: the one table.
+
+Start-up validation (`server_args.py`) walks it, ``python -m sglang_helix compatibility`` prints it,
+and every row has its test. "Sharded cache" means `--dcp-size` > 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal["works", "refused"]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a row looks at: resolved server arguments and the model's configuration."""
+
+    args: Any
+    model: Any
+
+    @property
+    def mla(self) -> bool:
+        """Whether the model's attention is multi-head latent attention."""
+        from sglang.srt.configs.model_config import AttentionArch
+
+        return bool(self.model.attention_arch == AttentionArch.MLA)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One feature.
+
+    feature: what it is called. flag: how a user asks for it ("" where the model brings it).
+    status: of the feature beside a sharded cache. why: reason or, for what works, its evidence.
+    instead: what to do where it is refused. given: its value where it is in use, else None.
+    """
+
+    feature: str
+    flag: str
+    status: Status
+    why: str
+    instead: str = ""
+    given: Callable[[Situation], object | None] = lambda situation: None
+
+    def refusal(self, situation: Situation) -> str | None:
+        """The error for a start-up that asks for it; None where it does not or it works."""
+        if self.status == "works":
+            return None
+        value = self.given(situation)
+        if value is None or value is False:
+            return None
+        asked = f"{self.flag} {value}" if self.flag and value is not True else self.flag
+        subject = asked or f"{self.feature} ({' '.join(situation.model.hf_config.architectures)})"
+        size = situation.args.dcp_size
+        return f"{subject} is not supported with --dcp-size {size}: {self.why}. {self.instead}."
+
+
+def _flag(name: str) -> Callable[[Situation], object | None]:
+    """The argument's value where it is set to something."""
+    return lambda situation: getattr(situation.args, name) or None
+
+
+def _more_than_one(name: str) -> Callable[[Situation], object | None]:
+    return lambda situation: value if (value := getattr(situation.args, name)) > 1 else None
+
+
+def _unlike(name: str, *usual: object) -> Callable[[Situation], object | None]:
+    return lambda situation: (
+        value if (value := getattr(situation.args, name)) not in usual else None
+    )
+
+
+def _model(name: str) -> Callable[[Situation], object | None]:
+    return lambda situation: bool(getattr(situation.model, name, None)) or None
+
+
+def _hybrid_linear(situation: Situation) -> object | None:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(situation.model) is not None or None
+
+
+def _sparse(situation: Situation) -> object | None:
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    return bool(is_deepseek_dsa(situation.model.hf_config)) or None
+
+
+def _dual_chunk(situation: Situation) -> object | None:
+    return hasattr(situation.model.hf_config, "dual_chunk_attention_config") or None
+
+
+def _prefill_graph(situation: Situation) -> object | None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    backend = situation.args.cuda_graph_config.prefill.backend
+    return None if backend == Backend.DISABLED else str(getattr(backend, "value", backend))
+
+
+def _short_chunk(situation: Situation) -> object | None:
+    size = situation.args.chunked_prefill_size
+    page = situation.args.page_size * situation.args.dcp_size
+    return size if size is not None and 0 < size < page else None
+
+
+def _q_replication(situation: Situation) -> object | None:
+    return (situation.args.dcp_replicate_q_proj and not situation.mla) or None
+
+
+def _hnd_layout(situation: Situation) -> object | None:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_USE_HND_KVCACHE.get()) or None
+
+
+_ONE_GROUP = "use --tp-size and --dcp-size alone"
+_WITHOUT = "Leave the flag out, or leave --dcp-size out"
+_PLAIN = "Serve this model without --dcp-size"
+
+TABLE: tuple[Row, ...] = (
+    Row("chunked prefill", "--chunked-prefill-size", "works", "end-to-end matrix, odd sizes"),
+    Row("prefix cache", "--disable-radix-cache off", "works", "end-to-end matrix, hits asserted"),
+    Row("page size", "--page-size", "works", "end-to-end matrix, pages of 1 and 64"),
+    Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
+    Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
+    Row(
+        "prefill chunk shorter than a widened page",
+        "--chunked-prefill-size",
+        "refused",
+        "a chunk must hold at least one page of the whole group (page size x dcp size)",
+        "Use a larger chunk or a smaller --page-size",
+        _short_chunk,
+    ),
+    Row(
+        "query replication for GQA and MHA",
+        "--dcp-replicate-q-proj",
+        "refused",
+        "upstream replicates the query projection of MLA models only",
+        "Leave the flag out for this model",
+        _q_replication,
+    ),
+    Row(
+        "attention data parallelism",
+        "--attn-dp-size",
+        "refused",
+        "KVP groups could cross replicas",
+        f"Instead, {_ONE_GROUP}",
+        _more_than_one("attn_dp_size"),
+    ),
+    Row(
+        "prefill context parallelism",
+        "--attn-cp-size",
+        "refused",
+        "the two divide the sequence differently",
+        f"Instead, {_ONE_GROUP}",
+        _more_than_one("attn_cp_size"),
+    ),
+    Row(
+        "upstream's KV cache sharding",
+        "--enable-kv-cache-sharding",
+        "refused",
+        "the cache would be sharded twice",
+        _WITHOUT,
+        _flag("enable_kv_cache_sharding"),
+    ),
+    Row(
+        "speculative decoding",
+        "--speculative-algorithm",
+        "refused",
+        "the verify pass attends several queries a request, and its metadata is not sharded",
+        _WITHOUT,
+        _flag("speculative_algorithm"),
+    ),
+    Row(
+        "diffusion language models",
+        "--dllm-algorithm",
+        "refused",
+        "their attention is not causal",
+        _WITHOUT,
+        _flag("dllm_algorithm"),
+    ),
+    Row(
+        "prefill-decode disaggregation",
+        "--disaggregation-mode",
+        "refused",
+        "the transfer of sharded pages is not verified with the series",
+        _WITHOUT,
+        _unlike("disaggregation_mode", "null", None),
+    ),
+    Row(
+        "hierarchical cache",
+        "--enable-hierarchical-cache",
+        "refused",
+        "the host pool of GQA has no sharded layout, and MLA's is not verified with the series",
+        _WITHOUT,
+        _flag("enable_hierarchical_cache"),
+    ),
+    Row(
+        "LMCache",
+        "--enable-lmcache",
+        "refused",
+        "it stores whole pages",
+        _WITHOUT,
+        _flag("enable_lmcache"),
+    ),
+    Row(
+        "HiSparse",
+        "--enable-hisparse",
+        "refused",
+        "its host pages are not sharded",
+        _WITHOUT,
+        _flag("enable_hisparse"),
+    ),
+    Row(
+        "unified memory pool",
+        "--enable-unified-memory",
+        "refused",
+        "its write locations are translated before the owner of a row is known",
+        _WITHOUT,
+        _flag("enable_unified_memory"),
+    ),
+    Row(
+        "LoRA",
+        "--enable-lora",
+        "refused",
+        "its buffers are sized by tp size, not by the heads of a group",
+        _WITHOUT,
+        _flag("enable_lora"),
+    ),
+    Row(
+        "two-batch overlap",
+        "--enable-two-batch-overlap",
+        "refused",
+        "half batches would exchange on two streams at once",
+        _WITHOUT,
+        _flag("enable_two_batch_overlap"),
+    ),
+    Row(
+        "prefill-decode multiplexing",
+        "--enable-pdmux",
+        "refused",
+        "both phases would exchange at once on one group",
+        _WITHOUT,
+        _flag("enable_pdmux"),
+    ),
+    Row(
+        "torch.compile of the model",
+        "--enable-torch-compile",
+        "refused",
+        "the adapters have not been traced",
+        _WITHOUT,
+        _flag("enable_torch_compile"),
+    ),
+    Row(
+        "prefill CUDA graphs",
+        "--cuda-graph-backend-prefill",
+        "refused",
+        "a captured prefill has no plan for the sharded prefix",
+        "Use --cuda-graph-backend-prefill disabled",
+        _prefill_graph,
+    ),
+    Row(
+        "deterministic inference",
+        "--enable-deterministic-inference",
+        "refused",
+        "a prompt's sum of two parts depends on where its cached prefix ends",
+        _WITHOUT,
+        _flag("enable_deterministic_inference"),
+    ),
+    Row(
+        "elastic expert parallelism",
+        "--elastic-ep-backend",
+        "refused",
+        "KVP groups are fixed at start",
+        _WITHOUT,
+        _flag("elastic_ep_backend"),
+    ),
+    Row(
+        "Ray",
+        "--use-ray",
+        "refused",
+        "its scheduler actors do not load plugins, so ranks would run without the series",
+        _WITHOUT,
+        _flag("use_ray"),
+    ),
+    Row(
+        "head-major cache layout",
+        "SGLANG_USE_HND_KVCACHE",
+        "refused",
+        "the owner's rows are written token by token",
+        "Unset the variable",
+        _hnd_layout,
+    ),
+    Row(
+        "sliding-window attention",
+        "",
+        "refused",
+        "windows are not cut by owner",
+        _PLAIN,
+        _model("is_hybrid_swa"),
+    ),
+    Row(
+        "chunked local attention",
+        "",
+        "refused",
+        "chunks are not cut by owner",
+        _PLAIN,
+        _model("attention_chunk_size"),
+    ),
+    Row(
+        "encoder-decoder models",
+        "",
+        "refused",
+        "cross attention reads a second cache that is not sharded",
+        _PLAIN,
+        _model("is_encoder_decoder"),
+    ),
+    Row(
+        "hybrid linear attention",
+        "",
+        "refused",
+        "recurrent states cannot be split by token",
+        _PLAIN,
+        _hybrid_linear,
+    ),
+    Row(
+        "sparse attention (DSA)",
+        "",
+        "refused",
+        "top-k indices address the whole sequence",
+        _PLAIN,
+        _sparse,
+    ),
+    Row(
+        "dual chunk attention",
+        "",
+        "refused",
+        "its three partial softmaxes are not cut by owner",
+        _PLAIN,
+        _dual_chunk,
+    ),
+)
+
+
+def refusals(situation: Situation) -> list[str]:
+    """Every reason not to start; empty when the combination works."""
+    return [reason for row in TABLE if (reason := row.refusal(situation))]

@@ -1,0 +1,242 @@
+"""Decode and extend over a sequence-sharded KV cache, written once for every attention backend.
+
+A backend's adapter supplies seam 3, partial attention, and nothing else: three functions from
+(queries, some keys and values) to (out, natural-log LSE). Who owns which row is `KVShard`; how
+partial results become whole ones is `Exchange`. The adapter sees neither.
+
+Decode (GQA, MHA)     write the new token's K and V -> attend the local tokens with the heads of
+                      the whole group -> exchange.
+Extend (GQA, MHA)     the current chunk is whole on every rank: attend it with this rank's own
+                      heads, no communication; attend the cached prefix like decode does; merge
+                      the two by LSE.
+MLA                   the model gathers queries before decode and exchanges after it (through
+                      `layers/dcp/comm.py`), so decode returns (out, LSE) of the whole group's
+                      heads. For extend it gathers the latent prefix instead, which for a chunk
+                      of queries is far smaller, and this rank attends it with its own heads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
+from sglang_helix.srt.layers.dcp.lse_combine import combine
+from sglang_helix.srt.layers.dcp.ownership import KVShard
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+class ShardedAttention(AttentionBackend):
+    """Mixin in front of one of SGLang's attention backends.
+
+    Shapes: T tokens of the batch, H query heads of the whole KVP group (H/K of them this rank's
+    own), G key-value heads of the group. Outputs are [T, heads, Dv], LSEs fp32 [T, heads].
+    """
+
+    def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
+        super().__init__(model_runner, **kwargs)
+        parallel = get_parallel()
+        self.kvp_group = parallel.dcp_group
+        self.shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+        self.exchange = EXCHANGES[parallel.dcp_comm_backend]
+        self.pool_page_size: int = model_runner.page_size
+        self.mla: bool = model_runner.use_mla_backend
+        self.write_rows: torch.Tensor | None = None
+
+    # Seam 3, supplied by the adapter.
+
+    def partial_decode(
+        self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> Partial:
+        """One query per request, q [T, H, Dk], over this rank's cached tokens."""
+        raise NotImplementedError
+
+    def partial_current(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> Partial:
+        """The current chunk on itself, causal: q [T, h, Dk], k [T, g, Dk], v [T, g, Dv]."""
+        raise NotImplementedError
+
+    def partial_prefix(
+        self,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        gathered: torch.Tensor | None = None,
+    ) -> Partial:
+        """Queries of a chunk over the tokens cached before it, not causal.
+
+        q [T, heads, Dk]. With `gathered` None: this rank's rows of the pool. Otherwise MLA's
+        gathered prefix [sum of prefix lengths, 1, Dk], request after request, whole.
+        """
+        raise NotImplementedError
+
+    # What SGLang calls.
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Prepare one eager forward pass."""
+        super().init_forward_metadata(forward_batch)
+        if forward_batch.out_cache_loc is not None:
+            self.write_rows = self.shard.write_rows(
+                forward_batch.out_cache_loc, self.pool_page_size
+            )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Attention of one new token per request.
+
+        Returns [T, own heads * Dv], or for MLA the (out, LSE) of the whole group's heads.
+        """
+        q_rope, k_rope = _rope_parts(kwargs)
+        if q_rope is not None:
+            if save_kv_cache:
+                self._store_mla(layer, forward_batch, k, k_rope)
+            return self.partial_decode(_joined(q, q_rope, layer), layer, forward_batch)
+        if save_kv_cache:
+            self._store(layer, forward_batch, k, v)
+        out, lse = self.partial_decode(self._group_heads(q, layer), layer, forward_batch)
+        return self._own_heads(out, lse)[0].flatten(1).to(q.dtype)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of a chunk of new tokens per request: [T, own heads * Dv]."""
+        q_rope, k_rope = _rope_parts(kwargs)
+        has_prefix = _any_prefix(forward_batch)
+        if q_rope is not None:
+            queries = _joined(q, q_rope, layer)
+            latent = torch.cat([k, k_rope.view(*k.shape[:-1], -1)], dim=-1)
+            parts = [self.partial_current(queries, latent, k, layer, forward_batch)]
+            if has_prefix:
+                metadata = forward_batch.attn_dcp_metadata
+                prefix = metadata.dcp_kv_buffer[: metadata.dcp_extend_prefix_lens_sum]
+                parts.append(self.partial_prefix(queries, layer, forward_batch, prefix))
+            if save_kv_cache:
+                self._store_mla(layer, forward_batch, k, k_rope)
+        else:
+            queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            # MLA's un-absorbed chunk brings keys and values of its own heads, and no prefix.
+            own_k, own_v = (k, v) if self.mla else self._own_kv_heads(queries, k, v)
+            parts = [self.partial_current(queries, own_k, own_v, layer, forward_batch)]
+            if has_prefix and not self.mla:
+                out, lse = self.partial_prefix(self._group_heads(q, layer), layer, forward_batch)
+                parts.append(self._own_heads(out, lse))
+            if save_kv_cache:
+                self._store(layer, forward_batch, k, v)
+        return _merged(parts).flatten(1).to(q.dtype)
+
+    # Between the seams.
+
+    def _group_heads(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """Queries of all heads of the KVP group: [T, own heads * Dk] -> [T, H, Dk]."""
+        own = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+        return self.kvp_group.all_gather(own, dim=1).contiguous()
+
+    def _own_heads(self, out: torch.Tensor, lse: torch.Tensor) -> Partial:
+        """Exact attention of this rank's own heads, from every rank's partial results."""
+        return self.exchange(out, lse, self.kvp_group)
+
+    def _own_kv_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial:
+        """The key-value heads that this rank's own query heads attend to.
+
+        q [T, h, .], k and v [T, G, .]. Heads come in groups of H / G queries per key-value head;
+        where this rank's h heads cut through groups, each query head gets its own copy.
+        """
+        heads, groups = q.shape[1], k.shape[1]
+        if groups == 1:
+            return k, v
+        per_group = heads * self.shard.size // groups
+        first, last = heads * self.shard.rank, heads * (self.shard.rank + 1)
+        if heads % per_group == 0 or per_group % heads == 0:
+            wanted = slice(first // per_group, (last - 1) // per_group + 1)
+            return k[:, wanted], v[:, wanted]
+        index = torch.arange(first, last, device=k.device) // per_group
+        return k[:, index], v[:, index]
+
+    def _store(
+        self, layer: RadixAttention, forward_batch: ForwardBatch, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        assert self.write_rows is not None
+        loc = KVWriteLoc(
+            self.write_rows[: k.shape[0]], physical=forward_batch.out_cache_loc_is_physical
+        )
+        self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
+
+    def _store_mla(
+        self,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+    ) -> None:
+        # The pool's MLA store takes widened slots and resolves their owner itself.
+        loc = KVWriteLoc.for_batch(forward_batch)
+        self.token_to_kv_pool.set_mla_kv_buffer(
+            layer, loc, latent, rope.view(*latent.shape[:-1], -1)
+        )
+
+
+def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """MLA's rotary parts of query and key; refuses what no adapter computes."""
+    q_rope, k_rope = kwargs.pop("q_rope", None), kwargs.pop("k_rope", None)
+    if given := sorted(name for name, value in kwargs.items() if value is not None):
+        raise NotImplementedError(
+            f"attention with {', '.join(given)} is not supported with --dcp-size > 1"
+        )
+    return q_rope, k_rope
+
+
+def _joined(q: torch.Tensor, q_rope: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    heads = layer.tp_q_head_num
+    return torch.cat(
+        [q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)], dim=-1
+    )
+
+
+def _any_prefix(forward_batch: ForwardBatch) -> bool:
+    """Whether any request of the batch has cached tokens: the same answer on every rank.
+
+    The number of *local* cached tokens is not: with a short prefix some ranks hold none, and a
+    rank that skipped the exchange would leave its peers waiting for ever.
+    """
+    lens = forward_batch.extend_prefix_lens_cpu
+    return lens is None or any(lens)
+
+
+def _merged(parts: list[Partial]) -> torch.Tensor:
+    if len(parts) == 1:
+        out, lse = parts[0]
+        return out
+    outs, lses = zip(*parts, strict=True)
+    common = torch.promote_types(outs[0].dtype, outs[1].dtype)
+    return combine(torch.stack([out.to(common) for out in outs]), torch.stack(lses))

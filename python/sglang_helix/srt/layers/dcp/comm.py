@@ -1,0 +1,68 @@
+"""Upstream's merge functions, led to the series' exchange.
+
+Extends `sglang/srt/layers/dcp/comm.py`. MLA's forward code and the backends that are complete
+upstream (FlashInfer-MLA, TRTLLM-MLA, CuteDSL-MLA) call these free functions by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_helix.srt.layers.dcp.exchange import Group, a2a, ag_rs
+
+# Attention backends whose LSE is a natural logarithm; the others of SGLang speak base 2.
+_NATURAL_LSE = frozenset(
+    {"aiter", "cutedsl_mla", "fa3", "fa4", "flashmla", "torch_native", "triton"}
+)
+
+
+def is_mla_dcp_lse_base_on_e(attention_backend: str | None) -> bool:
+    """Whether a backend's LSE is a natural logarithm (else base 2)."""
+    return attention_backend in _NATURAL_LSE
+
+
+def dcp_a2a_lse_reduce(
+    original: Callable[..., torch.Tensor],
+    cp_attn_out: torch.Tensor,
+    cp_attn_lse: torch.Tensor,
+    cp_group: Group,
+    is_lse_base_on_e: bool = True,
+    cuda_graph_buffers: dict[str, torch.Tensor] | None = None,
+    comm_backend: str = "a2a",
+) -> torch.Tensor:
+    """Out [B, H, D] and lse [B, H] of a KVP group -> this rank's heads [B, H/K, D].
+
+    `fi_a2a` stays upstream's. `cuda_graph_buffers` is never passed by 0.5.23 and is not needed:
+    buffers come from the graph's own memory pool.
+    """
+    if comm_backend == "fi_a2a":
+        return original(
+            cp_attn_out, cp_attn_lse, cp_group, is_lse_base_on_e, cuda_graph_buffers, comm_backend
+        )
+    return a2a(cp_attn_out, cp_attn_lse, cp_group, base2=not is_lse_base_on_e)[0]
+
+
+def cp_lse_ag_out_rs_mha(
+    cp_attn_out: torch.Tensor,
+    cp_attn_lse: torch.Tensor,
+    cp_group: Group,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Out [B, H, D] and natural-log lse [B, H] -> [B, H/K, D], with its lse when asked."""
+    out, lse = ag_rs(cp_attn_out, cp_attn_lse, cp_group)
+    return (out, lse) if return_lse else out
+
+
+def cp_lse_ag_out_rs_mla(
+    cp_attn_out: torch.Tensor,
+    cp_attn_lse: torch.Tensor,
+    cp_group: Group,
+    ctx: Any = None,
+    is_lse_base_on_e: bool = False,
+) -> torch.Tensor:
+    """Out [B, H, D] and lse [B, H] -> this rank's heads, heads first: [H/K, B, D]."""
+    out, _ = ag_rs(cp_attn_out, cp_attn_lse, cp_group, base2=not is_lse_base_on_e)
+    return out.transpose(0, 1)

@@ -1,0 +1,138 @@
+"""Resolution and validation of the layout's flags. Extends `server_args.py` and `arg_groups/`.
+
+Each function here wraps one step of SGLang's resolution: ``fn(server_args, previous)``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sglang_helix import plugin
+from sglang_helix.srt.compatibility import Situation, refusals
+from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.attention.attention_registry import GQA_BACKENDS, MLA_BACKENDS
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Any], None]
+
+
+def verify_series(server_args: Any, previous: Step) -> None:
+    """First step of resolution: SGLang logs hooks that fail and carries on; stop instead."""
+    plugin.verify("launch")
+    previous(server_args)
+
+
+def resolve_comm_backend(server_args: Any, previous: Step) -> None:
+    """`handle_decode_context_parallelism`: layout, heads and the communication backend."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+
+    previous(server_args)
+    view = resolved_view(server_args)
+    if view.dcp_size == 1:
+        return
+    situation = _situation(server_args)
+    layout = Layout(view.tp_size, view.dcp_size)
+    heads = situation.model.get_max_num_attention_heads()
+    layout.check_heads(heads, 1 if situation.mla else situation.model.get_total_num_kv_heads())
+    if view.dcp_comm_backend == "fi_a2a" and not situation.mla:
+        if server_args._raw_input.get("dcp_comm_backend") == "fi_a2a":
+            raise ValueError(
+                "--dcp-comm-backend fi_a2a serves MLA models only, and this model's attention is "
+                "not MLA: use --dcp-comm-backend a2a."
+            )
+        logger.info("--dcp-comm-backend: a2a in place of fi_a2a, which serves MLA models only.")
+        declare_resolution(server_args, "sglang_helix", dcp_comm_backend="a2a")
+
+
+def choose_attention_backend(server_args: Any, previous: Step) -> None:
+    """`handle_attention_backend_compatibility`: where the user named no backend, one that works."""
+    from sglang.srt.arg_groups.overrides import (
+        attention_backends_of,
+        declare_resolution,
+        resolved_view,
+    )
+
+    view = resolved_view(server_args)
+    if view.dcp_size > 1 and not _named_backends(server_args):
+        situation = _situation(server_args)
+        chosen = _default_backends(server_args, situation, attention_backends_of(view))
+        working = _working_backends(situation)
+        if not set(chosen) <= set(working):
+            backend = _first_that_runs(working)
+            logger.info(
+                "--attention-backend %s: the default here, %s, does not serve --dcp-size %d.",
+                backend,
+                " and ".join(dict.fromkeys(map(str, chosen))),
+                view.dcp_size,
+            )
+            declare_resolution(
+                server_args,
+                "sglang_helix",
+                attention_backend=backend,
+                prefill_attention_backend=None,
+                decode_attention_backend=None,
+            )
+    previous(server_args)
+
+
+def validate(server_args: Any, previous: Step) -> None:
+    """`handle_model_capability_adjustments`: refuse what cannot be right, all reasons at once."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    previous(server_args)
+    view = resolved_view(server_args)
+    if view.dcp_size == 1:
+        return
+    situation = _situation(server_args)
+    reasons = refusals(situation)
+    working = _working_backends(situation)
+    for backend in dict.fromkeys(attention_backends_of(view)):
+        if backend not in working:
+            reasons.append(
+                f"--attention-backend {backend} does not serve "
+                f"{'MLA' if situation.mla else 'GQA or MHA'} with --dcp-size {view.dcp_size}: "
+                f"use one of {', '.join(working)}."
+            )
+    if reasons:
+        raise ValueError("\n".join(reasons))
+
+
+def _situation(server_args: Any) -> Situation:
+    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
+
+    return Situation(resolved_view(server_args), model_config_of(server_args))
+
+
+def _working_backends(situation: Situation) -> tuple[str, ...]:
+    return MLA_BACKENDS if situation.mla else GQA_BACKENDS
+
+
+def _named_backends(server_args: Any) -> list[str]:
+    """The attention backends the user named on the command line."""
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return [value for name in names if (value := server_args._raw_input.get(name))]
+
+
+def _default_backends(
+    server_args: Any, situation: Situation, decided: tuple[str | None, str | None]
+) -> tuple[str | None, ...]:
+    """Prefill and decode backends upstream would use: what it has decided, else its default."""
+    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
+
+    if all(decided):
+        return decided
+    default = get_default_attn_backend(server_args, situation.mla, situation.model)
+    return tuple(backend or default for backend in decided)
+
+
+def _first_that_runs(working: tuple[str, ...]) -> str:
+    """The first working backend that this machine can run."""
+    from sglang.srt.runtime_context import get_platform
+
+    platform = get_platform()
+    if not platform.is_cuda:
+        return "triton" if platform.is_hip or platform.is_xpu else "torch_native"
+    return working[0]
