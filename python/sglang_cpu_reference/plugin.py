@@ -27,7 +27,6 @@ def register() -> None:
     register_resolution_hook("handle_missing_default_values")(_serve_on_the_cpu)
     register_resolution_hook("handle_cpu_backends")(_plain_torch_backends)
     if multiprocessing.parent_process() is None:
-        forkserver.start_early()
         HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
@@ -85,12 +84,21 @@ def _reduce_scatter_tensor(group: Any, output: torch.Tensor, input: torch.Tensor
     torch.distributed.reduce_scatter_tensor(output, input, group=group.device_group)
 
 
+def _read_mla_rows(
+    pool: Any, layer: Any, loc: torch.Tensor, dst_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``MLATokenToKVPool.get_mla_kv_buffer``, upstream a Triton kernel: rows in two parts."""
+    rows = pool.get_key_buffer(layer.layer_id)[loc.long()].to(dst_dtype or pool.dtype)
+    return rows[..., : pool.kv_lora_rank], rows[..., pool.kv_lora_rank :]
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
     f"{_PARALLEL_STATE}.GroupCoordinator.all_gather_into_tensor": _all_gather_into_tensor,
     f"{_PARALLEL_STATE}.GroupCoordinator.reduce_scatter_tensor": _reduce_scatter_tensor,
+    "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
 }
 
 

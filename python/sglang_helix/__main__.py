@@ -54,9 +54,8 @@ def print_compatibility() -> int:
 
     print("| feature | flag | with a sharded cache | why |\n|---|---|---|---|")
     for row in TABLE:
-        print(
-            f"| {row.feature} | {f'`{row.flag}`' if row.flag else ''} | {row.status} | {row.why} |"
-        )
+        flag = f"`{row.flag}`" if row.flag else ""
+        print(f"| {row.feature} | {flag} | {row.status} | {row.why} |")
     return 0
 
 

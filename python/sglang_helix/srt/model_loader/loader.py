@@ -79,11 +79,9 @@ def _fit(model: nn.Module, model_config: Any, kv_heads: int) -> None:
             )
         if layer.tp_k_head_num == kv_heads:
             continue
-        for norm_name, norm in children.items():
-            weight = getattr(norm, "weight", None)
-            if norm_name in ("k_norm", "k_layernorm") and weight is not None:
-                if tuple(weight.shape) != (layer.qk_head_dim,):
-                    raise _refusal(model_config, name, "a key norm over several heads")
+        key_norms = [children[n] for n in ("k_norm", "k_layernorm") if n in children]
+        if any(tuple(norm.weight.shape) != (layer.qk_head_dim,) for norm in key_norms):
+            raise _refusal(model_config, name, "a key norm over several heads")
         if (parent.__dict__.get("num_kv_heads"), parent.__dict__.get("kv_size")) != (
             layer.tp_k_head_num,
             layer.tp_k_head_num * layer.qk_head_dim,

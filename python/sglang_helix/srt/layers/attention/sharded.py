@@ -235,8 +235,7 @@ def _any_prefix(forward_batch: ForwardBatch) -> bool:
 
 def _merged(parts: list[Partial]) -> torch.Tensor:
     if len(parts) == 1:
-        out, lse = parts[0]
-        return out
+        return parts[0][0]
     outs, lses = zip(*parts, strict=True)
     common = torch.promote_types(outs[0].dtype, outs[1].dtype)
     return combine(torch.stack([out.to(common) for out in outs]), torch.stack(lses))

@@ -1,0 +1,714 @@
+"""Partial attention to combined heads in one kernel over symmetric memory.
+
+Every rank of a KVP group of N ranks holds a partial output of all H heads. The kernel writes each
+head's row and LSE straight into the workspace of the rank that owns the head, waits for the rows
+of its own heads, combines them (`lse_combine` states the contract and the formula) and writes the
+result. Rank j owns heads [j*h, (j+1)*h) with h = ceil(H/N).
+
+The protocol. One program carries one row (a token and a place h_i among the owned heads) through
+an N-rank collective of its own: the row's program on every rank sends one piece to each rank,
+itself included, and receives one from each. Rows do not wait for each other, so there is no
+barrier over programs or ranks.
+
+    lamport  Pieces lie in the receiver's memory, which holds a value that is never sent wherever
+             nothing has arrived. The receiver polls the pieces themselves, then puts the value
+             back. No fence, no flag: one trip over the link. Twice the local writes, so it is for
+             small payloads.
+    push     The sender writes its pieces, a fence, then one flag per piece; the receiver polls the
+             flags. A second trip over the link (the fence waits for the first), any payload.
+    pull     As push, but pieces stay in the sender's memory and the receiver reads them there: the
+             fence is local and the reading crosses the link.
+
+Two slots. A row's pieces and flags of call k use slot k % 2. A rank sends the row's call k + 2
+after finishing call k + 1, for which it needed a piece of every rank's call k + 1, and each rank
+sent that after its kernel of call k had ended: all that stood in the slot was read, and the value
+put back. One slot would not do; test/srt/layers/dcp/symm_model.py checks both. The argument needs
+a piece from every rank in every call: where h*N > H the places that stand for no head travel too,
+as empty shards.
+
+Epochs. Each row counts its calls in the rank's own memory. No host state, so CUDA graphs replay;
+no reset, so batch sizes may vary. Flags carry the epoch and are compared by equality: 64 bits
+never come round.
+
+What the caller owes: every rank makes the same calls (batch size, order), and calls on one
+workspace never overlap in time: one workspace per stream that runs concurrently with others.
+
+Memory order. `.wt` stores compile to STG.STRONG.SYS and volatile loads to LDG.STRONG.SYS, the
+instructions of PTX's relaxed.sys accesses (test_symm_compile.py looks). Words are 4 bytes and
+never tear; nothing is assumed of wider accesses. Between two calls the kernel boundary orders.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+Protocol = Literal["lamport", "push", "pull"]
+PROTOCOLS: tuple[Protocol, ...] = ("lamport", "push", "pull")
+SEND, RECEIVE = 1, 2  # phases of the kernel; apart only where ranks run one after another (tests)
+
+# -0.0 in fp32, 0.0 beside -0.0 in fp16 and bf16: sent as 0, which changes no sum.
+_NEVER_SENT: tl.constexpr = tl.constexpr(-(2**31))
+_NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
+_INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_POLLS_PER_REPORT: tl.constexpr = tl.constexpr(1 << 16)  # some 50 ms
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # e4m3fn
+_FP8_GROUP: tl.constexpr = tl.constexpr(128)
+_FP8_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # of a group's largest magnitude, as in SGLang
+
+_TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_VECTOR = 16  # bytes of the widest access; rows start on multiples of it
+_WORDS_PER_THREAD = 64
+_LAMPORT_MAX_BYTES = 2 << 20  # sent per rank and call
+_WARPS_PER_SM = 16  # resident at up to 128 registers per thread (65536 per SM)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one rank's workspace holds and where; the same on every rank.
+
+    Attributes:
+        ranks: N.
+        heads: H, query heads of a partial output; need not be divisible by N.
+        head_dim: D; rows of D elements must be whole 16-byte vectors.
+        wire: dtype of the pieces (bf16, fp16, fp32).
+        lamport_tokens: tokens that fit the lamport region, at most.
+        staged_tokens: tokens that fit the region of push and pull, at most.
+    """
+
+    ranks: int
+    heads: int
+    head_dim: int
+    wire: torch.dtype
+    lamport_tokens: int
+    staged_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.wire not in _TL_DTYPE:
+            raise TypeError(f"symm exchanges bf16, fp16 or fp32 rows, not {self.wire}")
+        if self.row_bytes % _VECTOR:
+            raise ValueError(
+                f"head_dim {self.head_dim} in {self.wire} makes rows of {self.row_bytes} bytes; "
+                f"symm needs whole 16-byte vectors: use --dcp-comm-backend a2a"
+            )
+
+    @property
+    def owned(self) -> int:
+        """Rows per token and rank: ceil(H/N)."""
+        return -(-self.heads // self.ranks)
+
+    def owned_by(self, rank: int) -> range:
+        """The heads that a rank owns; the last ranks' may be fewer, or none."""
+        return range(min(rank * self.owned, self.heads), min((rank + 1) * self.owned, self.heads))
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row, without its LSE."""
+        return self.head_dim * self.wire.itemsize
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest batch."""
+        return max(self.lamport_tokens, self.staged_tokens)
+
+    def _parts(self) -> dict[str, tuple[int, int]]:
+        """Offset and size in bytes of each part, in order."""
+        small, large = self._pieces("lamport"), self._pieces("push")
+        sizes = {
+            "flags": 8 * large,
+            "lamport_lse": 4 * small,
+            "lamport_data": self.row_bytes * small,
+            "staged_lse": 4 * large,
+            "staged_data": self.row_bytes * large,
+        }
+        parts, at = {}, 0
+        for name, size in sizes.items():
+            parts[name] = at, size
+            at += _align(size)
+        return parts
+
+    def rows(self, protocol: Protocol) -> int:
+        """Rows that a protocol's region holds per slot and rank."""
+        tokens = self.lamport_tokens if protocol == "lamport" else self.staged_tokens
+        return tokens * self.owned
+
+    def _pieces(self, protocol: Protocol) -> int:
+        return 2 * self.ranks * self.rows(protocol)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the workspace."""
+        at, size = self._parts()["staged_data"]
+        return _align(at + size)
+
+    def offsets(self, protocol: Protocol) -> tuple[int, int]:
+        """Where a protocol's rows and their LSEs begin."""
+        region = "lamport" if protocol == "lamport" else "staged"
+        parts = self._parts()
+        return parts[f"{region}_data"][0], parts[f"{region}_lse"][0]
+
+    def protocol(self, tokens: int) -> Protocol:
+        """The protocol for a batch, by its size."""
+        return "lamport" if tokens <= self.lamport_tokens else "push"
+
+    def warps(self, splits: bool) -> int:
+        """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
+        words = 128 // _VECTOR * self.head_dim if splits else self.row_bytes // 4
+        tile = triton.next_power_of_2(self.ranks) * triton.next_power_of_2(words)
+        return max(1, tile // (32 * _WORDS_PER_THREAD))
+
+    @property
+    def flags_offset(self) -> int:
+        """Where the flags of push and pull begin."""
+        return self._parts()["flags"][0]
+
+    def initialise(self, workspace: torch.Tensor) -> None:
+        """Bring a rank's workspace (uint8 [nbytes], 16-byte aligned) into its first state.
+
+        All ranks must have done so before any rank makes its first call.
+        """
+        workspace.zero_()
+        parts = self._parts()
+
+        def part(name: str, dtype: torch.dtype) -> torch.Tensor:
+            at, size = parts[name]
+            return workspace[at : at + size].view(dtype)
+
+        for name in ("lamport_lse", "lamport_data"):
+            part(name, torch.int32).fill_(_NEVER_SENT.value)
+
+
+def _align(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+class Reduced(NamedTuple):
+    """Result of an exchange on one rank; h is the number of heads the rank owns."""
+
+    out: torch.Tensor
+    """[B, h, D]; a transposed view of [h, B, D] where heads come first."""
+    lse: torch.Tensor | None
+    """[B, h] fp32 where asked for; includes the sinks."""
+    scales: torch.Tensor | None
+    """[B, h*D/128] fp32 where the output is fp8: out = fp8 value * scale of its group of 128."""
+
+
+class Splits(NamedTuple):
+    """What split-KV decoding leaves before its own reduction (SGLang's Triton backend).
+
+    Sequence b has indptr[b+1] - indptr[b] tokens, dealt in order to counts[b] splits of equal
+    length rounded up to whole blocks; splits that begin behind the end were never written.
+    """
+
+    out: torch.Tensor
+    """[B, H, S, D] fp32: softmax-normalised output of each split."""
+    lse: torch.Tensor
+    """[B, H, S] fp32, natural logarithm."""
+    indptr: torch.Tensor
+    """[B+1] integer, prefix sums of local lengths."""
+    counts: torch.Tensor
+    """[B] integer, splits per sequence, at most S."""
+    block: int
+    """Tokens of a block (upstream's _MIN_BLOCK_KV)."""
+    v_scale: float = 1.0
+    """Dequantisation scale of the values."""
+
+
+@triton.jit
+def _fence():
+    """Order the calling thread's accesses before and after it for every observer."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [0], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _floats(words, dtype: tl.constexpr):
+    """int32 [n, w] -> the elements that its words hold, fp32 [n, w * elements per word]."""
+    if dtype == tl.float32:
+        return words.to(tl.float32, bitcast=True)
+    low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.interleave(low, high)
+
+
+@triton.jit
+def _words(values, dtype: tl.constexpr, n: tl.constexpr, w: tl.constexpr):
+    """fp32 [n, w * elements per word] -> int32 [n, w], rounded to dtype: inverse of `_floats`."""
+    if dtype == tl.float32:
+        return values.to(tl.int32, bitcast=True)
+    low, high = tl.split(tl.reshape(values, [n, w, 2]))
+    low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    high = high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def _without_tokens(lse):
+    """NaN and +inf mean "no token": -inf."""
+    return tl.where((lse != lse) | (lse == float("inf")), _NEG_INF, lse)
+
+
+@triton.jit
+def _live_splits(length, count, block):
+    """Splits that were written; `Splits` says how tokens are dealt."""
+    share = tl.cdiv(tl.cdiv(length, tl.maximum(count, 1)), block) * block
+    return tl.cdiv(length, tl.maximum(share, 1)).to(tl.int32)
+
+
+@triton.jit
+def _merge_splits(rows, row_step, lses, lse_step, splits, here, d, D: tl.constexpr):
+    """Combine the first splits of n heads of a sequence: fp32 [n, d] and LSE [n].
+
+    The maximum comes first, so that the loads of rows need not wait for one another.
+    """
+    top = tl.full(here.shape, _NEG_INF, tl.float32)
+    for s in tl.range(splits):
+        lse = tl.load(lses + s * lse_step, mask=here, other=_NEG_INF)
+        top = tl.maximum(top, _without_tokens(lse))
+    top = tl.where(top == _NEG_INF, 0.0, top)
+    total = tl.zeros(here.shape, tl.float32)
+    merged = tl.zeros([here.shape[0], d.shape[0]], tl.float32)
+    for s in tl.range(splits):
+        lse = _without_tokens(tl.load(lses + s * lse_step, mask=here, other=_NEG_INF))
+        weight = tl.exp(lse - top)
+        cells = (lse > _NEG_INF)[:, None] & (d < D)[None, :]
+        x = tl.load((rows + s * row_step)[:, None] + d[None, :], mask=cells, other=0.0)
+        total += weight
+        merged += x * weight[:, None]
+    return merged / tl.maximum(total, 1.0)[:, None], top + tl.log(total)
+
+
+@triton.jit
+def _place(base, own, peer, me, slot, row, REMOTE: tl.constexpr, N: tl.constexpr, ROWS):
+    """Workspace and index of the pieces between this rank and each peer.
+
+    Pieces in a peer's memory stand under this rank's number, pieces in ours under the peer's.
+    """
+    if REMOTE:
+        return base, (slot * N + me) * ROWS + row + peer * 0
+    return own + base * 0, (slot * N + peer) * ROWS + row
+
+
+@triton.jit
+def _rows(home, offset, index, w, W: tl.constexpr):
+    """Addresses of rows of W words; the hint lets the compiler use 16-byte accesses."""
+    first = (home + offset).to(tl.pointer_type(tl.int32)) + index * W
+    return tl.multiple_of(first[:, None], (16, 16)) + w[None, :]
+
+
+@triton.jit
+def _report(status, missing, peer, epoch, layer):
+    """Tell the host what this program waits for; `symm_workspace.Stall` reads it."""
+    first = tl.max(tl.where(missing, peer + 1, 0), 0)
+    word = (epoch << 32) | (layer.to(tl.int64) << 16) | first
+    tl.store(status, word, cache_modifier=".wt")
+
+
+# Nothing that varies between calls may trigger a compilation.
+@triton.jit(
+    do_not_specialize=[
+        *("rank", "tokens", "layer", "x_b", "x_h", "x_s", "l_b", "l_h", "l_s", "y_b", "y_h"),
+        *("yl_b", "yl_h", "scale_b", "scale_g", "block"),
+    ]
+)
+def exchange_kernel(
+    x_ptr,  # partial rows, or Splits.out
+    l_ptr,
+    peers_ptr,  # int64 [N]: address of each rank's workspace
+    epochs_ptr,
+    y_ptr,
+    y_lse_ptr,
+    scale_ptr,
+    sink_ptr,
+    status_ptr,
+    indptr_ptr,
+    counts_ptr,
+    rank,
+    tokens,
+    layer,
+    x_b,  # strides of rows in 16-byte vectors, all others in elements
+    x_h,
+    x_s,
+    l_b,
+    l_h,
+    l_s,
+    y_b,
+    y_h,
+    yl_b,
+    yl_h,
+    scale_b,
+    scale_g,
+    block,
+    v_scale,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    OWNED: tl.constexpr,
+    D: tl.constexpr,
+    WIRE: tl.constexpr,
+    LAMPORT: tl.constexpr,
+    PULL: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DATA: tl.constexpr,
+    LSES: tl.constexpr,
+    FLAGS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BASE2: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    """Send, wait, combine; `launch` says what the arguments mean.
+
+    Grid (programs, ranks in this launch). The second axis is 1 except where one device plays all
+    ranks; batches of these ranks stand one behind the other in all tensors.
+    """
+    W: tl.constexpr = D * WIRE.primitive_bitwidth // 32
+    NP: tl.constexpr = triton.next_power_of_2(N)
+    WP: tl.constexpr = triton.next_power_of_2(W)
+    DP: tl.constexpr = WP * 32 // WIRE.primitive_bitwidth
+    me = rank + tl.program_id(1)
+    first_token = tl.program_id(1).to(tl.int64) * tokens
+    n = tl.arange(0, NP)
+    w = tl.arange(0, WP)
+    d = tl.arange(0, DP)
+    live = n < N
+    cells = live[:, None] & (w < W)[None, :]
+    peer = (me + n) % N  # each rank begins with itself, so that no receiver is everybody's first
+    base = tl.load(peers_ptr + peer, mask=live, other=0)
+    own = tl.load(peers_ptr + me)
+    epochs = epochs_ptr + tl.program_id(1) * MAX_ROWS
+
+    # All sends come before the first wait: programs that wait never hold back what a peer needs.
+    if PHASE & 1:
+        for row in tl.range(tl.program_id(0), tokens * OWNED, tl.num_programs(0)):
+            b = first_token + row // OWNED
+            head = peer * OWNED + row % OWNED
+            here = live & (head < HEADS)
+            l_row = b * l_b + head.to(tl.int64) * l_h
+            if SPLITS:
+                x_row = b * x_b * 4 + head.to(tl.int64) * x_h * 4
+                length = tl.load(indptr_ptr + b + 1) - tl.load(indptr_ptr + b)
+                splits, at = _live_splits(length, tl.load(counts_ptr + b), block), x_ptr + x_row
+                values, lse = _merge_splits(
+                    at, x_s.to(tl.int64) * 4, l_ptr + l_row, l_s, splits, here, d, D
+                )
+                x = _words(values * v_scale, WIRE, NP, WP)
+            else:
+                x_row = (b * x_b + head.to(tl.int64) * x_h) * 4
+                at = x_ptr.to(tl.pointer_type(tl.int32)) + x_row[:, None] + w[None, :]
+                x = tl.load(at, mask=cells & here[:, None], other=0)
+                lse = tl.load(l_ptr + l_row, mask=here, other=_NEG_INF)
+            lse = _without_tokens(lse)
+            x = tl.where((lse == _NEG_INF)[:, None], 0, x)
+            lse = lse.to(tl.int32, bitcast=True)
+            if LAMPORT:
+                x = tl.where(x == _NEVER_SENT, 0, x)
+                lse = tl.where(lse == _NEVER_SENT, 0, lse)
+            epoch = tl.load(epochs + row)
+            home, index = _place(base, own, peer, me, epoch & 1, row, not PULL, N, ROWS)
+            tl.store(_rows(home, DATA, index, w, W), x, mask=cells, cache_modifier=".wt")
+            lses = (home + LSES).to(tl.pointer_type(tl.int32)) + index
+            tl.store(lses, lse, mask=live, cache_modifier=".wt")
+        if not LAMPORT:
+            # Release: all threads' pieces, then a fence in the thread that stores the flag.
+            tl.debug_barrier()
+            _fence()
+            for row in tl.range(tl.program_id(0), tokens * OWNED, tl.num_programs(0)):
+                epoch = tl.load(epochs + row)
+                home, index = _place(base, own, peer, me, epoch & 1, row, True, N, ROWS)
+                flags = (home + FLAGS).to(tl.pointer_type(tl.int64)) + index
+                tl.store(flags, epoch + peer * 0, mask=live, cache_modifier=".wt")
+
+    if PHASE & 2:
+        status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        for row in tl.range(tl.program_id(0), tokens * OWNED, tl.num_programs(0)):
+            epoch = tl.load(epochs + row)
+            home, index = _place(base, own, peer, me, epoch & 1, row, PULL, N, ROWS)
+            rows = _rows(home, DATA, index, w, W)
+            lses = (home + LSES).to(tl.pointer_type(tl.int32)) + index
+            polls = 0
+            if LAMPORT:
+                x = tl.load(rows, mask=cells, other=0, volatile=True)
+                bits = tl.load(lses, mask=live, other=0, volatile=True)
+                missing = tl.minimum(tl.min(x, 1), bits) == _NEVER_SENT  # the smallest integer
+                while tl.max(missing.to(tl.int32), 0) != 0:
+                    polls += 1
+                    if polls % _POLLS_PER_REPORT == 0:
+                        _report(status, missing, peer, epoch, layer)
+                    x = tl.load(rows, mask=cells, other=0, volatile=True)
+                    bits = tl.load(lses, mask=live, other=0, volatile=True)
+                    missing = tl.minimum(tl.min(x, 1), bits) == _NEVER_SENT
+            else:
+                _, flag_index = _place(base, own, peer, me, epoch & 1, row, False, N, ROWS)
+                flags = (own + FLAGS).to(tl.pointer_type(tl.int64)) + flag_index
+                missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
+                while tl.max(missing.to(tl.int32), 0) != 0:
+                    polls += 1
+                    if polls % _POLLS_PER_REPORT == 0:
+                        _report(status, missing, peer, epoch, layer)
+                    missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
+                # Acquire: a fence in the thread that saw the flag, then all threads' loads.
+                _fence()
+                tl.debug_barrier()
+                x = tl.load(rows, mask=cells, other=0)
+                bits = tl.load(lses, mask=live, other=0)
+
+            lse = tl.where(live, bits.to(tl.float32, bitcast=True), _NEG_INF)
+            head = me * OWNED + row % OWNED
+            is_head = head < HEADS
+            top = tl.max(lse, 0)
+            if sink_ptr is not None:
+                sink = tl.load(sink_ptr + head, mask=is_head, other=_NEG_INF).to(tl.float32)
+                sink = sink * _LOG2_E if BASE2 else sink
+                top = tl.maximum(top, sink)
+            top = tl.where(top == _NEG_INF, 0.0, top)
+            weight = tl.exp2(lse - top) if BASE2 else tl.exp(lse - top)
+            total = tl.sum(weight, 0)
+            if sink_ptr is not None:
+                total += tl.exp2(sink - top) if BASE2 else tl.exp(sink - top)
+            # The total is at least 1, or 0 where there is no token at all.
+            weight = weight / tl.maximum(total, 1.0)
+            y = tl.sum(_floats(x, WIRE) * weight[:, None], 0)
+
+            b = first_token + row // OWNED
+            h = row % OWNED
+            wanted = is_head & (d < D)
+            if scale_ptr is not None:
+                groups = tl.reshape(y, [DP // _FP8_GROUP, _FP8_GROUP])
+                scale = tl.maximum(tl.max(tl.abs(groups), 1), _FP8_FLOOR) / _FP8_MAX
+                y = tl.reshape(groups / scale[:, None], [DP])
+                y = tl.minimum(tl.maximum(y, -_FP8_MAX), _FP8_MAX)
+                g = tl.arange(0, DP // _FP8_GROUP)
+                scales = scale_ptr + b * scale_b + (h * (D // _FP8_GROUP) + g) * scale_g
+                tl.store(scales, scale, mask=is_head & (g < D // _FP8_GROUP))
+            VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
+            at = y_ptr + (b * y_b + h * y_h.to(tl.int64)) * VECTOR + d
+            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=wanted)
+            if y_lse_ptr is not None:
+                log = tl.log2(total) if BASE2 else tl.log(total)
+                tl.store(y_lse_ptr + b * yl_b + h * yl_h, top + log, mask=is_head)
+            # Last, off the path of the result. The words and the epoch are only ours until the
+            # row's next call.
+            if LAMPORT:
+                tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.int32), mask=cells)
+                tl.store(lses, tl.full([NP], _NEVER_SENT, tl.int32), mask=live)
+            tl.store(epochs + row, epoch + 1)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A rank's end of the exchange.
+
+    Attributes:
+        layout: what stands where.
+        peers: int64 [N] on the device: address of each rank's workspace.
+        epochs: int64 [local_ranks, max_tokens * owned] on the device: each row's next call, from 1
+            (flags start at 0).
+        status: int64 [local_ranks * programs] that the host can read: what programs wait for.
+        rank: this rank (the first one, where one device plays several).
+        programs: most programs per rank and launch. All of a launch must be resident on the
+            device at once, or waiting ones could keep out those that peers wait for.
+        memory: what the addresses in peers need kept alive.
+        local_ranks: ranks that one launch plays; tensors stack their batches.
+    """
+
+    layout: Layout
+    peers: torch.Tensor
+    epochs: torch.Tensor
+    status: torch.Tensor
+    rank: int
+    programs: int
+    memory: object
+    local_ranks: int = 1
+
+
+def exchange(
+    workspace: Workspace,
+    partial: tuple[torch.Tensor, torch.Tensor] | Splits,
+    *,
+    return_lse: bool = False,
+    base2: bool = False,
+    head_major: bool = False,
+    out_dtype: torch.dtype | None = None,
+    into: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    layer: int = 0,
+    protocol: Protocol | None = None,
+    phase: int = SEND | RECEIVE,
+) -> Reduced:
+    """One launch: send partial rows to their owners, receive and combine the rows of own heads.
+
+    `symm_workspace.SymmExchange.reduce` documents the arguments; the last two are for proofs:
+    ``protocol`` overrides the choice by size, ``phase`` runs SEND and RECEIVE in two launches.
+    """
+    layout, splits = workspace.layout, isinstance(partial, Splits)
+    x, lse = partial[0], partial[1]
+    tokens = _check_partial(workspace, partial, base2)
+    protocol = protocol or layout.protocol(tokens)
+    if tokens > (fit := layout.rows(protocol) // layout.owned):
+        raise ValueError(
+            f"symm was set up for at most {fit} tokens per call and got {tokens}: raise "
+            f"max_tokens, or use --dcp-comm-backend a2a for such batches"
+        )
+    heads = layout.owned if workspace.local_ranks > 1 else len(layout.owned_by(workspace.rank))
+    dtype = into.dtype if into is not None else out_dtype or layout.wire
+    B, D = x.shape[0], layout.head_dim
+    if into is not None:
+        out = into
+    elif head_major:
+        out = x.new_empty((heads, B, D), dtype=dtype).transpose(0, 1)
+    else:
+        out = x.new_empty((B, heads, D), dtype=dtype)
+    if scales is None and dtype == torch.float8_e4m3fn:
+        scales = lse.new_empty((B, heads * D // _FP8_GROUP.value))
+    out_lse = lse.new_empty((B, heads)) if return_lse else None
+    _check_result((B, heads, D), out, scales, sinks, layout.heads)
+    if tokens == 0:  # on every rank: the epochs stand still together
+        return Reduced(out, out_lse, scales)
+
+    if not splits:
+        x = _vector_rows(x)
+    warps = layout.warps(splits)
+    programs = min(tokens * layout.owned, workspace.programs)
+    data, lses = layout.offsets(protocol)
+    exchange_kernel[(programs, workspace.local_ranks)](
+        x,
+        lse,
+        workspace.peers,
+        workspace.epochs,
+        out,
+        out_lse,
+        scales,
+        sinks,
+        workspace.status,
+        partial.indptr if isinstance(partial, Splits) else None,
+        partial.counts if isinstance(partial, Splits) else None,
+        workspace.rank,
+        tokens,
+        layer,
+        *(_vectors(x, 0), _vectors(x, 1), _vectors(x, 2) if splits else 0),
+        *(lse.stride(0), lse.stride(1), lse.stride(2) if splits else 0),
+        *(_vectors(out, 0), _vectors(out, 1)),
+        *(out_lse.stride() if out_lse is not None else (0, 0)),
+        *(scales.stride() if scales is not None else (0, 0)),
+        partial.block if isinstance(partial, Splits) else 1,
+        partial.v_scale if isinstance(partial, Splits) else 1.0,
+        N=layout.ranks,
+        HEADS=layout.heads,
+        OWNED=layout.owned,
+        D=D,
+        WIRE=_TL_DTYPE[layout.wire],
+        LAMPORT=protocol == "lamport",
+        PULL=protocol == "pull",
+        MAX_ROWS=layout.max_tokens * layout.owned,
+        ROWS=layout.rows(protocol),
+        DATA=data,
+        LSES=lses,
+        FLAGS=layout.flags_offset,
+        SPLITS=splits,
+        BASE2=base2,
+        PHASE=phase,
+        num_warps=warps,
+        launch_cooperative_grid=True,
+    )
+    return Reduced(out, out_lse, scales)
+
+
+def plan(ranks: int, heads: int, head_dim: int, wire: torch.dtype, max_tokens: int) -> Layout:
+    """The layout for batches of up to max_tokens; lamport's region ends at the switch point."""
+    one = Layout(ranks, heads, head_dim, wire, 0, 0)
+    small = min(max_tokens, _LAMPORT_MAX_BYTES // (ranks * one.owned * one.row_bytes))
+    return replace(one, lamport_tokens=small, staged_tokens=max_tokens if max_tokens > small else 0)
+
+
+def resident_programs(layout: Layout, multiprocessors: int, local_ranks: int = 1) -> int:
+    """`Workspace.programs` for a device; a cooperative launch checks it again."""
+    per_sm = max(1, _WARPS_PER_SM // max(layout.warps(False), layout.warps(True)))
+    return max(1, per_sm * multiprocessors // local_ranks)
+
+
+def _vector_rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its rows are whole 16-byte vectors, else a copy of which that holds."""
+    return x if _rows_are_vectors(x) else x.contiguous()
+
+
+def _rows_are_vectors(x: torch.Tensor) -> bool:
+    whole = all(
+        stride * x.element_size() % _VECTOR == 0
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        if size > 1
+    )
+    return whole and x.stride(-1) == 1 and x.data_ptr() % _VECTOR == 0
+
+
+def _vectors(x: torch.Tensor, dim: int) -> int:
+    """A stride in 16-byte vectors."""
+    return x.stride(dim) * x.element_size() // _VECTOR if x.shape[dim] > 1 else 0
+
+
+def _check_partial(
+    workspace: Workspace, partial: tuple[torch.Tensor, torch.Tensor] | Splits, base2: bool
+) -> int:
+    """Tokens per rank of a valid partial."""
+    layout, (x, lse) = workspace.layout, partial[:2]
+    if isinstance(partial, Splits):
+        shape, dtype = "[B, H, S, D]", torch.float32
+        if base2:
+            raise ValueError("the LSE of splits is a natural logarithm: base2 does not apply")
+        if not _rows_are_vectors(x):
+            raise ValueError(f"rows of splits must be 16-byte vectors, got strides {x.stride()}")
+        if len(partial.indptr) <= len(x) or len(partial.counts) < len(x):
+            raise ValueError(
+                f"splits of {len(x)} sequences need as many counts and one more in indptr, got "
+                f"{len(partial.counts)} and {len(partial.indptr)}"
+            )
+    else:
+        shape, dtype = "[B, H, D]", layout.wire
+    if x.ndim != len(shape.split()) or x.shape[1] != layout.heads or x.shape[-1] != layout.head_dim:
+        raise ValueError(
+            f"the partial output must be {shape} with H = {layout.heads}, D = {layout.head_dim}, "
+            f"got {list(x.shape)}"
+        )
+    if x.dtype != dtype or lse.dtype != torch.float32:
+        raise TypeError(f"expected {dtype} with an fp32 lse, got {x.dtype} and {lse.dtype}")
+    if lse.shape != x.shape[:-1]:
+        raise ValueError(f"lse must be {list(x.shape[:-1])}, got {list(lse.shape)}")
+    return len(x) // workspace.local_ranks
+
+
+def _check_result(
+    shape: tuple[int, int, int],
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    heads: int,
+) -> None:
+    if out.shape != shape or not _rows_are_vectors(out):
+        raise ValueError(
+            f"out must be {list(shape)} in rows of 16-byte vectors, got {list(out.shape)} with "
+            f"strides {out.stride()}"
+        )
+    if out.dtype not in (*_TL_DTYPE, torch.float8_e4m3fn):
+        raise TypeError(f"the result must be bf16, fp16, fp32 or float8_e4m3fn, got {out.dtype}")
+    if (scales is not None) != (out.dtype == torch.float8_e4m3fn):
+        raise TypeError(f"scales go with a float8_e4m3fn result, and this one is {out.dtype}")
+    B, owned, D = shape
+    group = _FP8_GROUP.value
+    if scales is not None and (
+        D % group or scales.shape != (B, owned * D // group) or scales.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"fp8 results have one fp32 scale per {group} elements of a head: head_dim {D} must be "
+            f"a multiple, and scales {[B, owned * D // group]}, got {list(scales.shape)}"
+        )
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks must be contiguous [{heads}], got {list(sinks.shape)}")

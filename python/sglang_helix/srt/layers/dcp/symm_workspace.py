@@ -1,0 +1,307 @@
+"""Symmetric memory for the one-kernel exchange, and the thread that notices when it is stuck.
+
+`symm` holds the kernel and its protocol; here a KVP group meets: it allocates one workspace per
+rank that all ranks can write to, and calls the kernel on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+
+from sglang_helix.srt.layers.dcp.symm import (
+    Layout,
+    Reduced,
+    Splits,
+    Workspace,
+    exchange,
+    plan,
+    resident_programs,
+)
+
+logger = logging.getLogger(__name__)
+
+_INSTEAD = "use --dcp-comm-backend a2a instead of symm"
+_OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own switch, for tests
+_WATCH_INTERVAL = 1.0  # seconds; a waiting program reports several times in it
+
+
+class Options(TypedDict, total=False):
+    """How `SymmExchange` is to combine and write; none of it costs a launch.
+
+    Attributes:
+        return_lse: also return the LSE of the result.
+        base2: the LSE, in and out, is a base-2 logarithm.
+        head_major: write [h, B, D] (for the MLA value up-projection) and return its [B, h, D] view.
+        out_dtype: bf16, fp16, fp32, or float8_e4m3fn: quantised in groups of 128 elements of a row,
+            with scales. By default the exchange's dtype.
+        into: [B, h, D] tensor to write to, rows of whole 16-byte vectors; None allocates it.
+        scales: fp32 [B, h*D/128] tensor for the scales, any strides; None allocates it.
+        sinks: [H] attention sinks, natural logarithm, any float dtype: each adds its exponential
+            to the softmax sum of its head, once.
+        layer: 0 to 65535; named when the exchange is stuck.
+    """
+
+    return_lse: bool
+    base2: bool
+    head_major: bool
+    out_dtype: torch.dtype | None
+    into: torch.Tensor | None
+    scales: torch.Tensor | None
+    sinks: torch.Tensor | None
+    layer: int
+
+
+class Stall(NamedTuple):
+    """An exchange that makes no progress."""
+
+    rank: int
+    """The waiting rank, in the KVP group."""
+    peer: int
+    """The first rank whose rows are missing."""
+    layer: int
+    epoch: int
+    """Calls that the waiting row has been through, from 1, low 31 bits."""
+
+    @classmethod
+    def read(cls, rank: int, word: int) -> Stall:
+        """Take apart what the kernel reported."""
+        return cls(rank, (word & 0xFFFF) - 1, word >> 16 & 0xFFFF, word >> 32 & 0x7FFFFFFF)
+
+    def __str__(self) -> str:
+        return (
+            f"symm exchange is stuck: rank {self.rank} of the KVP group waits in layer "
+            f"{self.layer}, epoch {self.epoch}, for rank {self.peer}"
+        )
+
+
+class Watchdog:
+    """Thread that calls ``on_stall`` once a program has waited longer than the timeout.
+
+    The kernel itself waits without a bound: if it gave up, its result would be wrong. Waiting
+    programs report to pinned host memory, so watching costs the device nothing.
+    """
+
+    def __init__(
+        self,
+        status: torch.Tensor,
+        rank: int,
+        timeout: float,
+        on_stall: Callable[[Stall], None],
+    ):
+        self._status, self._rank = status, rank
+        self._timeout, self._on_stall = timeout, on_stall
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="symm-watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        before = torch.zeros_like(self._status)
+        since = torch.full(self._status.shape, time.monotonic(), dtype=torch.float64)
+        while not self._stopped.wait(_WATCH_INTERVAL):
+            words, now = self._status.clone(), time.monotonic()
+            self._status.zero_()
+            # A program that got on reports another epoch, or nothing.
+            since = since.masked_fill((words != before) | (words == 0), now)
+            oldest = int(since.argmin())
+            if now - float(since[oldest]) >= self._timeout:
+                self._on_stall(Stall.read(self._rank, int(words[oldest])))
+                return
+            before = words
+
+
+def abort(stall: Stall) -> None:
+    """Say what is stuck and end the process: a server without one of its ranks serves nothing."""
+    logger.critical("%s; giving up", stall)
+    os.kill(os.getpid(), signal.SIGABRT)
+
+
+class SymmExchange:
+    """Partial outputs of a KVP group's heads to each rank's own heads, in one kernel.
+
+    Rank j of K ends with heads [j*h, (j+1)*h), h = ceil(H/K), as `symm.Layout.owned_by` says. All
+    ranks must make the same calls in the same order, and calls on one object must not overlap:
+    another stream that runs beside needs another object. Calls may be captured in CUDA graphs and
+    launch nothing but the kernel; the first of each kind compiles it, so make it before capturing.
+
+    Construction is collective, allocates the workspace once, and synchronises.
+
+    Args:
+        group: the KVP group (NCCL).
+        max_tokens: the largest batch. Takes `symm.Layout.nbytes` of memory.
+        num_heads: H, query heads of a partial output.
+        head_dim: D of the output; D * itemsize must be a multiple of 16.
+        dtype: bf16, fp16 or fp32: what travels, and the dtype of ``out`` for `reduce`.
+        device: this rank's GPU.
+        timeout: seconds after which an exchange counts as stuck.
+        on_stall: called from a thread then; by default logs and aborts the process.
+
+    Raises:
+        RuntimeError: the group has no peer access; the message names the backend to use instead.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        max_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        timeout: float = 300.0,
+        on_stall: Callable[[Stall], None] = abort,
+    ):
+        if reason := is_available(group):
+            raise RuntimeError(f"{reason}: {_INSTEAD}")
+        self.layout = plan(group.size(), num_heads, head_dim, dtype, max_tokens)
+        try:
+            buffer = symm_mem.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
+            handle = symm_mem.rendezvous(buffer, group)
+            pointers = [
+                handle.get_buffer(rank, (self.layout.nbytes,), torch.uint8).data_ptr()
+                for rank in range(group.size())
+            ]
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"no symmetric memory in the KVP group ({error}): {_INSTEAD}"
+            ) from error
+        self.layout.initialise(buffer)
+        handle.barrier()
+        torch.cuda.synchronize(device)
+
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = resident_programs(self.layout, multiprocessors)
+        status = torch.zeros(programs, dtype=torch.int64, pin_memory=True)
+        peers = torch.tensor(pointers, dtype=torch.int64, device=device)
+        self._workspace = Workspace(
+            self.layout,
+            peers,
+            _first_epochs(self.layout, device, 1),
+            status,
+            group.rank(),
+            programs,
+            memory=(buffer, handle),
+        )
+        self._watchdog = Watchdog(status, group.rank(), timeout, on_stall)
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest batch."""
+        return self.layout.max_tokens
+
+    def reduce(self, out: torch.Tensor, lse: torch.Tensor, **options: Unpack[Options]) -> Reduced:
+        """Exchange and combine partial outputs.
+
+        Args:
+            out: [B, H, D] in the exchange's dtype; any strides, but rows that are not whole 16-byte
+                vectors cost a copy.
+            lse: [B, H] fp32, any strides. -inf, NaN and +inf mean "no token".
+            options: see `Options`.
+
+        Raises:
+            ValueError: a shape does not fit, or B exceeds max_tokens.
+            TypeError: a dtype does not fit.
+        """
+        return exchange(self._workspace, (out, lse), **options)
+
+    def reduce_splits(self, splits: Splits, **options: Unpack[Options]) -> Reduced:
+        """Reduce split-KV partials in fp32, round them once to the exchange's dtype, and exchange.
+
+        Takes the place of the split-KV reduction (stage 2) and `reduce`. Sinks belong here, not in
+        the splits, or every rank would count them. Errors as in `reduce`.
+        """
+        return exchange(self._workspace, splits, **options)
+
+    def close(self) -> None:
+        """Stop the watchdog. The workspace goes with the object, once no peer uses it."""
+        self._watchdog.stop()
+
+
+def is_available(group: dist.ProcessGroup) -> str | None:
+    """Why the group cannot exchange through symmetric memory, or None. Collective."""
+    probes = _gather(group, _Probe.local())
+    if len({probe.host for probe in probes}) > 1:
+        hosts = ", ".join(sorted({probe.host for probe in probes}))
+        reason: str | None = (
+            f"the KVP group spans hosts ({hosts}), and symm needs peer access inside the group"
+        )
+    else:
+        reason = _no_access(probes[group.rank()], probes)
+    return next(filter(None, _gather(group, reason)), None)
+
+
+class _Probe(NamedTuple):
+    host: str
+    gpu: str | None
+
+    @classmethod
+    def local(cls) -> _Probe:
+        gpu = None
+        if torch.cuda.is_available():
+            gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        return cls(socket.gethostname(), gpu)
+
+
+def _no_access(mine: _Probe, probes: list[_Probe]) -> str | None:
+    if mine.gpu is None:
+        return f"symm needs CUDA devices, and a rank on {mine.host} has none"
+    visible = {
+        str(torch.cuda.get_device_properties(index).uuid): index
+        for index in range(torch.cuda.device_count())
+    }
+    for rank, peer in enumerate(probes):
+        if peer is mine or peer.gpu is None:
+            continue
+        if peer.gpu == mine.gpu:
+            if os.environ.get(_OVERLAPPING) != "1":
+                return f"ranks of the KVP group share GPU {mine.gpu}"
+        elif peer.gpu in visible and not torch.cuda.can_device_access_peer(
+            torch.cuda.current_device(), visible[peer.gpu]
+        ):
+            return f"GPU {mine.gpu} has no peer access to that of rank {rank} of the KVP group"
+    return None
+
+
+def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def one_device(layout: Layout, device: torch.device, programs: int | None = None) -> Workspace:
+    """All ranks of an exchange on one device, for proofs and measurements without a group.
+
+    `symm.exchange` then plays all ranks in one launch and takes their batches stacked:
+    out [N*B, H, D] and lse [N*B, H] -> [N*B, h, D].
+    """
+    buffers = torch.empty((layout.ranks, layout.nbytes), dtype=torch.uint8, device=device)
+    for buffer in buffers:
+        layout.initialise(buffer)
+    if programs is None:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = resident_programs(layout, multiprocessors, layout.ranks)
+    peers = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=device)
+    epochs = _first_epochs(layout, device, layout.ranks)
+    status = torch.zeros(layout.ranks * programs, dtype=torch.int64, pin_memory=peers.is_cuda)
+    return Workspace(layout, peers, epochs, status, 0, programs, buffers, layout.ranks)
+
+
+def _first_epochs(layout: Layout, device: torch.device, local_ranks: int) -> torch.Tensor:
+    rows = layout.max_tokens * layout.owned
+    return torch.ones((local_ranks, rows), dtype=torch.int64, device=device)
