@@ -277,6 +277,7 @@ def test_pack(
 
     sent = packed.cpu()
     tail = sent[..., row - 16 : row - 12].contiguous().view(torch.float32)[..., 0]
+    assert (sent[..., row - 12 :] == 0).all()
     for n in range(N):
         heads = slice(n * h, (n + 1) * h)
         assert torch.equal(sent[n, ..., :size], raw[:, heads])

@@ -16,7 +16,6 @@ included, never reaches the result. Where all shards are empty the result is 0 w
 from __future__ import annotations
 
 import os
-from math import gcd
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -108,8 +107,8 @@ def pack(
 ) -> torch.Tensor:
     """Lay a partial output and its LSE out by owner rank, for one all-to-all of bytes.
 
-    Rank n owns heads [n*H/N, (n+1)*H/N). A row is one token and head: see `packed_row_bytes`; the
-    padding inside a row is left as it was. NaN and +inf LSE leave as -inf.
+    Rank n owns heads [n*H/N, (n+1)*H/N). A row is one token and head: see `packed_row_bytes`.
+    NaN and +inf LSE leave as -inf.
 
     Args:
         out: [B, H, D], any strides, any dtype of 1, 2 or 4 bytes: payloads, fp8 too, move as bytes.
@@ -188,10 +187,16 @@ def _pack_torch(out: torch.Tensor, lse: torch.Tensor, send: torch.Tensor) -> Non
     N, B, h, D = payload.shape
     payload.copy_(out.view(B, N, h, D).transpose(0, 1))
     lse = lse.masked_fill(_without_tokens(lse), -torch.inf)
+    send[..., -_TAIL:] = 0
     packed_lse.copy_(lse.view(B, N, h).transpose(0, 1))
 
 
 if triton is not None:
+
+    @triton.jit
+    def _or_empty(lse):  # type: ignore[no-untyped-def]
+        return tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
+
     # Batch size and strides vary between calls: none may trigger a compilation.
     @triton.jit(do_not_specialize=["rows", "x_n", "x_b", "x_h", "l_n", "l_b", "l_h", "y_b", "y_h"])
     def _combine_kernel(  # type: ignore[no-untyped-def]
@@ -215,7 +220,6 @@ if triton is not None:
         N: tl.constexpr,
         HEADS: tl.constexpr,
         D: tl.constexpr,
-        SHARDS: tl.constexpr,
         ROWS: tl.constexpr,
         COLS: tl.constexpr,
         BASE2: tl.constexpr,
@@ -225,36 +229,40 @@ if triton is not None:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         b = (row // HEADS).to(tl.int64)
         h = (row % HEADS).to(tl.int64)
-        n = tl.arange(0, SHARDS)[:, None].to(tl.int64)
         d = tl.arange(0, COLS)[None, :]
-        shard_ok = (n < N) & (row < rows)[None, :]
-        cell_ok = (row < rows)[:, None] & (d < D)
+        row_ok = row < rows
+        cell_ok = row_ok[:, None] & (d < D)
+        l_row = b * l_b + h * l_h
+        x_row = (b * x_b + h * x_h) * X_UNIT
 
-        # Both loads are issued before either is used: no chain from LSE to payload.
-        lse = tl.load(
-            l_ptr + n * l_n + (b * l_b + h * l_h)[None, :], mask=shard_ok, other=float("-inf")
-        )
-        x_row = (n * x_n + (b * x_b + h * x_h)[None, :]) * X_UNIT
-        x = tl.load(
-            x_ptr + x_row[:, :, None] + (d * x_d)[None, :, :],
-            mask=shard_ok[:, :, None] & (d < D)[None, :, :],
-            other=0.0,
-        )
+        # All loads come before the first use: none waits for another.
+        lse = ()
+        x = ()
+        for n in tl.static_range(N):
+            l_at = l_ptr + (l_row + tl.cast(n, tl.int64) * l_n)
+            x_at = x_ptr + (x_row + tl.cast(n, tl.int64) * x_n * X_UNIT)[:, None] + d * x_d
+            lse += (tl.load(l_at, mask=row_ok, other=float("-inf")),)  # type: ignore[assignment]
+            x += (tl.load(x_at, mask=cell_ok, other=0.0),)  # type: ignore[assignment]
 
-        lse = tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
-        top = tl.max(lse, 0)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        for n in tl.static_range(N):
+            top = tl.maximum(top, _or_empty(lse[n]))
         top = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(lse - top[None, :] if BASE2 else (lse - top[None, :]) * LOG2_E)
-        total = tl.sum(weight, 0)  # at least 1, or 0 where all shards are empty
-        weight = weight / tl.maximum(total, 1.0)[None, :]
-        x = tl.where((lse == float("-inf"))[:, :, None], 0.0, x.to(tl.float32))
-        y = tl.sum(x * weight[:, :, None], 0)
+        total = tl.full([ROWS], 0.0, tl.float32)
+        y = tl.full([ROWS, COLS], 0.0, tl.float32)
+        for n in tl.static_range(N):
+            l_n_ok = _or_empty(lse[n])
+            weight = tl.exp2(l_n_ok - top if BASE2 else (l_n_ok - top) * LOG2_E)
+            total += weight
+            part = tl.where((l_n_ok == float("-inf"))[:, None], 0.0, x[n].to(tl.float32))
+            y += part * weight[:, None]
+        y *= (1.0 / tl.maximum(total, 1.0))[:, None]  # the total is 0 where all shards are empty
 
         y_row = (b * y_b + h * y_h) * Y_UNIT
         tl.store(y_ptr + y_row[:, None] + d * y_d, y.to(y_ptr.dtype.element_ty), mask=cell_ok)
         if WITH_LSE:
             log = tl.log2(total) if BASE2 else tl.log(total)
-            tl.store(y_lse_ptr + row, top + log, mask=row < rows)
+            tl.store(y_lse_ptr + row, top + log, mask=row_ok)
 
     @triton.jit(do_not_specialize=["rows", "x_b", "x_h", "l_b", "l_h"])
     def _pack_kernel(  # type: ignore[no-untyped-def]
@@ -282,15 +290,19 @@ if triton is not None:
         b = (row // HEADS).to(tl.int64)
         h = (row % HEADS).to(tl.int64)
         d = tl.arange(0, COLS)[None, :]
-        cell_ok = (row < rows)[:, None] & (d < D)
+        t = tl.arange(0, 4)[None, :]
+        row_ok = (row < rows)[:, None]
+        cell_ok = row_ok & (d < D)
 
-        lse = tl.load(l_ptr + b * l_b + h * l_h, mask=row < rows)
         x = tl.load(x_ptr + ((b * x_b + h * x_h) * X_UNIT)[:, None] + d * x_d, mask=cell_ok)
+        l_at = l_ptr + (b * l_b + h * l_h)[:, None]
+        tail = tl.load(l_at + t * 0, mask=row_ok & (t == 0), other=0.0)
 
-        packed = (h // OWNED * (rows // HEADS) + b) * OWNED + h % OWNED
-        tl.store(send_ptr + (packed * PITCH)[:, None] + d, x, mask=cell_ok)
-        lse = tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
-        tl.store(send_lse_ptr + packed * LSE_PITCH + LSE_AT, lse, mask=row < rows)
+        packed = ((h // OWNED * (rows // HEADS) + b) * OWNED + h % OWNED)[:, None]
+        tl.store(send_ptr + packed * PITCH + d, x, mask=cell_ok)
+        # The whole tail, not the LSE alone: memory that is written in parts must first be read.
+        tail_at = send_lse_ptr + packed * LSE_PITCH + LSE_AT + t
+        tl.store(tail_at, _or_empty(tail), mask=row_ok)
 
 
 def _combine_triton(
@@ -319,7 +331,6 @@ def _combine_triton(
         N=N,
         HEADS=h,
         D=D,
-        SHARDS=_power_of_2(N),
         ROWS=tile.rows,
         COLS=tile.cols,
         BASE2=base2,
@@ -365,8 +376,10 @@ class _Strides:
 
     def __init__(self, x: torch.Tensor):
         *outer, self.last = x.stride()
-        self.unit = gcd(16 // x.element_size(), *outer)
-        self.outer = [s // self.unit for s in outer]
+        self.unit = 16 // x.element_size()
+        while any(stride % self.unit for stride in outer):
+            self.unit //= 2
+        self.outer = [stride // self.unit for stride in outer]
 
 
 class _Tile(NamedTuple):
