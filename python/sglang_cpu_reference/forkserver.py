@@ -27,17 +27,22 @@ _PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_
 
 
 def start_early() -> None:
-    """In the command line launcher: begin the preload while it still parses its arguments."""
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    if main is not None and main.name == "sglang.launch_server":
-        multiprocessing.forkserver.set_forkserver_preload([f"{__package__}.preload", *_PRELOADED])
-        multiprocessing.forkserver.ensure_running()
+    """In the command line launcher: begin the preload beside the launcher's own imports."""
+    # Not by __main__: this runs while python -m still imports the package it finds the module in.
+    if "sglang.launch_server" in sys.orig_argv:
+        _start()
 
 
 def use(*_ignored: object) -> None:
     """From now on ``multiprocessing.Process`` forks the server; follows SGLang's set to spawn."""
+    _start()
     # set_start_method takes names only, and ours is not one that multiprocessing knows.
     multiprocessing.context._default_context._actual_context = _Context()  # type: ignore[attr-defined]
+
+
+def _start() -> None:
+    multiprocessing.forkserver.set_forkserver_preload([f"{__package__}.preload", *_PRELOADED])
+    multiprocessing.forkserver.ensure_running()
 
 
 class _Process(ForkServerProcess):

@@ -41,8 +41,13 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill what the user left open; SGLang records each assignment as a platform default."""
+        if server_args.enable_torch_compile:
+            raise ValueError(
+                "SGLANG_PLATFORM=cpu_reference compiles nothing; leave --enable-torch-compile out."
+            )
         server_args.disable_overlap_schedule = True
         server_args.disable_custom_all_reduce = True
+        server_args.sleep_on_idle = True  # idle ranks would each keep a core busy
         if server_args.dtype == "auto":  # SGLang's auto rounds an fp32 checkpoint to fp16
             server_args.dtype = "float32"
         if server_args.mem_fraction_static is None:
@@ -60,6 +65,9 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         """In each process that runs a model, before the model exists."""
         torch.set_num_threads(1)
-        from sglang_helix.srt.layers.attention.torch_native_backend import register
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang_helix.srt.layers.attention.attention_registry import (
+            create_torch_native_backend,
+        )
 
-        register()
+        register_attention_backend("torch_native")(create_torch_native_backend)
