@@ -263,6 +263,18 @@ A2A = Patch(
             until="the scheduler passes the allocator's page size",
         ),
         Hook(
+            target="sglang.srt.managers.scheduler_components.invariant_checker"
+            ".SchedulerInvariantChecker._check_full_pool",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.managers.invariant_checker:check_full_pool",
+            signature="self, ps, uncached=",
+            why="lets every lost slot pass under DCP",
+            how="counts whole widened pages, exactly, when the rank is idle",
+            upstream="none",
+            until="upstream's check is exact under DCP",
+        ),
+        Hook(
             target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[triton]",
             kind="backend",
             stage="serve",

@@ -67,7 +67,8 @@ _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 _VECTOR = 16  # bytes of the widest access; rows start on multiples of it
 _WORDS_PER_THREAD = 64
 _LAMPORT_MAX_BYTES = 2 << 20  # sent per rank and call
-_WARPS_PER_SM = 16  # resident at up to 128 registers per thread (65536 per SM)
+_MAX_REGISTERS = 128  # per thread
+_WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
 
 
 @dataclass(frozen=True)
@@ -618,7 +619,9 @@ def exchange(
         BASE2=base2,
         PHASE=phase,
         num_warps=warps,
-        launch_cooperative_grid=True,
+        maxnreg=_MAX_REGISTERS,
+        # Ranks on one device could keep each other out; one rank's programs always fit.
+        launch_cooperative_grid=workspace.local_ranks > 1,
     )
     return Reduced(out, out_lse, scales)
 

@@ -1,0 +1,31 @@
+"""Exact conservation of a sharded pool.
+
+Extends `managers/scheduler_components/invariant_checker.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def check_full_pool(
+    original: Callable[..., tuple[bool, str]], checker: Any, ps: Any, uncached: int = 0
+) -> tuple[bool, str]:
+    """At idle, whether any slot of this rank is lost or counted twice: (leak, message).
+
+    Upstream lets every difference pass under DCP. The allocator and the prefix tree both count
+    whole widened pages, so when no request holds a slot the sum is exact.
+    """
+    leak, message = original(checker, ps, uncached)
+    if uncached or checker.is_hybrid_swa or checker.is_hybrid_ssm:
+        return leak, message
+    allocator, tree = checker.token_to_kv_pool_allocator, checker.tree_cache
+    slots = allocator.size // allocator.page_size * allocator.page_size
+    held = {
+        "free": allocator.available_size(),
+        "evictable": tree.evictable_size(),
+        "protected": tree.protected_size(),
+        "session": checker.pool_stats_observer.session_held_tokens(),
+    }
+    return sum(held.values()) != slots, f"[sharded pool] slots={slots}, {held}; {message}"
