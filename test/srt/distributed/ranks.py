@@ -83,6 +83,7 @@ class World:
         env: environment variables the ranks start with. They then import everything afresh, in
             time for what reads its environment at import, and seconds slower. Without it, ranks
             may have the environment of the session's first world, whatever a test set since.
+            Where SGLANG_PLATFORM is set, ranks load SGLang's plugins (SGLANG_PLUGINS limits them).
     """
 
     def __init__(
@@ -222,8 +223,12 @@ def _limited(timeout: float, stack: TextIO) -> Iterator[None]:
 def _join_world(rank: int, world_size: int, backend: str, folder: str, timeout: float) -> None:
     """Build SGLang's distributed environment; a file is the meeting point, no port can collide."""
     from sglang.srt.distributed.parallel_state import init_distributed_environment
+    from sglang.srt.plugins import load_plugins
 
     torch.set_num_threads(1)
+    if os.environ.get("SGLANG_PLATFORM"):
+        # A platform may bring hooks, and refuse to build groups without them.
+        load_plugins()
     local_rank = rank
     if backend == "nccl":
         local_rank = rank % torch.cuda.device_count()

@@ -638,6 +638,37 @@ def test_a_refusal_leaves_the_group_usable(world_size: int) -> None:
     on_ranks(refuse_then_exchange, world_size)
 
 
+def exchange_on_the_cpu_platform(rank: int, world_size: int) -> None:
+    from sglang.srt.platforms import current_platform
+
+    assert current_platform.is_out_of_tree()
+    assert not parallel_state._is_cpu
+    exchange_eagerly(rank, world_size, tuple(range(world_size)))
+
+
+def test_out_of_tree_cpu_platform() -> None:
+    """There SGLang's own custom ops have no kernel for CPU tensors."""
+    env = {"SGLANG_PLATFORM": "cpu_reference", "SGLANG_PLUGINS": "cpu_reference"}
+    run_ranks(exchange_on_the_cpu_platform, 2, env=env, timeout=120.0)
+
+
+def exchange_over_the_right_group(rank: int, world_size: int) -> None:
+    group = build_group(tuple(range(world_size)))
+    x, y = torch.full((world_size,), float(rank)), torch.empty(world_size)
+    for device, expected in (("cpu", group.device_group), ("cuda:0", group.cpu_group)):
+        with (
+            mock.patch.object(group, "device", torch.device(device)),
+            mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as call,
+        ):
+            group.all_to_all_single(y.zero_(), x)
+        assert call.call_args.kwargs["group"] is expected
+        assert y.tolist() == list(range(world_size))
+
+
+def test_host_tensors_go_over_gloo_in_a_group_of_accelerators() -> None:
+    run_ranks(exchange_over_the_right_group, 2)
+
+
 def exchange_alone(rank: int, world_size: int) -> None:
     group = build_group((0,))
     for case in cases(2):
