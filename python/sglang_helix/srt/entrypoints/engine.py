@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_helix.hook import SeriesError
-from sglang_helix.srt.managers.scheduler import SERIES_KEY
+from sglang_helix.srt.managers.scheduler import SERIES_KEY, series_of
 
 
 def launch_scheduler_processes(
@@ -31,22 +31,13 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
     """
     from sglang.srt.runtime_context import get_parallel
 
-    from sglang_helix import __version__
-
-    parallel = get_parallel()
-    stages = ["launch", "serve"] if parallel.attn_dcp_size > 1 else ["launch"]
-    expected = {
-        "version": __version__,
-        "stages": stages,
-        "tp_size": parallel.tp_size,
-        "dcp_size": parallel.attn_dcp_size,
-        "dcp_comm_backend": parallel.dcp_comm_backend,
-    }
+    sharded = get_parallel().attn_dcp_size > 1
+    expected = series_of(frozenset({"launch", "serve"} if sharded else {"launch"}))
     for index, info in enumerate(infos):
-        if info.get(SERIES_KEY) != expected:
+        found = info.get(SERIES_KEY, {}).get("series", "without sglang-helix")
+        if found != expected:
             raise SeriesError(
-                f"scheduler process {index} runs {info.get(SERIES_KEY, 'without sglang-helix')}, "
-                f"the launcher {expected}. Every rank must run the same series, or answers would "
-                "be wrong: see that process's log, install the same sglang-helix everywhere and "
-                "leave it in SGLANG_PLUGINS."
+                f"scheduler process {index} runs {found}, the launcher {expected}. Every rank must "
+                "run the same series, or answers would be wrong: see that process's log, install "
+                "the same sglang-helix everywhere and leave it in SGLANG_PLUGINS."
             )

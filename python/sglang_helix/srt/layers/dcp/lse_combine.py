@@ -33,7 +33,6 @@ _TAIL = (
     16  # bytes behind each packed payload: the fp32 LSE, padded so that rows stay 16-byte aligned
 )
 _LOG2_E = 1.4426950408889634
-_MANY_THREADS = 132 * 2048  # enough rows to fill the chip: then larger programs, fewer of them
 
 
 @overload
@@ -269,7 +268,6 @@ if triton is not None:
         x_ptr,
         l_ptr,
         send_ptr,
-        send_lse_ptr,
         rows,
         x_b,
         x_h,
@@ -299,10 +297,11 @@ if triton is not None:
         tail = tl.load(l_at + t * 0, mask=row_ok & (t == 0), other=0.0)
 
         packed = ((h // OWNED * (rows // HEADS) + b) * OWNED + h % OWNED)[:, None]
-        tl.store(send_ptr + packed * PITCH + d, x, mask=cell_ok)
+        row_at = send_ptr.to(tl.pointer_type(x_ptr.dtype.element_ty)) + packed * PITCH
+        tl.store(row_at + d, x, mask=cell_ok)
         # The whole tail, not the LSE alone: memory that is written in parts must first be read.
-        tail_at = send_lse_ptr + packed * LSE_PITCH + LSE_AT + t
-        tl.store(tail_at, _or_empty(tail), mask=row_ok)
+        tail_at = send_ptr.to(tl.pointer_type(tl.float32)) + packed * LSE_PITCH + LSE_AT
+        tl.store(tail_at + t, _or_empty(tail), mask=row_ok)
 
 
 def _combine_triton(
@@ -314,7 +313,8 @@ def _combine_triton(
 ) -> None:
     N, B, h, D = partials.shape
     x, y = _Strides(partials), _Strides(out)
-    tile = _tile(B * h, D, partials.element_size())
+    # More shards take smaller vectors, so that a thread has registers for all loads at once.
+    tile = _tile(B * h, D, partials.element_size(), vector=16 if N <= 4 else 8)
     _combine_kernel[tile.grid](
         partials,
         lse,
@@ -337,6 +337,7 @@ def _combine_triton(
         LOG2_E=_LOG2_E,
         WITH_LSE=out_lse is not None,
         num_warps=tile.warps,
+        **_loads_first(),
     )
 
 
@@ -344,12 +345,11 @@ def _pack_triton(out: torch.Tensor, lse: torch.Tensor, send: torch.Tensor) -> No
     B, H, D = out.shape
     row = send.shape[-1]
     x = _Strides(out)
-    tile = _tile(B * H, D, out.element_size())
+    tile = _tile(B * H, D, out.element_size(), vector=16)
     _pack_kernel[tile.grid](
         out,
         lse,
-        send.view(out.dtype),
-        send.view(torch.float32),
+        send,  # once: of two views into one buffer torch.compile would keep only one's writes
         B * H,
         *x.outer,
         *lse.stride(),
@@ -389,14 +389,21 @@ class _Tile(NamedTuple):
     warps: int
 
 
-def _tile(rows: int, D: int, itemsize: int) -> _Tile:
-    """Rows per program such that each thread holds one 16-byte vector of a shard's payload."""
+def _tile(rows: int, D: int, itemsize: int, vector: int) -> _Tile:
+    """Programs of 128 threads; each thread takes one vector (bytes) of a shard's row."""
     cols = _power_of_2(D)
-    threads = max(1, cols * itemsize // 16)
-    wanted = 128 if rows * threads >= _MANY_THREADS else 32
-    per_program = max(1, wanted // threads)
+    threads = max(1, cols * itemsize // vector)
+    per_program = max(1, 128 // threads)
     warps = min(8, max(1, per_program * threads // 32))
     return _Tile((-(-rows // per_program),), per_program, cols, warps)
+
+
+def _loads_first() -> dict[str, int]:
+    """Left to itself, ptxas saves registers and puts loads off until their values are used.
+
+    Room for all values makes it issue the loads together. HIP and torch.compile lack the option.
+    """
+    return {} if torch.version.hip or torch.compiler.is_compiling() else {"maxnreg": 128}
 
 
 def _power_of_2(n: int) -> int:

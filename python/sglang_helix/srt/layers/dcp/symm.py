@@ -5,10 +5,10 @@ head's row and LSE straight into the workspace of the rank that owns the head, w
 of its own heads, combines them (`lse_combine` states the contract and the formula) and writes the
 result. Rank j owns heads [j*h, (j+1)*h) with h = ceil(H/N).
 
-The protocol. One program carries one row (a token and a place h_i among the owned heads) through
-an N-rank collective of its own: the row's program on every rank sends one piece to each rank,
-itself included, and receives one from each. Rows do not wait for each other, so there is no
-barrier over programs or ranks.
+The protocol. A row is a token, a place among the owned heads and one of a few equal parts of D.
+Each row is an N-rank collective of its own, carried by one program on every rank: it sends one
+piece to each rank, itself included, and receives one from each. Rows do not wait for each other,
+so there is no barrier over programs or ranks.
 
     lamport  Pieces lie in the receiver's memory, which holds a value that is never sent wherever
              nothing has arrived. The receiver polls the pieces themselves, then puts the value
@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -57,7 +57,7 @@ SEND, RECEIVE = 1, 2  # phases of the kernel; apart only where ranks run one aft
 _NEVER_SENT: tl.constexpr = tl.constexpr(-(2**31))
 _NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 _INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-_POLLS_PER_REPORT: tl.constexpr = tl.constexpr(1 << 16)  # some 50 ms
+_POLLS_PER_REPORT: tl.constexpr = tl.constexpr(1 << 12)  # some milliseconds
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # e4m3fn
 _FP8_GROUP: tl.constexpr = tl.constexpr(128)
@@ -65,6 +65,7 @@ _FP8_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # of a group's largest magnitude
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _VECTOR = 16  # bytes of the widest access; rows start on multiples of it
+_WIDTH = 128  # elements of a row, at most; of a head that is quantised, a multiple of the group
 _WORDS_PER_THREAD = 64
 _LAMPORT_MAX_BYTES = 2 << 20  # sent per rank and call
 _MAX_REGISTERS = 128  # per thread
@@ -94,15 +95,15 @@ class Layout:
     def __post_init__(self) -> None:
         if self.wire not in _TL_DTYPE:
             raise TypeError(f"symm exchanges bf16, fp16 or fp32 rows, not {self.wire}")
-        if self.row_bytes % _VECTOR:
+        if self.head_dim * self.wire.itemsize % _VECTOR:
             raise ValueError(
-                f"head_dim {self.head_dim} in {self.wire} makes rows of {self.row_bytes} bytes; "
-                f"symm needs whole 16-byte vectors: use --dcp-comm-backend a2a"
+                f"head_dim {self.head_dim} in {self.wire} is not whole 16-byte vectors, which symm "
+                f"needs: use --dcp-comm-backend a2a"
             )
 
     @property
     def owned(self) -> int:
-        """Rows per token and rank: ceil(H/N)."""
+        """Places for heads per rank: ceil(H/N)."""
         return -(-self.heads // self.ranks)
 
     def owned_by(self, rank: int) -> range:
@@ -110,17 +111,31 @@ class Layout:
         return range(min(rank * self.owned, self.heads), min((rank + 1) * self.owned, self.heads))
 
     @property
+    def parts(self) -> int:
+        """Rows that a head's output of one token is cut into."""
+        return next(
+            parts
+            for parts in range(-(-self.head_dim // _WIDTH), self.head_dim + 1)
+            if self.head_dim * self.wire.itemsize % (parts * _VECTOR) == 0
+        )
+
+    @property
+    def rows_per_token(self) -> int:
+        """Rows that a rank receives per token."""
+        return self.owned * self.parts
+
+    @property
     def row_bytes(self) -> int:
         """Size of one row, without its LSE."""
-        return self.head_dim * self.wire.itemsize
+        return self.head_dim // self.parts * self.wire.itemsize
 
     @property
     def max_tokens(self) -> int:
         """Largest batch."""
         return max(self.lamport_tokens, self.staged_tokens)
 
-    def _parts(self) -> dict[str, tuple[int, int]]:
-        """Offset and size in bytes of each part, in order."""
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Offset and size in bytes of each part of the workspace, in order."""
         small, large = self._pieces("lamport"), self._pieces("push")
         sizes = {
             "flags": 8 * large,
@@ -129,16 +144,16 @@ class Layout:
             "staged_lse": 4 * large,
             "staged_data": self.row_bytes * large,
         }
-        parts, at = {}, 0
+        places, at = {}, 0
         for name, size in sizes.items():
-            parts[name] = at, size
+            places[name] = at, size
             at += _align(size)
-        return parts
+        return places
 
     def rows(self, protocol: Protocol) -> int:
         """Rows that a protocol's region holds per slot and rank."""
         tokens = self.lamport_tokens if protocol == "lamport" else self.staged_tokens
-        return tokens * self.owned
+        return tokens * self.rows_per_token
 
     def _pieces(self, protocol: Protocol) -> int:
         return 2 * self.ranks * self.rows(protocol)
@@ -146,14 +161,28 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Size of the workspace."""
-        at, size = self._parts()["staged_data"]
+        at, size = self._places()["staged_data"]
         return _align(at + size)
 
-    def offsets(self, protocol: Protocol) -> tuple[int, int]:
-        """Where a protocol's rows and their LSEs begin."""
+    def constants(self, protocol: Protocol) -> dict[str, Any]:
+        """What the kernel is compiled for."""
+        places = {name: at for name, (at, _) in self._places().items()}
         region = "lamport" if protocol == "lamport" else "staged"
-        parts = self._parts()
-        return parts[f"{region}_data"][0], parts[f"{region}_lse"][0]
+        return {
+            "N": self.ranks,
+            "HEADS": self.heads,
+            "OWNED": self.owned,
+            "PARTS": self.parts,
+            "D": self.head_dim // self.parts,
+            "WIRE": _TL_DTYPE[self.wire],
+            "LAMPORT": protocol == "lamport",
+            "PULL": protocol == "pull",
+            "MAX_ROWS": self.max_tokens * self.rows_per_token,
+            "ROWS": self.rows(protocol),
+            "DATA": places[f"{region}_data"],
+            "LSES": places[f"{region}_lse"],
+            "FLAGS": places["flags"],
+        }
 
     def protocol(self, tokens: int) -> Protocol:
         """The protocol for a batch, by its size."""
@@ -161,14 +190,9 @@ class Layout:
 
     def warps(self, splits: bool) -> int:
         """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
-        words = 128 // _VECTOR * self.head_dim if splits else self.row_bytes // 4
+        words = self.head_dim // self.parts if splits else self.row_bytes // 4
         tile = triton.next_power_of_2(self.ranks) * triton.next_power_of_2(words)
         return max(1, tile // (32 * _WORDS_PER_THREAD))
-
-    @property
-    def flags_offset(self) -> int:
-        """Where the flags of push and pull begin."""
-        return self._parts()["flags"][0]
 
     def initialise(self, workspace: torch.Tensor) -> None:
         """Bring a rank's workspace (uint8 [nbytes], 16-byte aligned) into its first state.
@@ -176,10 +200,10 @@ class Layout:
         All ranks must have done so before any rank makes its first call.
         """
         workspace.zero_()
-        parts = self._parts()
+        places = self._places()
 
         def part(name: str, dtype: torch.dtype) -> torch.Tensor:
-            at, size = parts[name]
+            at, size = places[name]
             return workspace[at : at + size].view(dtype)
 
         for name in ("lamport_lse", "lamport_data"):
@@ -229,6 +253,25 @@ def _fence():
         tl.inline_asm_elementwise(
             "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [0], tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def _any_thread(flag):
+    """Whether any thread of the program says so: one answer for all.
+
+    Threads that hold the same element load it each for themselves, and from memory that changes
+    they may load different values; a loop must still end for all of them at once.
+    """
+    if _INTERPRETED:
+        return flag
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; bar.red.or.pred q, 0, p; selp.s32 $0, 1, 0, q; }",
+        "=r,r",
+        [flag.to(tl.int32)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -286,6 +329,12 @@ def _merge_splits(rows, row_step, lses, lse_step, splits, here, d, D: tl.constex
         total += weight
         merged += x * weight[:, None]
     return merged / tl.maximum(total, 1.0)[:, None], top + tl.log(total)
+
+
+@triton.jit
+def _row(first_token, row, OWNED: tl.constexpr, PARTS: tl.constexpr):
+    """Token, place among the owned heads, and part of a row."""
+    return first_token + row // (OWNED * PARTS), row // PARTS % OWNED, row % PARTS
 
 
 @triton.jit
@@ -353,7 +402,8 @@ def exchange_kernel(
     N: tl.constexpr,
     HEADS: tl.constexpr,
     OWNED: tl.constexpr,
-    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    D: tl.constexpr,  # of a row: a part of a head
     WIRE: tl.constexpr,
     LAMPORT: tl.constexpr,
     PULL: tl.constexpr,
@@ -389,13 +439,13 @@ def exchange_kernel(
 
     # All sends come before the first wait: programs that wait never hold back what a peer needs.
     if PHASE & 1:
-        for row in tl.range(tl.program_id(0), tokens * OWNED, tl.num_programs(0)):
-            b = first_token + row // OWNED
-            head = peer * OWNED + row % OWNED
+        for row in tl.range(tl.program_id(0), tokens * OWNED * PARTS, tl.num_programs(0)):
+            b, h, part = _row(first_token, row, OWNED, PARTS)
+            head = peer * OWNED + h
             here = live & (head < HEADS)
             l_row = b * l_b + head.to(tl.int64) * l_h
             if SPLITS:
-                x_row = b * x_b * 4 + head.to(tl.int64) * x_h * 4
+                x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * D
                 length = tl.load(indptr_ptr + b + 1) - tl.load(indptr_ptr + b)
                 splits, at = _live_splits(length, tl.load(counts_ptr + b), block), x_ptr + x_row
                 values, lse = _merge_splits(
@@ -403,7 +453,7 @@ def exchange_kernel(
                 )
                 x = _words(values * v_scale, WIRE, NP, WP)
             else:
-                x_row = (b * x_b + head.to(tl.int64) * x_h) * 4
+                x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * W
                 at = x_ptr.to(tl.pointer_type(tl.int32)) + x_row[:, None] + w[None, :]
                 x = tl.load(at, mask=cells & here[:, None], other=0)
                 lse = tl.load(l_ptr + l_row, mask=here, other=_NEG_INF)
@@ -422,7 +472,7 @@ def exchange_kernel(
             # Release: all threads' pieces, then a fence in the thread that stores the flag.
             tl.debug_barrier()
             _fence()
-            for row in tl.range(tl.program_id(0), tokens * OWNED, tl.num_programs(0)):
+            for row in tl.range(tl.program_id(0), tokens * OWNED * PARTS, tl.num_programs(0)):
                 epoch = tl.load(epochs + row)
                 home, index = _place(base, own, peer, me, epoch & 1, row, True, N, ROWS)
                 flags = (home + FLAGS).to(tl.pointer_type(tl.int64)) + index
@@ -430,28 +480,30 @@ def exchange_kernel(
 
     if PHASE & 2:
         status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        for row in tl.range(tl.program_id(0), tokens * OWNED, tl.num_programs(0)):
+        for row in tl.range(tl.program_id(0), tokens * OWNED * PARTS, tl.num_programs(0)):
             epoch = tl.load(epochs + row)
             home, index = _place(base, own, peer, me, epoch & 1, row, PULL, N, ROWS)
             rows = _rows(home, DATA, index, w, W)
             lses = (home + LSES).to(tl.pointer_type(tl.int32)) + index
             polls = 0
             if LAMPORT:
+                # The value that is never sent is the smallest integer.
                 x = tl.load(rows, mask=cells, other=0, volatile=True)
                 bits = tl.load(lses, mask=live, other=0, volatile=True)
-                missing = tl.minimum(tl.min(x, 1), bits) == _NEVER_SENT  # the smallest integer
-                while tl.max(missing.to(tl.int32), 0) != 0:
+                least = tl.minimum(tl.min(x), tl.min(bits))
+                while _any_thread(least == _NEVER_SENT) != 0:
                     polls += 1
                     if polls % _POLLS_PER_REPORT == 0:
+                        missing = tl.minimum(tl.min(x, 1), bits) == _NEVER_SENT
                         _report(status, missing, peer, epoch, layer)
                     x = tl.load(rows, mask=cells, other=0, volatile=True)
                     bits = tl.load(lses, mask=live, other=0, volatile=True)
-                    missing = tl.minimum(tl.min(x, 1), bits) == _NEVER_SENT
+                    least = tl.minimum(tl.min(x), tl.min(bits))
             else:
                 _, flag_index = _place(base, own, peer, me, epoch & 1, row, False, N, ROWS)
                 flags = (own + FLAGS).to(tl.pointer_type(tl.int64)) + flag_index
                 missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
-                while tl.max(missing.to(tl.int32), 0) != 0:
+                while _any_thread(tl.max(missing.to(tl.int32), 0)) != 0:
                     polls += 1
                     if polls % _POLLS_PER_REPORT == 0:
                         _report(status, missing, peer, epoch, layer)
@@ -463,7 +515,8 @@ def exchange_kernel(
                 bits = tl.load(lses, mask=live, other=0)
 
             lse = tl.where(live, bits.to(tl.float32, bitcast=True), _NEG_INF)
-            head = me * OWNED + row % OWNED
+            b, h, part = _row(first_token, row, OWNED, PARTS)
+            head = me * OWNED + h
             is_head = head < HEADS
             top = tl.max(lse, 0)
             if sink_ptr is not None:
@@ -479,8 +532,6 @@ def exchange_kernel(
             weight = weight / tl.maximum(total, 1.0)
             y = tl.sum(_floats(x, WIRE) * weight[:, None], 0)
 
-            b = first_token + row // OWNED
-            h = row % OWNED
             wanted = is_head & (d < D)
             if scale_ptr is not None:
                 groups = tl.reshape(y, [DP // _FP8_GROUP, _FP8_GROUP])
@@ -488,14 +539,16 @@ def exchange_kernel(
                 y = tl.reshape(groups / scale[:, None], [DP])
                 y = tl.minimum(tl.maximum(y, -_FP8_MAX), _FP8_MAX)
                 g = tl.arange(0, DP // _FP8_GROUP)
-                scales = scale_ptr + b * scale_b + (h * (D // _FP8_GROUP) + g) * scale_g
+                scales = (
+                    scale_ptr + b * scale_b + ((h * PARTS + part) * (D // _FP8_GROUP) + g) * scale_g
+                )
                 tl.store(scales, scale, mask=is_head & (g < D // _FP8_GROUP))
             VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
-            at = y_ptr + (b * y_b + h * y_h.to(tl.int64)) * VECTOR + d
+            at = y_ptr + (b * y_b + h * y_h.to(tl.int64)) * VECTOR + part * D + d
             tl.store(at, y.to(y_ptr.dtype.element_ty), mask=wanted)
             if y_lse_ptr is not None:
                 log = tl.log2(total) if BASE2 else tl.log(total)
-                tl.store(y_lse_ptr + b * yl_b + h * yl_h, top + log, mask=is_head)
+                tl.store(y_lse_ptr + b * yl_b + h * yl_h, top + log, mask=is_head & (part == 0))
             # Last, off the path of the result. The words and the epoch are only ours until the
             # row's next call.
             if LAMPORT:
@@ -511,7 +564,7 @@ class Workspace:
     Attributes:
         layout: what stands where.
         peers: int64 [N] on the device: address of each rank's workspace.
-        epochs: int64 [local_ranks, max_tokens * owned] on the device: each row's next call, from 1
+        epochs: int64 [local_ranks, rows] on the device: each row's next call, from 1
             (flags start at 0).
         status: int64 [local_ranks * programs] that the host can read: what programs wait for.
         rank: this rank (the first one, where one device plays several).
@@ -555,7 +608,7 @@ def exchange(
     x, lse = partial[0], partial[1]
     tokens = _check_partial(workspace, partial, base2)
     protocol = protocol or layout.protocol(tokens)
-    if tokens > (fit := layout.rows(protocol) // layout.owned):
+    if tokens > (fit := layout.rows(protocol) // layout.rows_per_token):
         raise ValueError(
             f"symm was set up for at most {fit} tokens per call and got {tokens}: raise "
             f"max_tokens, or use --dcp-comm-backend a2a for such batches"
@@ -579,8 +632,7 @@ def exchange(
     if not splits:
         x = _vector_rows(x)
     warps = layout.warps(splits)
-    programs = min(tokens * layout.owned, workspace.programs)
-    data, lses = layout.offsets(protocol)
+    programs = min(tokens * layout.rows_per_token, workspace.programs)
     exchange_kernel[(programs, workspace.local_ranks)](
         x,
         lse,
@@ -603,18 +655,7 @@ def exchange(
         *(scales.stride() if scales is not None else (0, 0)),
         partial.block if isinstance(partial, Splits) else 1,
         partial.v_scale if isinstance(partial, Splits) else 1.0,
-        N=layout.ranks,
-        HEADS=layout.heads,
-        OWNED=layout.owned,
-        D=D,
-        WIRE=_TL_DTYPE[layout.wire],
-        LAMPORT=protocol == "lamport",
-        PULL=protocol == "pull",
-        MAX_ROWS=layout.max_tokens * layout.owned,
-        ROWS=layout.rows(protocol),
-        DATA=data,
-        LSES=lses,
-        FLAGS=layout.flags_offset,
+        **layout.constants(protocol),
         SPLITS=splits,
         BASE2=base2,
         PHASE=phase,
@@ -629,7 +670,7 @@ def exchange(
 def plan(ranks: int, heads: int, head_dim: int, wire: torch.dtype, max_tokens: int) -> Layout:
     """The layout for batches of up to max_tokens; lamport's region ends at the switch point."""
     one = Layout(ranks, heads, head_dim, wire, 0, 0)
-    small = min(max_tokens, _LAMPORT_MAX_BYTES // (ranks * one.owned * one.row_bytes))
+    small = min(max_tokens, _LAMPORT_MAX_BYTES // (ranks * one.rows_per_token * one.row_bytes))
     return replace(one, lamport_tokens=small, staged_tokens=max_tokens if max_tokens > small else 0)
 
 

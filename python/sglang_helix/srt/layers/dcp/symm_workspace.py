@@ -303,5 +303,5 @@ def one_device(layout: Layout, device: torch.device, programs: int | None = None
 
 
 def _first_epochs(layout: Layout, device: torch.device, local_ranks: int) -> torch.Tensor:
-    rows = layout.max_tokens * layout.owned
+    rows = layout.max_tokens * layout.rows_per_token
     return torch.ones((local_ranks, rows), dtype=torch.int64, device=device)
