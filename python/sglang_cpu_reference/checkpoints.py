@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: Tokenizer: one token per byte, then the special ones. The model's vocabulary is a little wider,
-#: as real ones are.
+#: One token per byte, then these, numbered from 256. The model's vocabulary is a little wider, as
+#: real ones are.
 SPECIAL_TOKENS = MappingProxyType(
     {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 )
@@ -148,6 +148,7 @@ def _byte_tokenizer() -> Any:
     tokenizer = Tokenizer(BPE(vocab=_byte_alphabet(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
