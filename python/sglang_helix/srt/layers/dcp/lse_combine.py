@@ -314,7 +314,7 @@ def _combine_triton(
     N, B, h, D = partials.shape
     x, y = _Strides(partials), _Strides(out)
     # More shards take smaller vectors, so that a thread has registers for all loads at once.
-    tile = _tile(B * h, D, partials.element_size(), vector=16 if N <= 4 else 8)
+    tile = _tile(B * h, D, partials.element_size(), vector=16 if N <= 2 else 8)
     _combine_kernel[tile.grid](
         partials,
         lse,
@@ -337,7 +337,7 @@ def _combine_triton(
         LOG2_E=_LOG2_E,
         WITH_LSE=out_lse is not None,
         num_warps=tile.warps,
-        **_loads_first(),
+        **_loads_first(N),
     )
 
 
@@ -398,12 +398,14 @@ def _tile(rows: int, D: int, itemsize: int, vector: int) -> _Tile:
     return _Tile((-(-rows // per_program),), per_program, cols, warps)
 
 
-def _loads_first() -> dict[str, int]:
-    """Left to itself, ptxas saves registers and puts loads off until their values are used.
+def _loads_first(N: int) -> dict[str, int]:
+    """Option for ptxas, which else saves registers and puts loads off until their values are used.
 
-    Room for all values makes it issue the loads together. HIP and torch.compile lack the option.
+    Given room it issues them together. 64 registers suffice for 16 shards without spilling, and a
+    multiprocessor still holds 1024 threads. HIP and torch.compile lack the option.
     """
-    return {} if torch.version.hip or torch.compiler.is_compiling() else {"maxnreg": 128}
+    lacking = torch.version.hip or torch.compiler.is_compiling()
+    return {} if lacking or N > 16 else {"maxnreg": 64}
 
 
 def _power_of_2(n: int) -> int:
