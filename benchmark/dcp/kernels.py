@@ -3,9 +3,10 @@
     python -m benchmark.dcp kernels                              the full run, on a GPU
     python -m benchmark.dcp kernels --device cpu --batch 1 2     a small one, anywhere
 
-Four operations, for N ranks that share H heads (each ends with h = H/N of them), batch B:
+Five operations, for N ranks that share H heads (each ends with h = H/N of them), batch B:
 
-    combine   N partial outputs and LSEs of h heads -> their combination
+    combine   packed rows of N partial outputs of h heads, each with its LSE -> their combination
+    merge     the same from separate tensors of outputs and LSEs
     pack      one partial output of H heads and its LSE -> the send layout
     layer     all that one rank launches between attention and o_proj. A collective is stood in for
               by a copy of what it leaves on the rank, a lower bound on its time
@@ -88,37 +89,44 @@ def combine_cases(p: Problem, peers: Peers) -> Cases:
     x, lse = random_partials(p, p.ranks, p.owned)
     want = merged(x, lse)
 
-    def helix_packed(rows: torch.Tensor) -> torch.Tensor:
+    def helix(rows: torch.Tensor) -> torch.Tensor:
         return combine(*unpack(rows, p.head_dim, DTYPE))
 
-    rows = packed_rows(x, lse, packed_row_bytes(p.head_dim, DTYPE))
-    yield "helix", Case(helix_packed, (rows,), want)
-    yield "helix planes", Case(combine, (x, lse), want)
+    yield "helix", Case(helix, (packed_rows(x, lse, packed_row_bytes(p.head_dim, DTYPE)),), want)
 
-    if sglang := peers.sglang_kernels:
+    if kernels := peers.sglang_kernels:
 
-        def sglang_planes(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-            return sglang.dcp_lse_combine_triton(x, lse)[0]
-
-        def sglang_packed(rows: torch.Tensor) -> torch.Tensor:
+        def sglang(rows: torch.Tensor) -> torch.Tensor:
             x, lse = rows.view(DTYPE)[..., : p.head_dim], rows.view(torch.float32)[..., -1]
-            return sglang_planes(x, lse)
+            return kernels.dcp_lse_combine_triton(x, lse)[0]
 
         rows = packed_rows(x, lse, p.head_dim * DTYPE.itemsize + 4)
-        yield "sglang", Case(sglang_packed, (rows,), want)
-        yield "sglang planes", Case(sglang_planes, (x, lse), want)
+        yield "sglang", Case(sglang, (rows,), want)
 
-    if flashinfer := peers.flashinfer:
 
-        def merge_states(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-            return flashinfer.merge_states(x, lse)[0]
+def merge_cases(p: Problem, peers: Peers) -> Cases:
+    x, lse = random_partials(p, p.ranks, p.owned)
+    want = merged(x, lse)
+    yield "helix", Case(combine, (x, lse), want)
+
+    if kernels := peers.sglang_kernels:
+
+        def sglang(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+            return kernels.dcp_lse_combine_triton(x, lse)[0]
+
+        yield "sglang", Case(sglang, (x, lse), want)
+
+    if library := peers.flashinfer:
+
+        def flashinfer(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+            return library.merge_states(x, lse)[0]
 
         lanes = p.head_dim // max(8, p.head_dim // 32)  # threads that it gives a head
         if p.batch > p.ranks and p.owned * lanes > 1024:
-            print(f"flashinfer merge_states cannot: {p.owned} heads of {p.head_dim} in one block")
+            print(f"flashinfer.merge_states cannot: {p.owned} heads of {p.head_dim} in one block")
         else:
             by_token = x.transpose(0, 1), lse.transpose(0, 1) / math.log(2)
-            yield "flashinfer merge_states", Case(merge_states, by_token, want)
+            yield "flashinfer", Case(flashinfer, by_token, want)
 
 
 def pack_cases(p: Problem, peers: Peers) -> Cases:
@@ -224,7 +232,7 @@ def moved_bytes(op: str, p: Problem) -> int:
     partials, result = p.rows(p.heads), p.payload(p.owned)
     if op == "pack":
         return 2 * partials
-    if op == "combine":
+    if op in ("combine", "merge"):
         return partials + result
     # Read where attention left it, written where its owner reads it, read there, combined.
     one_rank = 3 * partials + result
@@ -233,6 +241,7 @@ def moved_bytes(op: str, p: Problem) -> int:
 
 OPERATIONS = {
     "combine": combine_cases,
+    "merge": merge_cases,
     "pack": pack_cases,
     "layer": layer_cases,
     "exchange": exchange_cases,
@@ -439,7 +448,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
     parser.add_argument("--plot-ranks", type=int, default=8, metavar="N", help="the plot's N")
-    parser.add_argument("--from-csv", type=Path, help="measure nothing, report on these figures")
+    parser.add_argument(
+        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
+    )
     options = parser.parse_args(argv)
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: at least 2 are needed for percentiles")
@@ -451,7 +462,7 @@ def main(argv: list[str]) -> int:
         parser.error("no CUDA device: use --device cpu, with a small --batch")
 
     if options.from_csv:
-        rows = report.read_csv(options.from_csv)
+        rows = [row for path in options.from_csv for row in report.read_csv(path)]
     else:
         rows = run(options)
     print(report.table(rows))
