@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 SUPPORTED_SGLANG = ("0.5.23",)
 
-Kind = Literal["before", "after", "around", "replace", "resolution", "backend", "append"]
+Kind = Literal[
+    "before", "after", "around", "replace", "resolution", "backend", "append", "attribute"
+]
 Stage = Literal["launch", "serve"]
 
 # The kinds that SGLang's own hook registry installs.
@@ -32,12 +34,14 @@ class Hook:
     target: dotted name of the function, method or table entry (``module.TABLE[key]``).
     kind: how it is changed. ``before``, ``after``, ``around`` and ``replace`` are SGLang's hook
         types; ``resolution`` wraps a step of server-argument resolution; ``backend`` registers
-        an attention backend under an existing name; ``append`` adds names to a list in place.
+        an attention backend under an existing name; ``append`` adds names to a list in place;
+        ``attribute`` sets a class attribute to the implementation, as a static method.
     stage: ``launch`` hooks go into every process and import nothing heavy; ``serve`` hooks go
         into a scheduler process just before its process groups are built, and only when the
         layout shards the cache.
     impl: ``module:function`` of this package.
-    signature: parameter names of the target, ``=`` after those with a default.
+    signature: parameter names of the target, ``=`` after those with a default; empty for what is
+        not called by the series.
     why, how, upstream, until: the catalogue entry: what is wrong or missing without the hook,
         what the hook does, where upstream discusses it, and when the hook can be dropped.
     """
@@ -75,7 +79,8 @@ class Hook:
     def check(self) -> str | None:
         """Compare the target with its declaration; None when it fits, else what differs."""
         try:
-            found = signature_of(self.resolve())
+            target = self.resolve()
+            found = "" if self.kind == "attribute" else signature_of(target)
         except SeriesError as missing:
             return str(missing)
         if found != self.signature:

@@ -14,6 +14,7 @@ This module imports nothing that can fail: an ImportError here would be swallowe
 from __future__ import annotations
 
 import logging
+import pkgutil
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -94,6 +95,9 @@ def _register(hooks: Iterable[Hook]) -> None:
             register_resolution_hook(hook.target.rpartition(".")[2])(implementation)
         elif hook.kind == "backend":
             hook.table()[hook.key] = implementation
+        elif hook.kind == "attribute":
+            owner, _, name = hook.target.rpartition(".")
+            setattr(pkgutil.resolve_name(owner), name, staticmethod(implementation))
         else:
             hook.resolve().extend(implementation())
 

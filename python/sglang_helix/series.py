@@ -300,7 +300,123 @@ A2A = Patch(
     ),
 )
 
-SERIES: tuple[Patch, ...] = (A2A,)
+QPROJ = Patch(
+    "qproj",
+    "The query projection replicated in each KVP group: no gathering of queries, for GQA (the "
+    "sharding of QKVParallelLinear in a2a) and MLA",
+    (
+        Hook(
+            target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+            kind="after",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.model_runner:load_model",
+            signature="self",
+            why="MLA's replicas are made after the pool is sized, so their memory is not counted; "
+            "weights that cannot be replicated are skipped with a warning",
+            how="gathers them as soon as the model is loaded, and refuses where they were asked for",
+            upstream="sgl-project/sglang#21637",
+            until="upstream accounts for the replicas and refuses",
+        ),
+        Hook(
+            target="sglang.srt.model_executor.model_runner.ModelRunner._prepare_replicated_q_proj",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.model_runner:prepare_replicated_q_proj",
+            signature="self",
+            why="would gather them a second time, at other addresses",
+            how="does nothing: see load_model",
+            upstream="sgl-project/sglang#21637",
+            until="see load_model",
+        ),
+        *(
+            Hook(
+                target="sglang.srt.model_executor.model_runner_components.weight_updater"
+                f".WeightUpdater.{method}",
+                kind="after",
+                stage="serve",
+                impl=f"{_SRT}.model_executor.model_runner:refresh_replicas",
+                signature=signature,
+                why="the replicas of MLA keep the weights of before the update: wrong tokens",
+                how="gathers them again in place after an update that succeeded",
+                upstream="none",
+                until="upstream renews the replicas",
+            )
+            for method, signature in (
+                (
+                    "update_weights_from_disk",
+                    "self, model_path, load_format, weight_name_filter=, recapture_cuda_graph=",
+                ),
+                ("load_weights_from_distributed", "self, named_tensors"),
+                ("update_weights_from_tensor", "self, named_tensors, load_format="),
+                ("update_weights_from_ipc", "self, recv_req"),
+            )
+        ),
+    ),
+)
+
+ATTN_TP = Patch(
+    "attn_tp",
+    "Attention on fewer head shards than the FFN: --attn-tp-size",
+    (
+        Hook(
+            target="sglang.srt.server_args.ServerArgs.add_cli_args",
+            kind="after",
+            stage="launch",
+            impl=f"{_SRT}.server_args:add_cli_args",
+            signature="parser",
+            why="the flag does not exist",
+            how="adds it to every parser of server arguments, YAML files included",
+            upstream="sgl-project/sglang#29736",
+            until="upstream has the flag",
+        ),
+        Hook(
+            target="sglang.srt.server_args.ServerArgs.from_cli_args",
+            kind="after",
+            stage="launch",
+            impl=f"{_SRT}.server_args:from_cli_args",
+            signature="args",
+            why="drops what is not a field, and a field cannot be added from outside",
+            how="keeps the value beside the fields",
+            upstream="sgl-project/sglang#29736",
+            until="upstream has the flag",
+        ),
+        Hook(
+            target="sglang.srt.entrypoints.engine.Engine.server_args_class",
+            kind="attribute",
+            stage="launch",
+            impl=f"{_SRT}.server_args:make_server_args",
+            signature="",
+            why="sglang.Engine(attn_tp_size=A) would be an unknown argument",
+            how="takes it out, builds ServerArgs, and keeps it beside the fields",
+            upstream="sgl-project/sglang#29736",
+            until="upstream has the flag",
+        ),
+        Hook(
+            target="sglang.srt.arg_groups.parallel_hook.handle_deprecated_dp_attention",
+            kind="resolution",
+            stage="launch",
+            impl=f"{_SRT}.server_args:resolve_attn_tp_size",
+            signature="server_args",
+            why="later steps read dcp_size",
+            how="sets dcp_size = N / A and replicated queries before any of them",
+            upstream="sgl-project/sglang#29736",
+            until="upstream has the flag",
+        ),
+        Hook(
+            target="sglang.srt.distributed.parallel_state.destroy_model_parallel",
+            kind="after",
+            stage="serve",
+            impl=f"{_SRT}.distributed.parallel_state:destroy_model_parallel",
+            signature="",
+            why="the attention TP group is not one of upstream's",
+            how="destroys it with the others",
+            upstream="sgl-project/sglang#29736",
+            until="upstream builds the group",
+        ),
+    ),
+)
+
+SERIES: tuple[Patch, ...] = (A2A, QPROJ, ATTN_TP)
 
 
 def hooks(stage: Stage | None = None) -> Iterator[Hook]:

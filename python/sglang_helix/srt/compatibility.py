@@ -105,10 +105,6 @@ def _short_chunk(situation: Situation) -> object | None:
     return size if size is not None and 0 < size < page else None
 
 
-def _q_replication(situation: Situation) -> object | None:
-    return (situation.args.dcp_replicate_q_proj and not situation.mla) or None
-
-
 def _hnd_layout(situation: Situation) -> object | None:
     from sglang.srt.environ import envs
 
@@ -123,6 +119,7 @@ TABLE: tuple[Row, ...] = (
     Row("chunked prefill", "--chunked-prefill-size", "works", "end-to-end matrix, odd sizes"),
     Row("prefix cache", "--disable-radix-cache off", "works", "end-to-end matrix, hits asserted"),
     Row("page size", "--page-size", "works", "end-to-end matrix, pages of 1 and 64"),
+    Row("replicated query projection", "--dcp-replicate-q-proj", "works", "end-to-end matrix"),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
     Row(
@@ -132,14 +129,6 @@ TABLE: tuple[Row, ...] = (
         "a chunk must hold at least one page of the whole group (page size x dcp size)",
         "Use a larger chunk or a smaller --page-size",
         _short_chunk,
-    ),
-    Row(
-        "query replication for GQA and MHA",
-        "--dcp-replicate-q-proj",
-        "refused",
-        "upstream replicates the query projection of MLA models only",
-        "Leave the flag out for this model",
-        _q_replication,
     ),
     Row(
         "attention data parallelism",

@@ -5,18 +5,84 @@ Each function here wraps one step of SGLang's resolution: ``fn(server_args, prev
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from sglang_helix import plugin
 from sglang_helix.srt.compatibility import Situation, refusals
-from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.distributed.topology import Layout, layout_of
 from sglang_helix.srt.layers.attention.attention_registry import GQA_BACKENDS, MLA_BACKENDS
 
 logger = logging.getLogger(__name__)
 
 Step = Callable[[Any], None]
+
+# SGLang's `attn_tp_size` is another, derived name (tp / dp / cp); ours rides beside the fields of
+# ServerArgs, whose pickled form keeps it.
+_ATTN_TP_SIZE = "_helix_attn_tp_size"
+_HELP = (
+    "Shard the heads of attention over this many ranks in place of all --tp-size ones; the ranks "
+    "that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size / "
+    "attention tp size, and the query projection is replicated. Default: same as --tp-size."
+)
+
+
+def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """After `ServerArgs.add_cli_args`: `--attn-tp-size`, for every command line and YAML file."""
+    parser.add_argument(
+        "--attention-tensor-parallel-size",
+        "--attn-tp-size",
+        type=int,
+        default=None,
+        dest="helix_attn_tp_size",
+        metavar="A",
+        help=_HELP,
+    )
+
+
+def from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
+    """After `ServerArgs.from_cli_args`: keep the flag on the new record."""
+    setattr(result, _ATTN_TP_SIZE, getattr(args, "helix_attn_tp_size", None))
+
+
+def make_server_args(attn_tp_size: int | None = None, **fields: Any) -> Any:
+    """`Engine`'s way to its ServerArgs: `sglang.Engine(attn_tp_size=A)`."""
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(**fields)
+    setattr(server_args, _ATTN_TP_SIZE, attn_tp_size)
+    return server_args
+
+
+def attn_tp_size_of(server_args: Any) -> int | None:
+    """A as the user gave it; None where they did not."""
+    return getattr(server_args, _ATTN_TP_SIZE, None)
+
+
+def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
+    """`handle_deprecated_dp_attention`, the first step: A becomes K and replicated queries."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+
+    attn_tp_size = attn_tp_size_of(server_args)
+    if attn_tp_size is not None:
+        view = resolved_view(server_args)
+        layout = layout_of(view.tp_size, attn_tp_size, view.dcp_size)
+        if layout.kvp_size > 1:
+            if server_args._raw_input.get("dcp_replicate_q_proj") is False:
+                raise ValueError(
+                    f"--attn-tp-size {attn_tp_size} replicates the query projection, but "
+                    "--no-dcp-replicate-q-proj was given: leave that out, or use "
+                    f"--dcp-size {layout.kvp_size} in place of --attn-tp-size."
+                )
+            declare_resolution(
+                server_args,
+                "sglang_helix",
+                dcp_size=layout.kvp_size,
+                dcp_replicate_q_proj=True,
+            )
+    previous(server_args)
 
 
 def verify_series(server_args: Any, previous: Step) -> None:
@@ -29,14 +95,24 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
     """`handle_decode_context_parallelism`: layout, heads and the communication backend."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
 
+    replicate = resolved_view(server_args).dcp_replicate_q_proj
+    if replicate and resolved_view(server_args).dcp_size > 1:
+        # Upstream replicates with a2a only; the series with every exchange. Hide it for the step.
+        declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=None)
     previous(server_args)
     view = resolved_view(server_args)
     if view.dcp_size == 1:
         return
+    if replicate:
+        declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=True)
     situation = _situation(server_args)
     layout = Layout(view.tp_size, view.dcp_size)
     heads = situation.model.get_max_num_attention_heads()
-    layout.check_heads(heads, 1 if situation.mla else situation.model.get_total_num_kv_heads())
+    layout.check_heads(
+        heads,
+        1 if situation.mla else situation.model.get_total_num_kv_heads(),
+        decoupled=attn_tp_size_of(server_args) is not None,
+    )
     if view.dcp_comm_backend == "fi_a2a" and not situation.mla:
         if server_args._raw_input.get("dcp_comm_backend") == "fi_a2a":
             raise ValueError(

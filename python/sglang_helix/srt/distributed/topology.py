@@ -43,6 +43,14 @@ class Layout:
         """Place of `rank` in its KVP group: it stores the tokens t with t % K == place."""
         return rank % self.kvp_size
 
+    def attn_tp_groups(self, world_size: int) -> list[list[int]]:
+        """Attention TP groups: ranks with the same place in their KVP groups, A each, strided."""
+        return [
+            list(range(start + place, start + self.tp_size, self.kvp_size))
+            for start in range(0, world_size, self.tp_size)
+            for place in range(self.kvp_size)
+        ]
+
     def kvp_groups(self, world_size: int) -> list[list[int]]:
         """KVP groups of a world of whole tensor-parallel groups: K consecutive ranks each."""
         return [
@@ -54,22 +62,33 @@ class Layout:
         """Key-value heads that each rank computes and stores, of `total` in the model."""
         return max(1, total // self.attn_tp_size)
 
-    def check_heads(self, query_heads: int, kv_heads: int) -> None:
-        """Raise LayoutError unless the heads of a GQA or MHA model can be laid out.
+    def capacity_ratio(self, kv_heads: int | None) -> float:
+        """Tokens that a rank's cache memory holds, over what plain TP holds in the same memory.
+
+        kv_heads: of the model; None for MLA, whose latent every rank stores whole.
+        """
+        if kv_heads is None:
+            return self.kvp_size
+        plain = Layout(self.tp_size, 1).kv_heads(kv_heads)
+        return self.kvp_size * plain / self.kv_heads(kv_heads)
+
+    def check_heads(self, query_heads: int, kv_heads: int, *, decoupled: bool = False) -> None:
+        """Raise LayoutError unless the heads of a model can be laid out.
 
         N must divide the query heads, and A and the key-value heads must divide one another:
-        otherwise a rank would need parts of heads, or heads of two shards.
+        otherwise a rank would need parts of heads, or heads of two shards. MLA's latent counts as
+        one key-value head. `decoupled`: the user gave A and not K, so errors speak of A.
         """
         if problem := self._head_problem(query_heads, kv_heads):
-            works = [
-                size
-                for size in divisors(self.tp_size)
-                if not Layout(self.tp_size, size)._head_problem(query_heads, kv_heads)
-            ]
-            advice = f"use one of {works}" if works else "change --tp-size"
-            raise LayoutError(
-                f"--dcp-size {self.kvp_size} with --tp-size {self.tp_size}: {problem}; {advice}"
-            )
+            works = legal_layouts(self.tp_size, query_heads, kv_heads)
+            if decoupled:
+                flag, value = "--attn-tp-size", self.attn_tp_size
+                sizes = sorted(layout.attn_tp_size for layout in works)
+            else:
+                flag, value = "--dcp-size", self.kvp_size
+                sizes = [layout.kvp_size for layout in works]
+            advice = f"use one of {sizes}" if sizes else "change --tp-size"
+            raise LayoutError(f"{flag} {value} with --tp-size {self.tp_size}: {problem}; {advice}")
 
     def _head_problem(self, query_heads: int, kv_heads: int) -> str | None:
         shards = self.attn_tp_size
@@ -81,6 +100,31 @@ class Layout:
                 "(tp size / dcp size) do not divide one another"
             )
         return None
+
+
+def legal_layouts(tp_size: int, query_heads: int, kv_heads: int) -> list[Layout]:
+    """Every layout of N ranks that a model's heads allow, with rising K."""
+    layouts = [Layout(tp_size, size) for size in divisors(tp_size)]
+    return [layout for layout in layouts if not layout._head_problem(query_heads, kv_heads)]
+
+
+def layout_of(tp_size: int, attn_tp_size: int, dcp_size: int) -> Layout:
+    """The layout of `--attn-tp-size`, which fixes K = N / A; `dcp_size` is 1 where not given.
+
+    Raises LayoutError where A does not divide N, or where `--dcp-size` was given and disagrees.
+    """
+    if attn_tp_size < 1 or tp_size % attn_tp_size:
+        raise LayoutError(
+            f"--attn-tp-size {attn_tp_size} does not divide --tp-size {tp_size}: "
+            f"use one of {divisors(tp_size)}"
+        )
+    layout = Layout(tp_size, tp_size // attn_tp_size)
+    if dcp_size not in (1, layout.kvp_size):
+        raise LayoutError(
+            f"--attn-tp-size {attn_tp_size} with --tp-size {tp_size} means --dcp-size "
+            f"{layout.kvp_size}, but --dcp-size {dcp_size} was given: leave one of them out"
+        )
+    return layout
 
 
 def divisors(number: int) -> list[int]:

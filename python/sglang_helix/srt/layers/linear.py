@@ -1,4 +1,4 @@
-"""Key-value heads sharded by A while query heads stay sharded by N. Extends `layers/linear.py`."""
+"""Attention heads sharded by A inside a model sharded by N. Extends `layers/linear.py`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_kv_replicas = 1
+_replicas = 1
+_replicate_queries = False
 
 
 @contextmanager
-def kv_heads_shared_by(ranks: int) -> Iterator[None]:
-    """While building a model: each run of `ranks` consecutive ranks holds the same K and V."""
-    global _kv_replicas
-    _kv_replicas = ranks
+def heads_shared_by(ranks: int, *, queries: bool) -> Iterator[None]:
+    """While building a model: each run of `ranks` consecutive ranks holds the same K and V heads.
+
+    With `queries` they hold the same query heads too, so that queries need no gathering.
+    """
+    global _replicas, _replicate_queries
+    _replicas, _replicate_queries = ranks, queries
     try:
         yield
     finally:
-        _kv_replicas = 1
+        _replicas, _replicate_queries = 1, False
 
 
 def qkv_parallel_linear_init(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Give QKVParallelLinear a key-value group of its own inside `kv_heads_shared_by`."""
-    if _kv_replicas > 1 and kwargs.get("kv_parallel_group") is None:
+    """Give QKVParallelLinear the groups of `heads_shared_by` in place of the whole TP group."""
+    if _replicas > 1 and kwargs.get("kv_parallel_group") is None:
         from sglang.srt.layers.linear import ReplicatedParallelGroup
 
-        group = kwargs.get("parallel_group") or "tp"
-        kwargs["kv_parallel_group"] = ReplicatedParallelGroup(group, _kv_replicas)
+        shared = ReplicatedParallelGroup(kwargs.get("parallel_group") or "tp", _replicas)
+        kwargs["kv_parallel_group"] = shared
+        if _replicate_queries:
+            kwargs["parallel_group"] = shared
     original(*args, **kwargs)

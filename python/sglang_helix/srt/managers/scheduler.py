@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+from sglang_helix.srt.distributed.topology import Layout
+
+logger = logging.getLogger(__name__)
 
 SERIES_KEY = "sglang_helix"
 
@@ -10,8 +15,9 @@ SERIES_KEY = "sglang_helix"
 def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     """Add to the ready message what this rank has installed and what its pool holds.
 
-    The launcher compares `series`, and `/server_info` shows the whole report. `kv_tokens`: tokens
-    the pool holds, over all ranks of a KVP group. `kv_bytes`: its size on this rank.
+    The launcher compares `series`, and `/server_info` shows the whole report, `attn_tp_size` (A)
+    and `kvp_size` (K). `kv_tokens`: tokens the pool holds, over all ranks of a KVP group.
+    `kv_bytes`: its size on this rank.
 
     Raises SeriesError where the rank's attention backend cannot serve its layout.
     """
@@ -20,15 +26,47 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     from sglang_helix import plugin
     from sglang_helix.srt.layers.attention.attention_registry import check_backend
 
+    parallel = get_parallel()
     runner = scheduler.tp_worker.model_runner
-    if get_parallel().attn_dcp_size > 1:
-        check_backend(runner.attn_backend, mla=runner.use_mla_backend)
+    layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     size = runner.token_to_kv_pool.get_kv_size_bytes()
-    result[SERIES_KEY] = {
+    report = {
         "series": series_of(plugin.installed_stages()),
         "kv_tokens": scheduler.max_total_num_tokens,
         "kv_bytes": int(sum(size) if isinstance(size, tuple) else size),
     }
+    result |= {
+        SERIES_KEY: report,
+        "attn_tp_size": layout.attn_tp_size,
+        "kvp_size": layout.kvp_size,
+    }
+    if layout.kvp_size > 1:
+        check_backend(runner.attn_backend, mla=runner.use_mla_backend)
+        for line in describe(layout, runner, report):
+            logger.info(line)
+
+
+def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
+    """The layout of this rank in words: sizes, groups, heads, and capacity beside plain TP."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_helix.srt.distributed.parallel_state import get_attn_tp_group, get_kvp_group
+
+    rank, model = get_parallel().tp_rank, runner.model_config
+    heads = model.get_max_num_attention_heads()
+    kv_heads = None if runner.use_mla_backend else model.get_total_num_kv_heads()
+    held = "the latent" if kv_heads is None else f"{layout.kv_heads(kv_heads)} of {kv_heads} K/V"
+    plain = int(report["kv_tokens"] / layout.capacity_ratio(kv_heads))
+    return [
+        f"Layout: N = {layout.tp_size} ranks; attention on A = {layout.attn_tp_size} head shards, "
+        f"each of K = {layout.kvp_size} ranks that split the sequence; FFN on all N",
+        f"Rank {rank}: head shard {layout.attn_shard(rank)}, place {layout.kvp_rank(rank)}; "
+        f"KVP group {get_kvp_group().ranks}, attention TP group {get_attn_tp_group().ranks}",
+        f"Heads: attends {heads // layout.attn_tp_size} query heads of {heads} over its tokens, "
+        f"ends with {heads // layout.tp_size}; caches {held}",
+        f"KV cache: {report['kv_tokens']} tokens in {report['kv_bytes'] / 2**30:.2f} GiB of each "
+        f"rank; plain TP would hold {plain}",
+    ]
 
 
 def series_of(stages: frozenset[str]) -> dict[str, Any]:
@@ -44,4 +82,5 @@ def series_of(stages: frozenset[str]) -> dict[str, Any]:
         "tp_size": parallel.tp_size,
         "dcp_size": parallel.attn_dcp_size,
         "dcp_comm_backend": parallel.dcp_comm_backend,
+        "dcp_replicate_q_proj": bool(parallel.dcp_replicate_q_proj),
     }

@@ -1,9 +1,10 @@
 """Fitting a built model to a sharded cache, or refusing it. Extends `model_loader/loader.py`.
 
-Models size their key-value heads by tp_size. Under `--dcp-size K` every rank of a KVP group must
-hold the same key-value heads, KV / A of them, or the group's ranks would keep tokens of different
-heads and answer wrongly without an error. The projection is sharded so while the model is built;
-afterwards every attention layer is told its new width. A model whose layers cannot be checked is
+Models size their heads by tp_size. Under `--dcp-size K` every rank of a KVP group must hold the
+same key-value heads, KV / A of them, or the group's ranks would keep tokens of different heads and
+answer wrongly without an error; with replicated queries it holds the same H / A query heads too.
+The projection is sharded so while the model is built, the output projection stays sharded by N, and
+afterwards every attention layer is told its new widths. A model whose layers cannot be checked is
 refused by name.
 """
 
@@ -13,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.configs.model_config import AttentionArch
-from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from sglang_helix.srt.distributed.topology import Layout
-from sglang_helix.srt.layers.linear import kv_heads_shared_by
+from sglang_helix.srt.layers.linear import heads_shared_by
 
 
 class ModelRefusedError(ValueError):
@@ -36,10 +37,17 @@ def initialize_model(
         model = original(model_config, *args, **kwargs)
         _check(model, model_config)
         return model
-    with kv_heads_shared_by(layout.kvp_size):
+    queries = bool(parallel.dcp_replicate_q_proj)
+    with heads_shared_by(layout.kvp_size, queries=queries):
         model = original(model_config, *args, **kwargs)
     _check(model, model_config)
-    _fit(model, model_config, layout.kv_heads(model_config.get_total_num_kv_heads()))
+    heads = model_config.get_max_num_attention_heads()
+    _fit(
+        model,
+        model_config,
+        heads // (layout.attn_tp_size if queries else layout.tp_size),
+        layout.kv_heads(model_config.get_total_num_kv_heads()),
+    )
     return model
 
 
@@ -57,11 +65,11 @@ def _check(model: nn.Module, model_config: Any) -> None:
                 raise _refusal(model_config, name, reason)
 
 
-def _fit(model: nn.Module, model_config: Any, kv_heads: int) -> None:
-    """Tell every attention layer and its parent that it holds `kv_heads` key-value heads."""
-    parents = dict(model.named_modules())
+def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None:
+    """Tell every attention layer and its parent that it holds so many query and K/V heads."""
+    modules = dict(model.named_modules())
     for name, layer in _attention_layers(model):
-        parent = parents[name.rpartition(".")[0]]
+        parent = modules[name.rpartition(".")[0]]
         children = dict(parent.named_children())
         projections = [c for c in children.values() if isinstance(c, QKVParallelLinear)]
         outputs = [c for c in children.values() if isinstance(c, RowParallelLinear)]
@@ -73,23 +81,47 @@ def _fit(model: nn.Module, model_config: Any, kv_heads: int) -> None:
             )
         if getattr(parent, "sinks", None) is not None:
             raise _refusal(model_config, name, "attention sinks")
-        if projections[0].num_kv_heads != kv_heads:
+        if (projections[0].num_heads, projections[0].num_kv_heads) != (heads, kv_heads):
             raise _refusal(
-                model_config, name, f"{projections[0].num_kv_heads} key-value heads per rank"
+                model_config,
+                name,
+                f"{projections[0].num_heads} query and {projections[0].num_kv_heads} key-value "
+                f"heads per rank, not {heads} and {kv_heads}",
             )
-        if layer.tp_k_head_num == kv_heads:
+        if (layer.tp_q_head_num, layer.tp_k_head_num) == (heads, kv_heads):
             continue
-        key_norms = [children[n] for n in ("k_norm", "k_layernorm") if n in children]
-        if any(tuple(norm.weight.shape) != (layer.qk_head_dim,) for norm in key_norms):
-            raise _refusal(model_config, name, "a key norm over several heads")
-        if (parent.__dict__.get("num_kv_heads"), parent.__dict__.get("kv_size")) != (
-            layer.tp_k_head_num,
-            layer.tp_k_head_num * layer.qk_head_dim,
+        _check_beside_heads(model_config, name, layer, children, heads)
+        for count, size, old, new in (
+            ("num_heads", "q_size", layer.tp_q_head_num, heads),
+            ("num_kv_heads", "kv_size", layer.tp_k_head_num, kv_heads),
         ):
-            raise _refusal(model_config, name, "no num_kv_heads and kv_size to set")
-        parent.num_kv_heads = kv_heads
-        parent.kv_size = kv_heads * layer.qk_head_dim
+            if (parent.__dict__.get(count), parent.__dict__.get(size)) != (
+                old,
+                old * layer.qk_head_dim,
+            ):
+                raise _refusal(model_config, name, f"no {count} and {size} to set")
+            setattr(parent, count, new)
+            setattr(parent, size, new * layer.qk_head_dim)
+        layer.tp_q_head_num = heads
         layer.tp_k_head_num = layer.tp_v_head_num = kv_heads
+
+
+def _check_beside_heads(
+    model_config: Any, name: str, layer: Any, children: dict[str, nn.Module], heads: int
+) -> None:
+    """Refuse what depends on the number of heads in a way that `_fit` cannot follow."""
+    for norm in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
+        weight = getattr(children.get(norm), "weight", None)
+        if weight is not None and tuple(weight.shape) != (layer.qk_head_dim,):
+            raise _refusal(model_config, name, "a query or key norm over several heads")
+    if layer.tp_q_head_num == heads:
+        return
+    for child_name, child in children.items():
+        # An output gate, say, which is as wide as N shards, not A.
+        if isinstance(child, LinearBase) and not isinstance(
+            child, QKVParallelLinear | RowParallelLinear
+        ):
+            raise _refusal(model_config, name, f"a projection beside q, k, v and o ({child_name})")
 
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, Any]]:

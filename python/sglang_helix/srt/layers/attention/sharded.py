@@ -51,6 +51,12 @@ class ShardedAttention(AttentionBackend):
         self.exchange = EXCHANGES[parallel.dcp_comm_backend]
         self.pool_page_size: int = model_runner.page_size
         self.mla: bool = model_runner.use_mla_backend
+        # H: the query heads of the whole KVP group.
+        self.heads: int = (
+            model_runner.model_config.get_max_num_attention_heads()
+            // parallel.tp_size
+            * self.shard.size
+        )
         self.write_rows: torch.Tensor | None = None
 
     # Seam 3, supplied by the adapter.
@@ -144,7 +150,7 @@ class ShardedAttention(AttentionBackend):
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
         else:
-            queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            queries = self._own_queries(q, layer)
             # MLA's un-absorbed chunk brings keys and values of its own heads, and no prefix.
             own_k, own_v = (k, v) if self.mla else self._own_kv_heads(queries, k, v)
             parts = [self.partial_current(queries, own_k, own_v, layer, forward_batch)]
@@ -158,9 +164,19 @@ class ShardedAttention(AttentionBackend):
     # Between the seams.
 
     def _group_heads(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        """Queries of all heads of the KVP group: [T, own heads * Dk] -> [T, H, Dk]."""
-        own = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
-        return self.kvp_group.all_gather(own, dim=1).contiguous()
+        """Queries of the KVP group's heads, [T, H, Dk]: gathered, or projected by each rank."""
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+        if layer.tp_q_head_num == self.heads:
+            return queries
+        return self.kvp_group.all_gather(queries, dim=1).contiguous()
+
+    def _own_queries(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """Queries of this rank's own heads, [T, H/K, Dk]."""
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if layer.tp_q_head_num < self.heads:
+            return queries
+        own = self.heads // self.shard.size
+        return queries[:, own * self.shard.rank : own * (self.shard.rank + 1)]
 
     def _own_heads(self, out: torch.Tensor, lse: torch.Tensor) -> Partial:
         """Exact attention of this rank's own heads, from every rank's partial results."""
