@@ -6,13 +6,14 @@ once, beside the launcher's imports; a rank is then a fork, and shares that memo
 
 Two things differ from a spawned child, and are made up for here. The fork server's environment is
 the launcher's of an earlier moment, so each child is sent the launcher's at the time it is started.
-And a rank's parent, which SGLang signals when a rank fails, is the fork server, which passes the
-signal on.
+And a rank's parent is the fork server: the signal that SGLang sends to its parent when a rank fails
+is passed on, and as a rank dies with its parent, the fork server dies with the launcher.
 
 What is preloaded is what a spawned rank has imported by the time it loads plugins, not more: hooks
 meet the same modules as under spawn.
 """
 
+import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -23,6 +24,7 @@ from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+_libc = ctypes.CDLL(None)
 _PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
 
 
@@ -38,6 +40,19 @@ def use(*_ignored: object) -> None:
     _start()
     # set_start_method takes names only, and ours is not one that multiprocessing knows.
     multiprocessing.context._default_context._actual_context = _Context()  # type: ignore[attr-defined]
+
+
+def stand_between() -> None:
+    """In the fork server, between the launcher and its ranks."""
+    die_with_parent()
+    signal.signal(signal.SIGQUIT, lambda number, _frame: os.kill(os.getppid(), number))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it is gone (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        _libc.prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _start() -> None:
@@ -59,7 +74,8 @@ class _Context(ForkServerContext):
 
 def _run(environ: Mapping[str, str], target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """In the child."""
-    os.environ.clear()
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
     os.environ.update(environ)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     return target(*args, **kwargs)

@@ -1,15 +1,5 @@
-"""Imported by the fork server, and by nothing else: prepares it to stand between SGLang processes.
+"""Imported by the fork server, which can be told only what to import, and by nothing else."""
 
-See forkserver.py.
-"""
+from sglang_cpu_reference import forkserver
 
-import os
-import signal
-
-
-def _pass_on(signum: int, _frame: object) -> None:
-    os.kill(os.getppid(), signum)
-
-
-# A failing rank signals its parent; the launcher is waiting for that.
-signal.signal(signal.SIGQUIT, _pass_on)
+forkserver.stand_between()

@@ -5,7 +5,6 @@ with Server(checkpoint, "--tp", "2") as server:
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -21,10 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from sglang_cpu_reference import PLATFORM_NAME
+from sglang_cpu_reference.forkserver import die_with_parent
 from sglang_cpu_reference.oracle import Completion
-
-_libc = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 class ServerError(RuntimeError):
@@ -50,7 +47,8 @@ class Server:
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
     of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
     start_timeout: seconds until health before ServerError. progress: report on stderr while
-    starting. The log is at ``log_path`` while the server lives.
+    starting. The log is at ``log_path`` while the server lives, which is at most as long as the
+    thread that started it.
     """
 
     def __init__(
@@ -86,7 +84,8 @@ class Server:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 one system call, no lock taken
+            # A test runner that is killed must not leave a server behind.
+            preexec_fn=die_with_parent,  # noqa: PLW1509 one system call, no lock taken
         )
         os.close(log)
         try:
@@ -234,11 +233,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """In the child before exec: a test runner that is killed must not leave a server behind."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _generation(answer: Mapping[str, Any]) -> Generation:

@@ -7,9 +7,11 @@ import hashlib
 import itertools
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,6 +214,37 @@ def test_forked_ranks_get_the_environment_and_can_signal(tmp_path: Path) -> None
     subprocess.run([sys.executable, str(script)], check=True, timeout=60)
 
 
+ORPHANED = """
+import multiprocessing, os, signal, time
+from sglang_cpu_reference import forkserver
+
+def child(pipe):
+    forkserver.die_with_parent()  # as SGLang's ranks do
+    pipe.send((os.getpid(), os.getppid()))
+    time.sleep(60)
+
+if __name__ == "__main__":
+    forkserver._PRELOADED = ()
+    forkserver.use()
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.Process(target=child, args=(theirs,)).start()
+    print(*ours.recv(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "orphaned.py"
+    script.write_text(ORPHANED)
+    command = [sys.executable, str(script)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, map(int, ran.stdout.split()))):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 # The real server
 
 
@@ -289,6 +322,19 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
         Server(checkpoint, "--device", "cuda", progress=False),
     ):
         pytest.fail("served")
+
+
+@pytest.mark.server
+def test_a_lost_rank_ends_the_server(tmp_path: Path) -> None:
+    server = Server(make_checkpoint("llama", tmp_path), "--tp", "2", progress=False)
+    with server:
+        assert server._process is not None
+        family = psutil.Process(server._process.pid).children(recursive=True)
+        # The launcher's child is the fork server, whose children are the ranks and the detokenizer.
+        next(process for process in family if process.ppid() != server._process.pid).kill()
+        server._process.wait(30)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
 
 
 @pytest.mark.server
