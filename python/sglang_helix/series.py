@@ -86,6 +86,18 @@ A2A = Patch(
             until="SGLang reports the plugins of each rank",
         ),
         Hook(
+            target="sglang.srt.managers.data_parallel_controller.DataParallelController"
+            ".get_init_info",
+            kind="after",
+            stage="launch",
+            impl=f"{_SRT}.managers.data_parallel_controller:add_series_reports",
+            signature="self",
+            why="see Scheduler.get_init_info; the controller passes on one rank's numbers only",
+            how="adds the reports of all ranks to the controller's ready message",
+            upstream="none",
+            until="see Scheduler.get_init_info",
+        ),
+        Hook(
             target="sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
             kind="around",
             stage="launch",

@@ -27,14 +27,19 @@ def launch_scheduler_processes(
 def check_reports(infos: list[dict[str, Any]]) -> None:
     """Raise SeriesError unless all ranks report the same series and the same layout.
 
-    infos: one ready message per scheduler process of this node.
+    infos: one ready message per scheduler process of this node, or the data-parallel
+        controller's, which carries the reports of all its processes.
     """
     from sglang.srt.runtime_context import get_parallel
 
     sharded = get_parallel().attn_dcp_size > 1
     expected = series_of(frozenset({"launch", "serve"} if sharded else {"launch"}))
-    for index, info in enumerate(infos):
-        found = info.get(SERIES_KEY, {}).get("series", "without sglang-helix")
+    reports: list[dict[str, Any]] = []
+    for info in infos:
+        report = info.get(SERIES_KEY, {})
+        reports += report if isinstance(report, list) else [report]
+    for index, report in enumerate(reports):
+        found = report.get("series", "without sglang-helix")
         if found != expected:
             raise SeriesError(
                 f"scheduler process {index} runs {found}, the launcher {expected}. Every rank must "
