@@ -136,7 +136,7 @@ def plot(rows: Sequence[Row], path: Path, ranks: int) -> str:
         len(panels), 2, figsize=(12, 3.4 * len(panels)), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys(row.name for row in rows))
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10")
     for (op, shape), (latency, share) in zip(panels, axes, strict=True):
         for name in names:
             line = sorted(
@@ -169,6 +169,7 @@ def plot(rows: Sequence[Row], path: Path, ranks: int) -> str:
         for axis in (latency, share):
             axis.set(xscale="log", xlabel="batch", title=f"{op}, {shape}, N = {ranks}")
             axis.set_xticks(batches, [str(b) for b in batches])
+            axis.xaxis.minorticks_off()
             axis.grid(alpha=0.3)
         latency.legend(fontsize=7)
     figure.suptitle(f"{rows[0].device}, {rows[0].software}; solid: ours, dashed: peers")
