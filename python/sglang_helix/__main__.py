@@ -1,4 +1,4 @@
-"""Command line: ``python -m sglang_helix series`` and ``python -m sglang_helix compatibility``."""
+"""Command line: ``python -m sglang_helix series``, ``compatibility`` and ``layout``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     series.add_argument("--why", action="store_true", help="print the catalogue entry of each hook")
     commands.add_parser("compatibility", help="what works beside a sharded cache (Markdown table)")
+    layout = commands.add_parser("layout", help="list every legal layout of a model")
+    layout.add_argument(
+        "--model-path", required=True, help="directory with the model's config.json"
+    )
+    layout.add_argument("--tp", "--tp-size", type=int, required=True, help="N, the number of ranks")
+    layout.add_argument(
+        "--kv-memory-gib", type=float, default=40, help="memory of each rank for the cache"
+    )
+    layout.add_argument("--kv-cache-dtype", choices=("bf16", "fp8", "fp32"), default="bf16")
     options = parser.parse_args(argv)
     if options.command == "series":
         return print_series(catalogue=options.why)
+    if options.command == "layout":
+        return print_layouts(options)
     return print_compatibility()
 
 
@@ -46,6 +57,21 @@ def print_series(*, catalogue: bool) -> int:
                     text = f"{name}: {getattr(hook, name)}"
                     print(textwrap.indent(textwrap.fill(text, 84), " " * 10))
     return 1 if failures else 0
+
+
+def print_layouts(options: argparse.Namespace) -> int:
+    """Print every legal layout of a model; 1 when its configuration cannot be read."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_helix.layout import shape_of, table
+
+    try:
+        model_config = ModelConfig(options.model_path)
+    except (OSError, ValueError) as problem:
+        print(f"--model-path {options.model_path}: {problem}", file=sys.stderr)
+        return 1
+    print(table(shape_of(model_config), options.tp, options.kv_memory_gib, options.kv_cache_dtype))
+    return 0
 
 
 def print_compatibility() -> int:

@@ -1,0 +1,122 @@
+"""Every legal layout of a model: heads, cache capacity, collectives and bytes per layer.
+
+``python -m sglang_helix layout --model-path DIR --tp 8``. Heads and cache rows come from SGLang's
+own ModelConfig, which sizes the pool of a server. Nothing is loaded, no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sglang_helix.srt.distributed.topology import Layout, legal_layouts
+
+# Bytes of an element of the cache, and of an output on the wire (bf16).
+CACHE_BYTES = {"bf16": 2, "fp8": 1, "fp32": 4}
+_WIRE_BYTES = 2
+_LSE_BYTES = 4
+_FP32_BYTES = 4
+
+
+class Shape(NamedTuple):
+    """What of a model decides its layouts; widths in elements."""
+
+    query_heads: int
+    kv_heads: int | None  # None: MLA, one latent for all heads
+    query_width: int
+    output_width: int
+    row_width: int  # of one cached head, K and V, or of the latent
+    layers: int
+
+
+class Row(NamedTuple):
+    """One layout of a model."""
+
+    layout: Layout
+    query_heads: int  # attended by a rank, over its tokens
+    own_heads: int  # of the result that a rank ends with
+    kv_heads: int  # cached by a rank
+    kv_bytes: int  # per cached token of a rank, all layers
+    kv_tokens: int  # of the whole KVP group, in the given memory of each rank
+    ratio: float  # kv_tokens over plain TP's
+    collectives: dict[str, int]  # per layer and decode step, with the output all-reduce
+    wire_bytes: dict[str, int]  # sent per rank, layer and decoded token, without that all-reduce
+
+
+def shape_of(model_config: Any) -> Shape:
+    """The shape of a model from SGLang's ModelConfig."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    heads, layers = model_config.get_max_num_attention_heads(), model_config.num_hidden_layers
+    if model_config.attention_arch == AttentionArch.MLA:
+        latent = model_config.kv_lora_rank
+        row = latent + model_config.qk_rope_head_dim
+        return Shape(heads, None, row, latent, row, layers)
+    key, value = model_config.head_dim, model_config.v_head_dim
+    kv_heads = model_config.get_total_num_kv_heads()
+    return Shape(heads, kv_heads, key, value, key + value, layers)
+
+
+def rows(shape: Shape, tp_size: int, memory: float, cache_bytes: int) -> Iterator[Row]:
+    """Every legal layout of N = tp_size ranks; `memory`: bytes of each rank for the cache."""
+    for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
+        held = 1 if shape.kv_heads is None else layout.kv_heads(shape.kv_heads)
+        kv_bytes = held * shape.row_width * shape.layers * cache_bytes
+        yield Row(
+            layout,
+            query_heads=shape.query_heads // layout.attn_tp_size,
+            own_heads=shape.query_heads // tp_size,
+            kv_heads=held,
+            kv_bytes=kv_bytes,
+            kv_tokens=int(memory // kv_bytes) * layout.kvp_size,
+            ratio=layout.capacity_ratio(shape.kv_heads),
+            collectives=_collectives(layout),
+            wire_bytes=_wire_bytes(shape, layout),
+        )
+
+
+def _collectives(layout: Layout) -> dict[str, int]:
+    """Collectives per layer: the output projection's all-reduce and what attention adds."""
+    reduce = int(layout.tp_size > 1)
+    if layout.kvp_size == 1:
+        return dict.fromkeys(("a2a", "a2a+q", "ag_rs", "ag_rs+q"), reduce)
+    # "+q": queries projected by every rank, not gathered.
+    return {"a2a": reduce + 2, "a2a+q": reduce + 1, "ag_rs": reduce + 3, "ag_rs+q": reduce + 2}
+
+
+def _wire_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
+    """Bytes a rank sends to its KVP group for one decoded token in one layer."""
+    from torch import bfloat16
+
+    from sglang_helix.srt.layers.dcp.lse_combine import packed_row_bytes
+
+    peers = layout.kvp_size - 1
+    own = shape.query_heads // layout.tp_size
+    gather = own * shape.query_width * _WIRE_BYTES * peers
+    a2a = own * packed_row_bytes(shape.output_width, bfloat16) * peers
+    lses = shape.query_heads // layout.attn_tp_size * _LSE_BYTES * peers
+    ag_rs = lses + own * shape.output_width * _FP32_BYTES * peers
+    return {"a2a": gather + a2a, "a2a+q": a2a, "ag_rs": gather + ag_rs, "ag_rs+q": ag_rs}
+
+
+def table(shape: Shape, tp_size: int, memory_gib: float, cache_dtype: str) -> str:
+    """The layouts as a Markdown table."""
+    lines = [
+        "| --attn-tp-size | --dcp-size | query heads: attended, own | K/V heads | KV KiB per token "
+        f"and rank | KV tokens in {memory_gib:g} GiB a rank | beside plain TP | collectives per "
+        "layer: a2a, ag_rs (queries gathered / replicated) | KiB sent per rank, layer and token: "
+        "a2a, ag_rs (gathered / replicated) |",
+        "|" + "---|" * 9,
+    ]
+    for row in rows(shape, tp_size, memory_gib * 2**30, CACHE_BYTES[cache_dtype]):
+        calls, sent = row.collectives, {k: v / 1024 for k, v in row.wire_bytes.items()}
+        kv_heads = "latent" if shape.kv_heads is None else str(row.kv_heads)
+        lines.append(
+            f"| {row.layout.attn_tp_size} | {row.layout.kvp_size} "
+            f"| {row.query_heads}, {row.own_heads} | {kv_heads} | {row.kv_bytes / 1024:.1f} "
+            f"| {row.kv_tokens:,} | {row.ratio:g}x "
+            f"| {calls['a2a']} / {calls['a2a+q']}, {calls['ag_rs']} / {calls['ag_rs+q']} "
+            f"| {sent['a2a']:.1f} / {sent['a2a+q']:.1f}, "
+            f"{sent['ag_rs']:.1f} / {sent['ag_rs+q']:.1f} |"
+        )
+    return "\n".join(lines)
