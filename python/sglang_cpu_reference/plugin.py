@@ -13,7 +13,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_cpu_reference import forkserver, selected
 
-_PARALLEL_STATE = "sglang.srt.distributed.parallel_state"
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
 
@@ -30,6 +29,23 @@ def register() -> None:
         HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
+    collectives_on_cpu_tensors()
+
+
+def collectives_on_cpu_tensors() -> None:
+    """``all_gather_into_tensor`` and ``reduce_scatter_tensor`` of SGLang's groups, over gloo.
+
+    Groups take CPU tensors only where SGLang knows the in-tree CPU platform; elsewhere they go
+    through custom ops, which an out-of-tree platform has for accelerator tensors alone.
+    """
+    from sglang.srt.distributed import parallel_state
+
+    if not hasattr(parallel_state, "_is_cpu"):
+        raise SystemExit(
+            "SGLANG_PLATFORM=cpu_reference: this SGLang decides elsewhere whether a process group "
+            "is on the CPU; install the SGLang this was made for."
+        )
+    parallel_state._is_cpu = True
 
 
 def _serve_on_the_cpu(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -71,19 +87,6 @@ def _config_as_it_is(model_config: Any, load_config: object, tp_size: int) -> An
     return model_config
 
 
-def _all_gather_into_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
-    """``GroupCoordinator.all_gather_into_tensor`` over gloo.
-
-    Upstream goes through a custom op that an out-of-tree platform has for accelerator tensors only.
-    """
-    torch.distributed.all_gather_into_tensor(output, input, group=group.device_group)
-
-
-def _reduce_scatter_tensor(group: Any, output: torch.Tensor, input: torch.Tensor) -> None:
-    """``GroupCoordinator.reduce_scatter_tensor`` (sum) over gloo; see above."""
-    torch.distributed.reduce_scatter_tensor(output, input, group=group.device_group)
-
-
 def _read_mla_rows(
     pool: Any, layer: Any, loc: torch.Tensor, dst_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +99,6 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
-    f"{_PARALLEL_STATE}.GroupCoordinator.all_gather_into_tensor": _all_gather_into_tensor,
-    f"{_PARALLEL_STATE}.GroupCoordinator.reduce_scatter_tensor": _reduce_scatter_tensor,
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
 }
 

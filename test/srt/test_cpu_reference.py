@@ -175,6 +175,7 @@ def gather_and_scatter(rank: int, world_size: int) -> None:
         reduced = torch.empty(2, 3, dtype=dtype)
         group.reduce_scatter_tensor(reduced, gathered)
         assert torch.equal(reduced, world_size * mine)
+        assert torch.equal(group.reduce_scatter_along_dim(gathered, dim=0), reduced)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -43,9 +43,9 @@ def install() -> None:
     """What the platform and the series hook in a server; the ranks of a test have no plugins."""
     parallel_state.GroupCoordinator.all_to_all_single = group_all_to_all_single
     if not torch.cuda.is_available():
-        from sglang_cpu_reference.plugin import _reduce_scatter_tensor
+        from sglang_cpu_reference.plugin import collectives_on_cpu_tensors
 
-        parallel_state.GroupCoordinator.reduce_scatter_tensor = _reduce_scatter_tensor
+        collectives_on_cpu_tensors()
 
 
 def exchange_on_rank(rank: int, world_size: int, shapes: list[tuple[int, int, int]]) -> list[str]:
