@@ -1,0 +1,65 @@
+"""Write the pages of docs/ that are generated from code: ``python docs/render.py``.
+
+A test compares them with what this would write, so they cannot drift.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang_helix.__main__ import print_compatibility
+from sglang_helix.layout import shape_of, table
+
+DOCS = Path(__file__).parent
+TP_SIZES = (8, 16)
+MEMORY_GIB = 60
+
+
+def compatibility() -> str:
+    """docs/compatibility.md."""
+    rows = io.StringIO()
+    with contextlib.redirect_stdout(rows):
+        print_compatibility()
+    return f"""# What works beside a sharded cache
+
+"Sharded" means `--dcp-size` > 1, given or through `--attn-tp-size`. Generated from the table that
+start-up validates against (`python -m sglang_helix compatibility`); every row has its test. What is
+refused stops the start with this reason.
+
+{rows.getvalue()}"""
+
+
+def capacity() -> str:
+    """docs/capacity.md."""
+    parts = [
+        f"""# Layouts of well-known models
+
+Every legal layout at {" and ".join(map(str, TP_SIZES))} ranks with a bf16 cache and
+{MEMORY_GIB} GiB of each rank for it; have your own by `python -m sglang_helix layout --model-path
+DIR --tp 8 --kv-memory-gib {MEMORY_GIB}`. Computed from `docs/models/*/config.json`, which hold the
+published attention shapes of these models, by SGLang's ModelConfig and the code that lays out a
+server.
+
+How many tokens fit beside plain TP is max(1, KV/N) * K / max(1, KV/A): K times for MLA, N / KV
+times for GQA with A <= KV. So at equal K `--attn-tp-size` stores no less than `--dcp-size`; it
+removes the gathering of queries and with it one collective a layer. Where A > KV, ranks of
+different shards still store the same heads; the smaller A of two rows with equal capacity only adds
+exchange.
+"""
+    ]
+    for model in sorted(path.parent for path in DOCS.glob("models/*/config.json")):
+        shape = shape_of(ModelConfig(str(model)))
+        heads = "MLA" if shape.kv_heads is None else f"{shape.kv_heads} key-value heads"
+        for tp_size in TP_SIZES:
+            parts.append(f"## {model.name}, {tp_size} ranks ({heads})\n")
+            parts.append(table(shape, tp_size, MEMORY_GIB, "bf16") + "\n")
+    return "\n".join(parts)
+
+
+PAGES = {"compatibility.md": compatibility, "capacity.md": capacity}
+
+if __name__ == "__main__":
+    for name, render in PAGES.items():
+        (DOCS / name).write_text(render())
+        print(f"wrote {DOCS / name}")

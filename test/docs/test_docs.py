@@ -1,0 +1,26 @@
+"""Generated pages are what the code would write, and links in the docs lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("render", ROOT / "docs/render.py")
+assert spec is not None
+assert spec.loader is not None
+render = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(render)
+
+
+@pytest.mark.parametrize("page", render.PAGES)
+def test_page_is_current(page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == render.PAGES[page](), "run: python docs/render.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(p.name for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), f"{page} links to {target}"

@@ -1,0 +1,208 @@
+"""What users do with a server, over a sharded cache and over a whole one: the same answers.
+
+Each feature is a function of a server that returns what must be equal. One server runs plain TP, one
+decoupled attention with mixed chunks allowed; further servers run pipeline stages and the faults.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.server import Server, ServerError
+from srt.test_end_to_end import check, prompt
+
+TOKENS = 12
+
+
+def generate(server: Server, tokens: list[int], **params: Any) -> Any:
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True, **params}
+    return server.post("/generate", {"input_ids": tokens, "sampling_params": sampling})
+
+
+def penalties(server: Server) -> Any:
+    params = {"frequency_penalty": 0.7, "presence_penalty": 0.3, "repetition_penalty": 1.2}
+    return [generate(server, prompt(n), **params)["output_ids"] for n in (3, 70)]
+
+
+def seeded_sampling(server: Server) -> Any:
+    params = {"temperature": 0.8, "top_k": 1, "min_new_tokens": 3}
+    return generate(server, prompt(11), **params)["output_ids"]
+
+
+def structured_output(server: Server) -> Any:
+    text = generate(server, prompt(30), regex="(ab|cd){3}", ignore_eos=False)["text"]
+    assert re.fullmatch("(ab|cd){3}", text)
+    schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}})
+    generate(server, prompt(30), json_schema=schema, ignore_eos=False)
+    return text
+
+
+def input_logprobs(server: Server) -> Any:
+    body = {
+        "input_ids": prompt(90),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 2},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    entries = server.post("/generate", body)["meta_info"]["input_token_logprobs"]
+    return [(round(value or 0.0, 3), token) for value, token, *_ in entries]
+
+
+def streaming(server: Server) -> Any:
+    body = {
+        "input_ids": prompt(40),
+        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+        "stream": True,
+    }
+    chunks = [
+        json.loads(line.removeprefix("data: "))
+        for line in server.post("/generate", body).splitlines()
+        if line.startswith("data: ") and "[DONE]" not in line
+    ]
+    assert len(chunks) > 1
+    return chunks[-1]["text"]
+
+
+def openai_completions(server: Server) -> Any:
+    body = {"model": "m", "prompt": "the quick brown fox", "max_tokens": TOKENS, "temperature": 0}
+    return server.post("/v1/completions", body)["choices"][0]["text"]
+
+
+def openai_chat(server: Server) -> Any:
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+    }
+    return server.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+
+def several_samples(server: Server) -> Any:
+    return [answer["output_ids"] for answer in generate(server, prompt(70), n=3)]
+
+
+def health_and_metrics(server: Server) -> Any:
+    server.get("/health_generate")
+    metrics = server.get("/metrics")
+    assert "sglang" in metrics
+    return True
+
+
+FEATURES: dict[str, Callable[[Server], Any]] = {
+    function.__name__: function
+    for function in (
+        penalties,
+        seeded_sampling,
+        structured_output,
+        input_logprobs,
+        streaming,
+        openai_completions,
+        openai_chat,
+        several_samples,
+        health_and_metrics,
+    )
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek_v2"])
+def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    checkpoint = make_checkpoint(request.param, tmp_path_factory.mktemp("m") / request.param)
+    common = ("--tp", "2", "--page-size", "1", "--enable-metrics", "--chunked-prefill-size", "48")
+    decoupled = ("--attn-tp-size", "1", "--dcp-comm-backend", "a2a", "--enable-mixed-chunk")
+    with Server(checkpoint, *common) as plain, Server(checkpoint, *common, *decoupled) as sharded:
+        yield plain, sharded
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature_answers_the_same(servers: tuple[Server, Server], feature: str) -> None:
+    plain, sharded = servers
+    assert FEATURES[feature](sharded) == FEATURES[feature](plain)
+
+
+@pytest.mark.server
+def test_mixed_chunks_answer_the_same(servers: tuple[Server, Server]) -> None:
+    """Long prompts arrive while short requests decode, so batches mix chunks and single tokens."""
+    answers: list[list[Any]] = []
+    for server in servers:
+        results: list[Any] = [None] * 6
+        threads = []
+        for number in range(6):
+
+            def ask(number: int = number, server: Server = server, results: Any = results) -> None:
+                tokens = prompt(150 if number % 2 else 7, seed=number)
+                results[number] = generate(server, tokens, max_new_tokens=24)["output_ids"]
+
+            threads.append(threading.Thread(target=ask))
+            threads[-1].start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(120)
+        answers.append(results)
+    assert None not in answers[0]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.server
+def test_server_info_reports_the_layout(servers: tuple[Server, Server]) -> None:
+    plain, sharded = (server.server_info() for server in servers)
+    assert (plain["attn_tp_size"], plain["kvp_size"]) == (2, 1)
+    assert (sharded["attn_tp_size"], sharded["kvp_size"]) == (1, 2)
+    assert sharded["sglang_helix"]["series"]["dcp_replicate_q_proj"] is True
+
+
+@pytest.mark.server
+def test_pipeline_stages(tmp_path: Path) -> None:
+    """Two stages of two ranks: KVP groups lie inside a stage."""
+    checkpoint = make_checkpoint("llama", tmp_path / "llama")
+    flags = ("--tp", "2", "--pp-size", "2", "--attn-tp-size", "1", "--dcp-comm-backend", "a2a")
+    with Server(checkpoint, *flags, "--page-size", "1", "--chunked-prefill-size", "48") as server:
+        for length in (1, 66, 130):
+            check(checkpoint, prompt(length), server.generate(prompt(length), 5), 5)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_server(tmp_path: Path, victim: int) -> None:
+    """Under load: within a minute the server is gone, and no answer came after the kill."""
+    checkpoint = make_checkpoint("llama", tmp_path / "llama")
+    flags = ("--tp", "2", "--attn-tp-size", "1", "--dcp-comm-backend", "a2a")
+    with Server(checkpoint, *flags) as server:
+        outcome: list[Any] = []
+
+        def ask() -> None:
+            try:
+                outcome.append(generate(server, prompt(5), max_new_tokens=3000))
+            except ServerError as refused:
+                outcome.append(refused)
+
+        request = threading.Thread(target=ask)
+        request.start()
+        time.sleep(1.0)
+        os.kill(scheduler_pid(server, victim), signal.SIGKILL)
+        assert server.wait_until_gone(60)
+        request.join(30)
+        assert not request.is_alive()
+        assert isinstance(outcome[0], ServerError), outcome[0]
+
+
+def scheduler_pid(server: Server, rank: int) -> int:
+    """Process of a rank of this server, by its title."""
+    listing = subprocess.run(
+        ["ps", "-eo", "pid,sid,args"], check=True, capture_output=True, text=True
+    ).stdout
+    for line in listing.splitlines()[1:]:
+        pid, session, title = line.split(maxsplit=2)
+        if int(session) == server.session and f"scheduler_TP{rank}" in title:
+            return int(pid)
+    raise AssertionError(f"no scheduler of rank {rank} in\n{listing}")

@@ -1,0 +1,70 @@
+"""``python -m sglang_helix layout``: rows against brute force over heads and ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sglang_helix.__main__ import main
+from sglang_helix.layout import Shape, rows
+
+GQA = Shape(64, 8, 128, 128, 256, 80)
+MLA = Shape(128, None, 576, 512, 576, 61)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 8, 16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_capacity_is_counted_from_the_heads_that_ranks_hold(tp_size: int, kv_heads: int) -> None:
+    shape = GQA._replace(kv_heads=kv_heads)
+    listed = list(rows(shape, tp_size, 2.0**40, 2))
+    assert [row.layout.kvp_size for row in listed] == sorted({r.layout.kvp_size for r in listed})
+    plain = listed[0]
+    assert plain.layout.kvp_size == 1
+    for row in listed:
+        shards = row.layout.attn_tp_size
+        # The distinct key-value heads that the query heads of one shard attend to.
+        per_shard = shape.query_heads // shards
+        held = {head // (shape.query_heads // kv_heads) for head in range(per_shard)}
+        assert row.kv_heads == len(held)
+        assert row.kv_bytes == len(held) * 256 * 80 * 2
+        assert row.ratio == pytest.approx(row.kv_tokens / plain.kv_tokens, rel=1e-4)
+        expected = max(1, kv_heads // tp_size) * row.layout.kvp_size / max(1, kv_heads // shards)
+        assert row.ratio == expected
+
+
+def test_mla_gains_k_times() -> None:
+    for row in rows(MLA, 8, 2.0**30, 2):
+        assert row.ratio == row.layout.kvp_size
+        assert row.kv_bytes == 576 * 61 * 2
+
+
+def test_replicated_queries_save_one_collective_and_their_bytes() -> None:
+    for row in rows(MLA, 8, 2.0**30, 2):
+        saved = int(row.layout.kvp_size > 1)
+        for backend in ("a2a", "ag_rs"):
+            assert row.collectives[backend] - row.collectives[f"{backend}+q"] == saved
+            gathered = 16 * 576 * 2 * (row.layout.kvp_size - 1)
+            assert row.wire_bytes[backend] - row.wire_bytes[f"{backend}+q"] == gathered
+
+
+def test_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 320,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["layout", "--model-path", str(tmp_path), "--tp", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["8", "4", "2", "1"]
+
+
+def test_command_says_what_it_could_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layout", "--model-path", str(tmp_path / "none"), "--tp", "8"]) == 1
+    assert "--model-path" in capsys.readouterr().err
