@@ -42,6 +42,8 @@ def register() -> None:
 
 def install_serve_stage() -> None:
     """In a scheduler process, before its process groups: import the heavy targets and patch."""
+    if "serve" in _installed:
+        return
     try:
         from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -88,6 +90,11 @@ def _register(hooks: Iterable[Hook]) -> None:
             raise SeriesError(problem)
         implementation = hook.implementation()
         if hook.kind in HOOK_TYPES:
+            if hook.target in HookRegistry._patched:
+                # SGLang applies the hooks of a target once, and would ignore this one.
+                raise SeriesError(
+                    f"another plugin has hooked {hook.target}: leave it out of SGLANG_PLUGINS"
+                )
             HookRegistry.register(hook.target, implementation, HookType(hook.kind))
         elif hook.kind == "resolution":
             from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook

@@ -29,11 +29,10 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     parallel = get_parallel()
     runner = scheduler.tp_worker.model_runner
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
-    size = runner.token_to_kv_pool.get_kv_size_bytes()
     report = {
         "series": series_of(plugin.installed_stages()),
         "kv_tokens": scheduler.max_total_num_tokens,
-        "kv_bytes": int(sum(size) if isinstance(size, tuple) else size),
+        "kv_bytes": kv_bytes(runner.token_to_kv_pool),
     }
     result |= {
         SERIES_KEY: report,
@@ -44,6 +43,16 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
         check_backend(runner.attn_backend, mla=runner.use_mla_backend)
         for line in describe(layout, runner, report):
             logger.info(line)
+
+
+def kv_bytes(pool: Any) -> int | None:
+    """Size of a pool that can be sharded; None for SGLang's others, not all of which say."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+    if not isinstance(pool, MHATokenToKVPool | MLATokenToKVPool):
+        return None
+    size = pool.get_kv_size_bytes()
+    return int(sum(size) if isinstance(size, tuple) else size)
 
 
 def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
