@@ -24,7 +24,7 @@ NEW_TOKENS = 8
 
 
 class Run(NamedTuple):
-    """What one server answered. kv_tokens and kv_bytes: its pool, tokens in all and bytes a rank."""
+    """What one server answered, and its pool: tokens it holds, and bytes of each rank for them."""
 
     answers: list[Generation]
     kv_tokens: int
@@ -66,9 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             ):
                 per_mib = run.kv_tokens / (run.kv_bytes / 2**20)
                 time_per_token = f"{run.seconds_per_token * 1e3:.0f} ms"
-                rows.append((name, layout, f"{per_mib:.0f}", tokens, error, time_per_token))
+                rows.append(
+                    (
+                        name,
+                        layout,
+                        str(run.kv_tokens),
+                        f"{per_mib:.0f}",
+                        tokens,
+                        error,
+                        time_per_token,
+                    )
+                )
     head = (
-        *("model", "layout", "KV tokens per MiB of a rank", "tokens", "max |dlogprob|"),
+        *(
+            "model",
+            "layout",
+            "KV tokens in the pool",
+            "per MiB of a rank",
+            "tokens",
+            "max |dlogprob|",
+        ),
         "time per token",
     )
     print_table([head, *rows])

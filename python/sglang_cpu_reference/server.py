@@ -165,6 +165,21 @@ class Server:
         )
         return self._request(request, timeout)
 
+    @property
+    def session(self) -> int:
+        """Session of all of the server's processes, and the launcher's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def wait_until_gone(self, timeout: float) -> bool:
+        """Whether the launcher ends by itself within so many seconds."""
+        assert self._process is not None
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def log(self, lines: int | None = None) -> str:
         """The log so far, or its last lines."""
         text = self.log_path.read_text(errors="replace")

@@ -1,20 +1,20 @@
 """What users do with a server, over a sharded cache and over a whole one: the same answers.
 
-Each feature is a function of a server that returns what must be equal. One server runs plain TP, one
-decoupled attention with mixed chunks allowed; further servers run pipeline stages and the faults.
+Each feature is a function of a server that returns what must be equal. One server runs plain TP,
+one decoupled attention with mixed chunks allowed; more servers run pipeline stages and the faults.
 """
 
 import json
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server, ServerError
@@ -118,6 +118,7 @@ FEATURES: dict[str, Callable[[Server], Any]] = {
 def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     checkpoint = make_checkpoint(request.param, tmp_path_factory.mktemp("m") / request.param)
     common = ("--tp", "2", "--page-size", "1", "--enable-metrics", "--chunked-prefill-size", "48")
+    common += ("--chat-template", "chatml")
     decoupled = ("--attn-tp-size", "1", "--dcp-comm-backend", "a2a", "--enable-mixed-chunk")
     with Server(checkpoint, *common) as plain, Server(checkpoint, *common, *decoupled) as sharded:
         yield plain, sharded
@@ -197,12 +198,6 @@ def test_a_killed_rank_ends_the_server(tmp_path: Path, victim: int) -> None:
 
 
 def scheduler_pid(server: Server, rank: int) -> int:
-    """Process of a rank of this server, by its title."""
-    listing = subprocess.run(
-        ["ps", "-eo", "pid,sid,args"], check=True, capture_output=True, text=True
-    ).stdout
-    for line in listing.splitlines()[1:]:
-        pid, session, title = line.split(maxsplit=2)
-        if int(session) == server.session and f"scheduler_TP{rank}" in title:
-            return int(pid)
-    raise AssertionError(f"no scheduler of rank {rank} in\n{listing}")
+    """Process of a rank: the fork server, the launcher's child, starts the ranks in order."""
+    family = psutil.Process(server.session).children(recursive=True)
+    return sorted(process.pid for process in family if process.ppid() != server.session)[rank]

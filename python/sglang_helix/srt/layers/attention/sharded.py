@@ -23,6 +23,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
+from torch import Tensor
 
 from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
 from sglang_helix.srt.layers.dcp.lse_combine import combine
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-Partial = tuple[torch.Tensor, torch.Tensor]
+Partial = tuple[Tensor, Tensor]
 
 
 class ShardedAttention(AttentionBackend):
@@ -57,33 +58,28 @@ class ShardedAttention(AttentionBackend):
             // parallel.tp_size
             * self.shard.size
         )
-        self.write_rows: torch.Tensor | None = None
+        self.write_rows: Tensor | None = None
 
     # Seam 3, supplied by the adapter.
 
     def partial_decode(
-        self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+        self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """One query per request, q [T, H, Dk], over this rank's cached tokens."""
         raise NotImplementedError
 
     def partial_current(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """The current chunk on itself, causal: q [T, h, Dk], k [T, g, Dk], v [T, g, Dv]."""
         raise NotImplementedError
 
     def partial_prefix(
         self,
-        q: torch.Tensor,
+        q: Tensor,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
-        gathered: torch.Tensor | None = None,
+        gathered: Tensor | None = None,
     ) -> Partial:
         """Queries of a chunk over the tokens cached before it, not causal.
 
@@ -104,7 +100,7 @@ class ShardedAttention(AttentionBackend):
 
     def forward_decode(
         self,
-        q: torch.Tensor,
+        q: Tensor,
         k: Any,
         v: Any,
         layer: RadixAttention,
@@ -128,14 +124,14 @@ class ShardedAttention(AttentionBackend):
 
     def forward_extend(
         self,
-        q: torch.Tensor,
+        q: Tensor,
         k: Any,
         v: Any,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attention of a chunk of new tokens per request: [T, own heads * Dv]."""
         q_rope, k_rope = _rope_parts(kwargs)
         has_prefix = _any_prefix(forward_batch)
@@ -163,14 +159,14 @@ class ShardedAttention(AttentionBackend):
 
     # Between the seams.
 
-    def _group_heads(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    def _group_heads(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of the KVP group's heads, [T, H, Dk]: gathered, or projected by each rank."""
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
         if layer.tp_q_head_num == self.heads:
             return queries
         return self.kvp_group.all_gather(queries, dim=1).contiguous()
 
-    def _own_queries(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    def _own_queries(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of this rank's own heads, [T, H/K, Dk]."""
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if layer.tp_q_head_num < self.heads:
@@ -178,11 +174,11 @@ class ShardedAttention(AttentionBackend):
         own = self.heads // self.shard.size
         return queries[:, own * self.shard.rank : own * (self.shard.rank + 1)]
 
-    def _own_heads(self, out: torch.Tensor, lse: torch.Tensor) -> Partial:
+    def _own_heads(self, out: Tensor, lse: Tensor) -> Partial:
         """Exact attention of this rank's own heads, from every rank's partial results."""
         return self.exchange(out, lse, self.kvp_group)
 
-    def _own_kv_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial:
+    def _own_kv_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """The key-value heads that this rank's own query heads attend to.
 
         q [T, h, .], k and v [T, G, .]. Heads come in groups of H / G queries per key-value head;
@@ -200,7 +196,7 @@ class ShardedAttention(AttentionBackend):
         return k[:, index], v[:, index]
 
     def _store(
-        self, layer: RadixAttention, forward_batch: ForwardBatch, k: torch.Tensor, v: torch.Tensor
+        self, layer: RadixAttention, forward_batch: ForwardBatch, k: Tensor, v: Tensor
     ) -> None:
         assert self.write_rows is not None
         loc = KVWriteLoc(
@@ -212,8 +208,8 @@ class ShardedAttention(AttentionBackend):
         self,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
-        latent: torch.Tensor,
-        rope: torch.Tensor,
+        latent: Tensor,
+        rope: Tensor,
     ) -> None:
         # The pool's MLA store takes widened slots and resolves their owner itself.
         loc = KVWriteLoc.for_batch(forward_batch)
@@ -232,7 +228,7 @@ def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return q_rope, k_rope
 
 
-def _joined(q: torch.Tensor, q_rope: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+def _joined(q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Tensor:
     heads = layer.tp_q_head_num
     return torch.cat(
         [q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)], dim=-1
@@ -249,7 +245,7 @@ def _any_prefix(forward_batch: ForwardBatch) -> bool:
     return lens is None or any(lens)
 
 
-def _merged(parts: list[Partial]) -> torch.Tensor:
+def _merged(parts: list[Partial]) -> Tensor:
     if len(parts) == 1:
         return parts[0][0]
     outs, lses = zip(*parts, strict=True)

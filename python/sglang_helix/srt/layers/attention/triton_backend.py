@@ -18,6 +18,7 @@ from sglang.kernels.ops.attention.decode_attention import (
     _decode_grouped_att_m_fwd,
 )
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
+from torch import Tensor
 
 from sglang_helix.srt.layers.attention.sharded import Partial, ShardedAttention
 from sglang_helix.srt.layers.dcp.lse_combine import combine
@@ -57,7 +58,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             self.write_rows = rows
 
     def partial_decode(
-        self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+        self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """See `ShardedAttention.partial_decode`."""
         metadata = self.forward_metadata
@@ -89,12 +90,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         return (out if v_scale == 1.0 else out * v_scale), total
 
     def partial_current(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """See `ShardedAttention.partial_current`."""
         keys, values = self._buffers(layer)
@@ -104,10 +100,10 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
 
     def partial_prefix(
         self,
-        q: torch.Tensor,
+        q: Tensor,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
-        gathered: torch.Tensor | None = None,
+        gathered: Tensor | None = None,
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
         if gathered is None:
@@ -133,14 +129,14 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
 
     def _extend(
         self,
-        q: torch.Tensor,
+        q: Tensor,
         layer: RadixAttention,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        indices: torch.Tensor,
-        indptr: torch.Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        indptr: Tensor | None,
         scales: tuple[float, float],
     ) -> Partial:
         """Upstream's extend kernel over the current chunk (indptr None) or over cached rows."""
@@ -172,7 +168,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         )
         return out, lse
 
-    def _buffers(self, layer: RadixAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    def _buffers(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
 

@@ -14,17 +14,18 @@ import torch
 from sglang.srt.layers.dcp.metadata import DecodeContextParallelMetadata
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_parallel
+from torch import Tensor
 
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 
 
 def prepare_decode_context_parallel_metadata(
-    seq_lens: torch.Tensor,
-    extend_prefix_lens: torch.Tensor,
+    seq_lens: Tensor,
+    extend_prefix_lens: Tensor,
     extend_prefix_lens_cpu: Sequence[int],
-    extend_seq_lens: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
+    extend_seq_lens: Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
     seq_lens_sum: int,
     kv_buffer_shape: torch.Size,
     kv_cache_dtype: torch.dtype,
@@ -73,12 +74,12 @@ def prepare_decode_context_parallel_metadata(
     )
 
 
-def _starts(lens: torch.Tensor) -> torch.Tensor:
+def _starts(lens: Tensor) -> Tensor:
     """Where each request's run begins when runs of `lens` [B] are laid end to end."""
     return lens.cumsum(0) - lens
 
 
-def _enumerate(lens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _enumerate(lens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """(request, place within it) of each of `total` entries of runs of `lens` [B]."""
     request = torch.repeat_interleave(
         torch.arange(len(lens), device=lens.device), lens, output_size=total
