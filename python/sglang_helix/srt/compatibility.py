@@ -120,6 +120,13 @@ TABLE: tuple[Row, ...] = (
     Row("prefix cache", "--disable-radix-cache off", "works", "end-to-end matrix, hits asserted"),
     Row("page size", "--page-size", "works", "end-to-end matrix, pages of 1 and 64"),
     Row("replicated query projection", "--dcp-replicate-q-proj", "works", "end-to-end matrix"),
+    Row("mixed chunk", "--enable-mixed-chunk", "works", "answers equal plain TP, GQA and MLA"),
+    Row("pipeline parallelism", "--pp-size", "works", "end-to-end test, two stages of two ranks"),
+    Row("streaming, OpenAI endpoints", "", "works", "answers equal plain TP, GQA and MLA"),
+    Row("structured output", "--grammar-backend", "works", "answers equal plain TP, GQA and MLA"),
+    Row("log-probabilities of prompts", "", "works", "equal plain TP, GQA and MLA"),
+    Row("sampling penalties, several samples", "", "works", "answers equal plain TP"),
+    Row("health and metrics", "--enable-metrics", "works", "served, GQA and MLA"),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
     Row(
