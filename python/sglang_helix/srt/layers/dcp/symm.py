@@ -53,8 +53,9 @@ Protocol = Literal["lamport", "push", "pull"]
 PROTOCOLS: tuple[Protocol, ...] = ("lamport", "push", "pull")
 SEND, RECEIVE = 1, 2  # phases of the kernel; apart only where ranks run one after another (tests)
 
-# -0.0 in fp32, 0.0 beside -0.0 in fp16 and bf16: sent as 0, which changes no sum.
-_NEVER_SENT: tl.constexpr = tl.constexpr(-(2**31))
+# A NaN, in fp32 and in both halves of two fp16 or bf16; sent as the NaN below it. LSEs sent are
+# never NaN.
+_NEVER_SENT: tl.constexpr = tl.constexpr(0xFFFFFFFF)
 _NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 _INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _POLLS_PER_REPORT: tl.constexpr = tl.constexpr(1 << 12)  # some milliseconds
@@ -65,7 +66,7 @@ _FP8_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # of a group's largest magnitude
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _VECTOR = 16  # bytes of the widest access; rows start on multiples of it
-_WIDTH = 128  # elements of a row, at most; of a head that is quantised, a multiple of the group
+_WIDTH = 512  # elements of a row, at most; of a head that is quantised, a multiple of the group
 _WORDS_PER_THREAD = 64
 _LAMPORT_MAX_BYTES = 2 << 20  # sent per rank and call
 _MAX_REGISTERS = 128  # per thread
@@ -192,7 +193,8 @@ class Layout:
         """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
         words = self.head_dim // self.parts if splits else self.row_bytes // 4
         tile = triton.next_power_of_2(self.ranks) * triton.next_power_of_2(words)
-        return max(1, tile // (32 * _WORDS_PER_THREAD))
+        share = _WORDS_PER_THREAD // 2 if splits else _WORDS_PER_THREAD  # sums are held beside it
+        return max(1, tile // (32 * share))
 
     def initialise(self, workspace: torch.Tensor) -> None:
         """Bring a rank's workspace (uint8 [nbytes], 16-byte aligned) into its first state.
@@ -202,12 +204,12 @@ class Layout:
         workspace.zero_()
         places = self._places()
 
-        def part(name: str, dtype: torch.dtype) -> torch.Tensor:
+        def part(name: str) -> torch.Tensor:
             at, size = places[name]
-            return workspace[at : at + size].view(dtype)
+            return workspace[at : at + size]
 
         for name in ("lamport_lse", "lamport_data"):
-            part(name, torch.int32).fill_(_NEVER_SENT.value)
+            part(name).fill_(0xFF)
 
 
 def _align(size: int) -> int:
@@ -262,43 +264,42 @@ def _any_thread(flag):
     Threads that hold the same element load it each for themselves, and from memory that changes
     they may load different values; a loop must still end for all of them at once.
     """
-    if _INTERPRETED:
-        return flag
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; bar.red.or.pred q, 0, p; selp.s32 $0, 1, 0, q; }",
-        "=r,r",
-        [flag.to(tl.int32)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    if not _INTERPRETED:
+        flag = tl.inline_asm_elementwise(
+            "{ .reg .pred p, q; setp.ne.s32 p, $1, 0;"
+            "bar.red.or.pred q, 0, p; selp.s32 $0, 1, 0, q; }",
+            "=r,r",
+            [flag.to(tl.int32)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return flag != 0
 
 
 @triton.jit
 def _floats(words, dtype: tl.constexpr):
-    """int32 [n, w] -> the elements that its words hold, fp32 [n, w * elements per word]."""
+    """uint32 [n, w] -> the elements that its words hold, fp32 [n, w * elements per word]."""
     if dtype == tl.float32:
-        return words.to(tl.float32, bitcast=True)
-    low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.interleave(low, high)
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        values = tl.interleave(low, high)
+    return values
 
 
 @triton.jit
 def _words(values, dtype: tl.constexpr, n: tl.constexpr, w: tl.constexpr):
-    """fp32 [n, w * elements per word] -> int32 [n, w], rounded to dtype: inverse of `_floats`."""
+    """fp32 [n, w * elements per word] -> uint32 [n, w], rounded to dtype: inverse of `_floats`."""
     if dtype == tl.float32:
-        return values.to(tl.int32, bitcast=True)
-    low, high = tl.split(tl.reshape(values, [n, w, 2]))
-    low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-    high = high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-    return (low & 0xFFFF) | (high << 16)
-
-
-@triton.jit
-def _without_tokens(lse):
-    """NaN and +inf mean "no token": -inf."""
-    return tl.where((lse != lse) | (lse == float("inf")), _NEG_INF, lse)
+        words = values.to(tl.uint32, bitcast=True)
+    else:
+        low, high = tl.split(tl.reshape(values, [n, w, 2]))
+        low = low.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = high.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        words = low | (high << 16)
+    return words
 
 
 @triton.jit
@@ -317,14 +318,15 @@ def _merge_splits(rows, row_step, lses, lse_step, splits, here, d, D: tl.constex
     top = tl.full(here.shape, _NEG_INF, tl.float32)
     for s in tl.range(splits):
         lse = tl.load(lses + s * lse_step, mask=here, other=_NEG_INF)
-        top = tl.maximum(top, _without_tokens(lse))
+        top = tl.maximum(top, tl.where(tl.abs(lse) < float("inf"), lse, _NEG_INF))
     top = tl.where(top == _NEG_INF, 0.0, top)
     total = tl.zeros(here.shape, tl.float32)
     merged = tl.zeros([here.shape[0], d.shape[0]], tl.float32)
     for s in tl.range(splits):
-        lse = _without_tokens(tl.load(lses + s * lse_step, mask=here, other=_NEG_INF))
-        weight = tl.exp(lse - top)
-        cells = (lse > _NEG_INF)[:, None] & (d < D)[None, :]
+        lse = tl.load(lses + s * lse_step, mask=here, other=_NEG_INF)
+        some = tl.abs(lse) < float("inf")
+        weight = tl.where(some, tl.exp(lse - top), 0.0)
+        cells = some[:, None] & (d < D)[None, :]
         x = tl.load((rows + s * row_step)[:, None] + d[None, :], mask=cells, other=0.0)
         total += weight
         merged += x * weight[:, None]
@@ -338,28 +340,34 @@ def _row(first_token, row, OWNED: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _place(base, own, peer, me, slot, row, REMOTE: tl.constexpr, N: tl.constexpr, ROWS):
+def _place(base, own, n, me, slot, row, REMOTE: tl.constexpr, N: tl.constexpr, ROWS):
     """Workspace and index of the pieces between this rank and each peer.
 
     Pieces in a peer's memory stand under this rank's number, pieces in ours under the peer's.
     """
     if REMOTE:
-        return base, (slot * N + me) * ROWS + row + peer * 0
-    return own + base * 0, (slot * N + peer) * ROWS + row
+        home, piece = base, me + n * 0
+    else:
+        home, piece = own + base * 0, n
+    return home, (slot * N + piece) * ROWS + row
 
 
 @triton.jit
 def _rows(home, offset, index, w, W: tl.constexpr):
     """Addresses of rows of W words; the hint lets the compiler use 16-byte accesses."""
-    first = (home + offset).to(tl.pointer_type(tl.int32)) + index * W
+    first = (home + offset).to(tl.pointer_type(tl.uint32)) + index * W
     return tl.multiple_of(first[:, None], (16, 16)) + w[None, :]
 
 
 @triton.jit
-def _report(status, missing, peer, epoch, layer):
-    """Tell the host what this program waits for; `symm_workspace.Stall` reads it."""
-    first = tl.max(tl.where(missing, peer + 1, 0), 0)
-    word = (epoch << 32) | (layer.to(tl.int64) << 16) | first
+def _report(status, missing, n, epoch, layer):
+    """Tell the host what this program waits for; `symm_workspace.Stall` reads it.
+
+    The last rank that is missing is named by its number plus one; 0 means that rows are there in
+    part.
+    """
+    last = tl.max(tl.where(missing, n + 1, 0), 0)
+    word = (epoch << 32) | (layer.to(tl.int64) << 16) | last
     tl.store(status, word, cache_modifier=".wt")
 
 
@@ -432,16 +440,17 @@ def exchange_kernel(
     d = tl.arange(0, DP)
     live = n < N
     cells = live[:, None] & (w < W)[None, :]
-    peer = (me + n) % N  # each rank begins with itself, so that no receiver is everybody's first
-    base = tl.load(peers_ptr + peer, mask=live, other=0)
+    base = tl.load(peers_ptr + n, mask=live, other=0)
     own = tl.load(peers_ptr + me)
     epochs = epochs_ptr + tl.program_id(1) * MAX_ROWS
+    first_row = tl.program_id(0)
+    first_epoch = tl.load(epochs + first_row)  # for a program that has one row, the only load
 
     # All sends come before the first wait: programs that wait never hold back what a peer needs.
     if PHASE & 1:
-        for row in tl.range(tl.program_id(0), tokens * OWNED * PARTS, tl.num_programs(0)):
+        for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
             b, h, part = _row(first_token, row, OWNED, PARTS)
-            head = peer * OWNED + h
+            head = n * OWNED + h
             here = live & (head < HEADS)
             l_row = b * l_b + head.to(tl.int64) * l_h
             if SPLITS:
@@ -454,59 +463,55 @@ def exchange_kernel(
                 x = _words(values * v_scale, WIRE, NP, WP)
             else:
                 x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * W
-                at = x_ptr.to(tl.pointer_type(tl.int32)) + x_row[:, None] + w[None, :]
+                at = x_ptr.to(tl.pointer_type(tl.uint32)) + x_row[:, None] + w[None, :]
                 x = tl.load(at, mask=cells & here[:, None], other=0)
                 lse = tl.load(l_ptr + l_row, mask=here, other=_NEG_INF)
-            lse = _without_tokens(lse)
-            x = tl.where((lse == _NEG_INF)[:, None], 0, x)
-            lse = lse.to(tl.int32, bitcast=True)
+            some = tl.abs(lse) < float("inf")  # tokens; NaN and +inf mean none, as -inf does
+            lse = tl.where(some, lse, _NEG_INF)
+            x = tl.where(some[:, None], x, 0)
             if LAMPORT:
-                x = tl.where(x == _NEVER_SENT, 0, x)
-                lse = tl.where(lse == _NEVER_SENT, 0, lse)
-            epoch = tl.load(epochs + row)
-            home, index = _place(base, own, peer, me, epoch & 1, row, not PULL, N, ROWS)
+                x = tl.minimum(x, _NEVER_SENT - 1)
+            epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+            home, index = _place(base, own, n, me, epoch & 1, row, not PULL, N, ROWS)
             tl.store(_rows(home, DATA, index, w, W), x, mask=cells, cache_modifier=".wt")
-            lses = (home + LSES).to(tl.pointer_type(tl.int32)) + index
-            tl.store(lses, lse, mask=live, cache_modifier=".wt")
+            lses = (home + LSES).to(tl.pointer_type(tl.uint32)) + index
+            tl.store(lses, lse.to(tl.uint32, bitcast=True), mask=live, cache_modifier=".wt")
         if not LAMPORT:
             # Release: all threads' pieces, then a fence in the thread that stores the flag.
             tl.debug_barrier()
             _fence()
-            for row in tl.range(tl.program_id(0), tokens * OWNED * PARTS, tl.num_programs(0)):
-                epoch = tl.load(epochs + row)
-                home, index = _place(base, own, peer, me, epoch & 1, row, True, N, ROWS)
+            for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
+                epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+                home, index = _place(base, own, n, me, epoch & 1, row, True, N, ROWS)
                 flags = (home + FLAGS).to(tl.pointer_type(tl.int64)) + index
-                tl.store(flags, epoch + peer * 0, mask=live, cache_modifier=".wt")
+                tl.store(flags, epoch + n * 0, mask=live, cache_modifier=".wt")
 
     if PHASE & 2:
         status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        for row in tl.range(tl.program_id(0), tokens * OWNED * PARTS, tl.num_programs(0)):
-            epoch = tl.load(epochs + row)
-            home, index = _place(base, own, peer, me, epoch & 1, row, PULL, N, ROWS)
+        for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
+            epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+            home, index = _place(base, own, n, me, epoch & 1, row, PULL, N, ROWS)
             rows = _rows(home, DATA, index, w, W)
-            lses = (home + LSES).to(tl.pointer_type(tl.int32)) + index
+            lses = (home + LSES).to(tl.pointer_type(tl.uint32)) + index
             polls = 0
             if LAMPORT:
-                # The value that is never sent is the smallest integer.
+                # The value that is never sent is the largest.
                 x = tl.load(rows, mask=cells, other=0, volatile=True)
                 bits = tl.load(lses, mask=live, other=0, volatile=True)
-                least = tl.minimum(tl.min(x), tl.min(bits))
-                while _any_thread(least == _NEVER_SENT) != 0:
+                while _any_thread(tl.maximum(tl.max(x), tl.max(bits)) == _NEVER_SENT):
                     polls += 1
                     if polls % _POLLS_PER_REPORT == 0:
-                        missing = tl.minimum(tl.min(x, 1), bits) == _NEVER_SENT
-                        _report(status, missing, peer, epoch, layer)
+                        _report(status, bits == _NEVER_SENT, n, epoch, layer)
                     x = tl.load(rows, mask=cells, other=0, volatile=True)
                     bits = tl.load(lses, mask=live, other=0, volatile=True)
-                    least = tl.minimum(tl.min(x), tl.min(bits))
             else:
-                _, flag_index = _place(base, own, peer, me, epoch & 1, row, False, N, ROWS)
+                _, flag_index = _place(base, own, n, me, epoch & 1, row, False, N, ROWS)
                 flags = (own + FLAGS).to(tl.pointer_type(tl.int64)) + flag_index
                 missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
-                while _any_thread(tl.max(missing.to(tl.int32), 0)) != 0:
+                while _any_thread(tl.max(missing.to(tl.int32)) != 0):
                     polls += 1
                     if polls % _POLLS_PER_REPORT == 0:
-                        _report(status, missing, peer, epoch, layer)
+                        _report(status, missing, n, epoch, layer)
                     missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
                 # Acquire: a fence in the thread that saw the flag, then all threads' loads.
                 _fence()
@@ -552,8 +557,8 @@ def exchange_kernel(
             # Last, off the path of the result. The words and the epoch are only ours until the
             # row's next call.
             if LAMPORT:
-                tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.int32), mask=cells)
-                tl.store(lses, tl.full([NP], _NEVER_SENT, tl.int32), mask=live)
+                tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.uint32), mask=cells)
+                tl.store(lses, tl.full([NP], _NEVER_SENT, tl.uint32), mask=live)
             tl.store(epochs + row, epoch + 1)
 
 

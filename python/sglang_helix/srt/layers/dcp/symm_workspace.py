@@ -68,7 +68,7 @@ class Stall(NamedTuple):
     rank: int
     """The waiting rank, in the KVP group."""
     peer: int
-    """The first rank whose rows are missing."""
+    """A rank whose rows are missing; -1 where rows are there in part."""
     layer: int
     epoch: int
     """Calls that the waiting row has been through, from 1, low 31 bits."""
@@ -79,9 +79,12 @@ class Stall(NamedTuple):
         return cls(rank, (word & 0xFFFF) - 1, word >> 16 & 0xFFFF, word >> 32 & 0x7FFFFFFF)
 
     def __str__(self) -> str:
+        missing = f"rank {self.peer}"
+        if self.peer < 0:
+            missing = "what is missing of rows that came in part"
         return (
             f"symm exchange is stuck: rank {self.rank} of the KVP group waits in layer "
-            f"{self.layer}, epoch {self.epoch}, for rank {self.peer}"
+            f"{self.layer}, epoch {self.epoch}, for {missing}"
         )
 
 

@@ -1,0 +1,90 @@
+"""All ranks of a one-kernel exchange in one process, and the answer they must give."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Layout, Reduced, Splits, exchange
+from sglang_helix.srt.layers.dcp.symm_workspace import one_device
+
+INF = float("inf")
+EMPTY = (-INF, INF, float("nan"))  # what an LSE says where a shard has no token
+
+
+class Ranks:
+    """N ranks on one device: one cooperative launch on CUDA, any order in the interpreter.
+
+    There, ranks send one after another and then receive one after another, in random order: the
+    interpreter runs one program at a time, so a program that waits would wait for ever.
+    """
+
+    def __init__(self, layout: Layout, device: str, programs: int | None = None, seed: int = 0):
+        self.layout, self.random = layout, random.Random(seed)
+        if device == "cpu":
+            programs = programs or 5  # fewer than rows, as a rule: then programs carry several
+        self.together = one_device(layout, torch.device(device), programs)
+        self.apart = [
+            replace(self.together, rank=rank, local_ranks=1, epochs=self.together.epochs[rank])
+            for rank in range(layout.ranks)
+        ]
+
+    def __call__(self, x: torch.Tensor, lse: torch.Tensor, **options) -> list[Reduced]:
+        """x [N*B, H, D] and lse [N*B, H], batches of the ranks stacked -> result of each rank."""
+        if x.is_cuda:
+            return self.launched((x, lse), **options)
+        N = self.layout.ranks
+        partials = list(zip(x.chunk(N), lse.chunk(N), strict=True)) if len(x) else [(x, lse)] * N
+        return self.separately(partials, **options)
+
+    def launched(self, partial: tuple[torch.Tensor, torch.Tensor] | Splits, **options):
+        """One launch for all ranks."""
+        reduced = exchange(self.together, partial, **options)
+        return [
+            Reduced(*(None if part is None else self._own(rank, part) for part in reduced))
+            for rank in range(self.layout.ranks)
+        ]
+
+    def separately(self, partials: list[tuple[torch.Tensor, torch.Tensor] | Splits], **options):
+        """One launch per rank and phase."""
+        results = {}
+        for phase in (SEND, RECEIVE):
+            for rank in self.random.sample(range(self.layout.ranks), self.layout.ranks):
+                results[rank] = exchange(self.apart[rank], partials[rank], phase=phase, **options)
+        return [results[rank] for rank in range(self.layout.ranks)]
+
+    def _own(self, rank: int, part: torch.Tensor) -> torch.Tensor:
+        B = len(part) // self.layout.ranks
+        columns = len(self.layout.owned_by(rank)) * (part.shape[1] // self.layout.owned)
+        return part[rank * B : (rank + 1) * B, :columns]
+
+
+def expected(
+    x: torch.Tensor, lse: torch.Tensor, ranks: int, sinks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combination of stacked partials by definition, in float64: out [B, H, D], lse [B, H]."""
+    lse = lse.unflatten(0, (ranks, -1)).double()
+    x = x.unflatten(0, (ranks, -1)).double()
+    lse = torch.where(lse.isfinite(), lse, -INF)
+    x = torch.where((lse == -INF)[..., None], 0.0, x)
+    if sinks is not None:  # a token more, with no value
+        lse = torch.cat([lse, sinks.double().expand(1, *lse.shape[1:])])
+        x = torch.cat([x, torch.zeros_like(x[:1])])
+    total = torch.logsumexp(lse, 0)
+    weight = torch.where(total == -INF, 0.0, torch.exp(lse - total))
+    return (x * weight[..., None]).sum(0), total
+
+
+def poison(x: torch.Tensor, lse: torch.Tensor, share: float = 0.15) -> None:
+    """Empty some shards: their LSE says so in one of three ways, their output is garbage."""
+    for nothing in EMPTY:
+        gone = torch.rand(lse.shape, device=lse.device) < share / len(EMPTY)
+        lse.masked_fill_(gone, nothing)
+        x.masked_fill_(gone[..., None], float("nan"))
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """‖got - want‖ / ‖want‖, NaN and shapes included."""
+    assert got.shape == want.shape
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))

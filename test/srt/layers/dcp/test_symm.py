@@ -1,0 +1,364 @@
+"""The one-kernel exchange against float64: one suite for Triton's interpreter and for CUDA.
+
+In the interpreter ranks send and receive in random order, one at a time; on CUDA one cooperative
+launch plays them all at once. The interpreter truncates where hardware rounds fp32 to bf16, so
+there results are asked for in fp32, which reads bf16 and fp16 payloads exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from sglang_helix.srt.layers.dcp import symm
+from sglang_helix.srt.layers.dcp.symm import PROTOCOLS, Layout, Splits, plan
+from srt.layers.dcp.symm_ranks import INF, Ranks, expected, poison, relative_error
+
+INTERPRETED = symm._INTERPRETED.value
+if torch.cuda.is_available() and not INTERPRETED:
+    DEVICE, BOUND = "cuda", {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+else:
+    DEVICE, BOUND = "cpu", {torch.float32: 2e-6}
+runs = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="test_interpreter runs it, and so does a GPU"
+)
+generated = settings(  # on CUDA most examples compile kernels of their own
+    max_examples=20 if DEVICE == "cpu" else 8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="runs the suite without a GPU")
+def test_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def partial(N: int, B: int, layout: Layout, spread: float = 3.0):
+    """Stacked partial outputs and LSEs, some of them empty, in memory that is not contiguous."""
+    H, D = layout.heads, layout.head_dim
+    wide = torch.randn(N * B, H + 1, D + 16, device=DEVICE).to(layout.wire)
+    x, lse = wide[:, :H, :D], torch.randn(H, N * B, device=DEVICE).mul_(spread).t()
+    x.masked_fill_(torch.rand(x.shape, device=DEVICE) < 0.2, -0.0)
+    poison(x, lse)
+    return x, lse
+
+
+@st.composite
+def layouts(draw) -> Layout:
+    ranks = draw(st.sampled_from([1, 2, 3, 4, 5, 8]))
+    heads = draw(st.integers(1, 2 * ranks + 1))
+    wire = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    head_dim = draw(st.sampled_from([8, 24, 80, 96, 128, 192]))
+    return Layout(ranks, heads, head_dim, wire, lamport_tokens=3, staged_tokens=5)
+
+
+@runs
+@generated
+@given(data=st.data())
+def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> None:
+    layout = data.draw(layouts())
+    ranks = Ranks(layout, DEVICE, programs=data.draw(st.integers(1, 4)))
+    for call in range(data.draw(st.integers(1, 4))):
+        B = data.draw(st.integers(0, 5), label=f"batch of call {call}")
+        protocol = data.draw(st.sampled_from(PROTOCOLS if B <= 3 else PROTOCOLS[1:]))
+        dtype = data.draw(st.sampled_from(list(BOUND)))
+        x, lse = partial(layout.ranks, B, layout)
+        want, want_lse = expected(x, lse, layout.ranks)
+        results = ranks(x, lse, return_lse=True, out_dtype=dtype, protocol=protocol)
+        for rank, got in enumerate(results):
+            own = layout.owned_by(rank)
+            heads = slice(own.start, own.stop)
+            assert got.out.dtype == dtype
+            assert relative_error(got.out, want[:, heads]) < BOUND[dtype]
+            torch.testing.assert_close(got.lse.double(), want_lse[:, heads], rtol=2e-6, atol=2e-6)
+
+
+def small(ranks: int = 3, heads: int = 6, head_dim: int = 128, **options) -> Layout:
+    wire = options.pop("wire", torch.bfloat16)
+    return Layout(ranks, heads, head_dim, wire, lamport_tokens=4, staged_tokens=4, **options)
+
+
+def own_heads(layout: Layout, rank: int) -> slice:
+    own = layout.owned_by(rank)
+    return slice(own.start, own.stop)
+
+
+@runs
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("heads", [9, 17])
+def test_ranks_that_own_fewer_heads_or_none(protocol: str, heads: int) -> None:
+    layout = small(ranks=8, heads=heads)
+    assert [len(layout.owned_by(rank)) for rank in (0, 7)] == [-(-heads // 8), 0]
+    ranks = Ranks(layout, DEVICE)
+    for B in (2, 1, 3):
+        x, lse = partial(8, B, layout)
+        want, _ = expected(x, lse, 8)
+        for rank, got in enumerate(ranks(x, lse, protocol=protocol, out_dtype=torch.float32)):
+            torch.testing.assert_close(
+                got.out.double(), want[:, own_heads(layout, rank)], rtol=1e-5, atol=1e-5
+            )
+
+
+@runs
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_tokens_anywhere_gives_zero_and_minus_infinity(protocol: str) -> None:
+    layout = small()
+    x = torch.full((6, 6, 128), float("nan"), dtype=layout.wire, device=DEVICE)
+    lse = torch.tensor([-INF, INF, float("nan")], device=DEVICE).repeat(6, 2)
+    for got in Ranks(layout, DEVICE)(x, lse, return_lse=True, protocol=protocol):
+        assert torch.equal(got.out, torch.zeros_like(got.out))
+        assert torch.equal(got.lse, torch.full_like(got.lse, -INF))
+
+
+@runs
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_values_that_are_not_finite_travel_where_there_are_tokens(protocol: str) -> None:
+    layout = small(ranks=2, heads=2)
+    x, lse = torch.zeros(2, 2, 128, dtype=layout.wire, device=DEVICE), torch.zeros(2, 2)
+    x[0, 0, 0], x[1, 0, 1], x[0, 1, 2] = INF, float("nan"), -INF
+    results = Ranks(layout, DEVICE)(x, lse.to(DEVICE), protocol=protocol)
+    got = torch.cat([result.out for result in results], 1).float().cpu()
+    assert got[0, 0, 0] == INF
+    assert got[0, 0, 1].isnan()
+    assert got[0, 1, 2] == -INF
+    assert int((got != 0).sum()) == 3
+
+
+@runs
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float32])
+def test_what_is_never_sent_may_still_be_an_input(wire: torch.dtype) -> None:
+    """-0.0 in every payload and LSE: the very bits that stand for "nothing has arrived"."""
+    layout = small(ranks=4, heads=4, wire=wire)
+    ranks = Ranks(layout, DEVICE)
+    for _ in range(3):
+        x = torch.full((8, 4, 128), -0.0, dtype=wire, device=DEVICE)
+        lse = torch.full((8, 4), -0.0, device=DEVICE)
+        for got in ranks(x, lse, return_lse=True, protocol="lamport"):
+            assert torch.equal(got.out, torch.zeros_like(got.out))
+            torch.testing.assert_close(got.lse, torch.full_like(got.lse, 4.0).log())
+
+
+@runs
+def test_rows_that_are_not_aligned_are_copied() -> None:
+    layout = small()
+    odd = torch.randn(6, 6, 129, device=DEVICE).to(layout.wire)[..., 1:]
+    lse = torch.randn(6, 6, device=DEVICE)
+    want, _ = expected(odd, lse, 3)
+    for rank, got in enumerate(Ranks(layout, DEVICE)(odd, lse, out_dtype=torch.float32)):
+        torch.testing.assert_close(
+            got.out.double(), want[:, own_heads(layout, rank)], rtol=1e-5, atol=1e-5
+        )
+
+
+@runs
+def test_base_2_lse() -> None:
+    layout = small(heads=7)
+    x, lse = partial(3, 4, layout)
+    sinks = torch.randn(7, device=DEVICE)
+    want, want_lse = expected(x, lse, 3, sinks)
+    ln_2 = torch.tensor(2.0, dtype=torch.float64).log()
+    options = {"base2": True, "return_lse": True, "sinks": sinks, "out_dtype": torch.float32}
+    for rank, got in enumerate(Ranks(layout, DEVICE)(x, lse / float(ln_2), **options)):
+        own = own_heads(layout, rank)
+        torch.testing.assert_close(got.out.double(), want[:, own], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.lse.double() * ln_2, want_lse[:, own], rtol=1e-5, atol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize("sink", [-INF, -3.0, 90.0])
+def test_sinks_count_once(sink: float) -> None:
+    layout = small(heads=5)
+    x, lse = partial(3, 2, layout)
+    sinks = torch.randn(5, device=DEVICE) + sink
+    want, want_lse = expected(x, lse, 3, sinks)
+    options = {"sinks": sinks, "return_lse": True, "out_dtype": torch.float32}
+    for rank, got in enumerate(Ranks(layout, DEVICE)(x, lse, **options)):
+        own = own_heads(layout, rank)
+        torch.testing.assert_close(got.out.double(), want[:, own], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.lse.double(), want_lse[:, own], rtol=1e-5, atol=1e-5)
+
+
+@runs
+def test_heads_first() -> None:
+    layout = small()
+    x, lse = partial(3, 4, layout)
+    plain = Ranks(layout, DEVICE)(x, lse)
+    for one, other in zip(plain, Ranks(layout, DEVICE)(x, lse, head_major=True), strict=True):
+        assert torch.equal(one.out, other.out)
+        assert other.out.stride(0) < other.out.stride(1)
+
+
+@runs
+@pytest.mark.parametrize("head_dim", [128, 384])
+def test_fp8_groups(head_dim: int) -> None:
+    layout = small(head_dim=head_dim)
+    x, lse = partial(3, 4, layout)
+    x[0] *= 1e-3
+    want, _ = expected(x, lse, 3)
+    for rank, got in enumerate(Ranks(layout, DEVICE)(x, lse, out_dtype=torch.float8_e4m3fn)):
+        groups = want[:, own_heads(layout, rank)].reshape(4, -1, 128)
+        scales = groups.abs().amax(-1).clamp_min(1e-10) / 448
+        torch.testing.assert_close(got.scales.double(), scales, rtol=1e-5, atol=0.0)
+        restored = got.out.double().reshape(4, -1, 128) * got.scales.double()[..., None]
+        ulp = torch.maximum(groups.abs() / 8, scales[..., None] / 512)  # of e4m3, subnormals too
+        if DEVICE == "cuda":
+            assert ((restored - groups).abs() <= ulp * 0.51).all()
+        else:  # the interpreter truncates, and loses a power of two where rounding would carry
+            carries = torch.frexp(groups / scales[..., None]).mantissa.abs() > 0.96
+            assert ((restored - groups).abs() <= ulp * 1.01).logical_or(carries).all()
+
+
+@runs
+def test_results_land_where_the_caller_wants_them() -> None:
+    layout = small()
+    ranks = Ranks(layout, DEVICE)
+    x, lse = partial(3, 4, layout)
+    want, _ = expected(x, lse, 3)
+    wide = torch.full((12, 4, 256), 7.0, device=DEVICE)
+    scales = torch.empty(2, 12, device=DEVICE).t()
+    B = 12 if x.is_cuda else 4
+    into = wide[:B, 1:3, :128]
+    quantised = torch.empty(B, 2, 128, device=DEVICE, dtype=torch.float8_e4m3fn)
+    last = ranks(x, lse, into=into)[-1].out  # the interpreter's ranks overwrite each other
+    assert last.data_ptr() >= wide.data_ptr()
+    if x.is_cuda:
+        torch.testing.assert_close(last.double(), want[:, 4:], rtol=1e-5, atol=1e-5)
+    assert (wide[:, 0] == 7).all()
+    assert (wide[..., 128:] == 7).all()
+    got = ranks(x, lse, into=quantised, scales=scales[:B])[0]
+    assert got.scales.untyped_storage().data_ptr() == scales.untyped_storage().data_ptr()
+
+
+@runs
+def test_an_empty_batch_launches_nothing_and_epochs_stand_still() -> None:
+    layout = small()
+    ranks = Ranks(layout, DEVICE)
+    before = ranks.together.epochs.clone()
+    x = torch.empty(0, 6, 128, dtype=layout.wire, device=DEVICE)
+    got = ranks(x, x.new_empty(0, 6, dtype=torch.float32), return_lse=True)[0]
+    assert (got.out.shape, got.lse.shape) == ((0, 2, 128), (0, 2))
+    assert torch.equal(ranks.together.epochs, before)
+
+
+def splits_of(layout: Layout, B: int, S: int, block: int) -> tuple[list[Splits], tuple]:
+    """Per rank: what split-KV decoding leaves; stacked: the partials that it stands for."""
+    H, D = layout.heads, layout.head_dim
+    outs, lses, ranks = [], [], []
+    for _ in range(layout.ranks):
+        lengths = torch.randint(0, 6 * block, (B,))
+        lengths[torch.rand(B) < 0.2] = 0
+        counts = torch.randint(1, S + 1, (B,))
+        out, lse = torch.randn(B, H, S, D), torch.randn(B, H, S)
+        share = ((lengths + counts - 1) // counts + block - 1) // block * block
+        dead = torch.arange(S) * share[:, None] >= lengths[:, None]
+        out.masked_fill_(dead[:, None, :, None], float("nan"))
+        lse.masked_fill_(dead[:, None], INF)
+        merged, total = expected(
+            out.movedim(2, 0).flatten(0, 1), lse.movedim(2, 0).flatten(0, 1), S
+        )
+        outs.append(merged)
+        lses.append(total)
+        lse.masked_fill_(dead[:, None], 50.0)  # never written: memory holds anything
+        indptr = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        ranks.append(
+            Splits(
+                *(t.to(DEVICE) for t in (out, lse, indptr, counts.int())), block=block, v_scale=0.5
+            )
+        )
+    return ranks, (torch.cat(outs) * 0.5, torch.cat(lses))
+
+
+@runs
+@pytest.mark.parametrize("wire", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("ranks", "heads", "head_dim"), [(2, 4, 64), (3, 5, 80), (4, 4, 192)])
+def test_split_kv_partials(wire: torch.dtype, ranks: int, heads: int, head_dim: int) -> None:
+    layout = small(ranks, heads, head_dim, wire=wire)
+    world = Ranks(layout, DEVICE)
+    for B in (3, 1):
+        splits, (x, lse) = splits_of(layout, B, S=5, block=16)
+        want, want_lse = expected(x, lse, ranks)
+        if DEVICE == "cuda":
+            lengths = torch.cat([s.indptr.diff() for s in splits])
+            together = Splits(
+                *(torch.cat([s[i] for s in splits]) for i in (0, 1)),
+                torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+                torch.cat([s.counts for s in splits]),
+                *splits[0][4:],
+            )
+            results = world.launched(together, return_lse=True, out_dtype=torch.float32)
+        else:
+            results = world.separately(splits, return_lse=True, out_dtype=torch.float32)
+        bound = {torch.float32: 3e-6, torch.float16: 4e-4, torch.bfloat16: 8e-3}[wire]
+        for rank, got in enumerate(results):
+            own = own_heads(layout, rank)
+            assert relative_error(got.out.cpu(), want[:, own]) < bound
+            torch.testing.assert_close(
+                got.lse.double().cpu(), want_lse[:, own], rtol=3e-6, atol=3e-6
+            )
+
+
+def test_switch_points() -> None:
+    """Every batch up to the maximum has room in the region of its protocol."""
+    for max_tokens in (1, 8, 4096):
+        layout = plan(8, 128, 512, torch.bfloat16, max_tokens)
+        assert layout.max_tokens == max_tokens
+        for tokens in {1, layout.lamport_tokens, layout.lamport_tokens + 1, max_tokens}:
+            if tokens <= max_tokens:
+                assert layout.rows(layout.protocol(tokens)) >= tokens * layout.rows_per_token
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (6, 5, 128)}, "H = 6, D = 128"),
+        ({"x": (6, 6, 64)}, "H = 6, D = 128"),
+        ({"lse": (6, 5)}, r"lse must be \[6, 6\]"),
+        ({"x": (15, 6, 128), "lse": (15, 6)}, "at most 4 tokens.*got 5.*a2a"),
+        ({"into": torch.empty(6, 2, 64)}, r"out must be \[6, 2, 128\]"),
+        ({"into": torch.empty(6, 2, 130)[..., 1:129]}, "16-byte vectors"),
+        ({"sinks": torch.empty(5)}, r"sinks must be contiguous \[6\]"),
+        (
+            {"out_dtype": torch.float8_e4m3fn, "scales": torch.empty(6, 3)},
+            r"scales \[6, 2\], got \[6, 3\]",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    layout = small()
+    x = torch.empty(change.pop("x", (6, 6, 128)), dtype=layout.wire)
+    lse = torch.empty(change.pop("lse", (6, 6)))
+    workspace = Ranks(layout, "cpu", programs=1).together
+    with pytest.raises(ValueError, match=message):
+        symm.exchange(workspace, (x, lse), **change)
+
+
+def test_dtypes_that_do_not_fit_are_refused() -> None:
+    workspace = Ranks(small(), "cpu", programs=1).together
+    x, lse = torch.empty(6, 6, 128, dtype=torch.bfloat16), torch.empty(6, 6)
+    with pytest.raises(TypeError, match="bfloat16 with an fp32 lse"):
+        symm.exchange(workspace, (x.half(), lse))
+    with pytest.raises(TypeError, match="bfloat16 with an fp32 lse"):
+        symm.exchange(workspace, (x, lse.double()))
+    with pytest.raises(TypeError, match="float8_e4m3fn result"):
+        symm.exchange(workspace, (x, lse), scales=lse)
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
+        small(wire=torch.float64)
+    with pytest.raises(ValueError, match=r"whole 16-byte vectors.*a2a"):
+        small(head_dim=4)

@@ -1,0 +1,109 @@
+"""What the compilers make of the one-kernel exchange, read from machine code; needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from sglang_helix.srt.layers.dcp import symm
+from sglang_helix.srt.layers.dcp.symm import Layout
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+pytestmark = pytest.mark.skipif(
+    symm._INTERPRETED.value, reason="the interpreter leaves nothing to compile"
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MLA = Layout(8, 128, 512, torch.bfloat16, lamport_tokens=16, staged_tokens=256)
+GQA = Layout(8, 64, 128, torch.bfloat16, lamport_tokens=128, staged_tokens=256)
+SCALARS = {"v_scale": "fp32"}  # all others are int32
+
+
+def instructions(
+    layout: Layout, protocol: str, folder: Path, sm: int, *, splits: bool = False, fp8: bool = False
+) -> tuple[Counter[str], str]:
+    """Machine instructions by name, and the assembler's report, for one rank's kernel."""
+    kernel = symm.exchange_kernel
+    constants = layout.constants(protocol)
+    constants |= {"SPLITS": splits, "BASE2": False, "PHASE": symm.SEND | symm.RECEIVE}
+    payload = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[layout.wire]
+    pointers = {
+        "x_ptr": "*fp32" if splits else payload,
+        "l_ptr": "*fp32",
+        "peers_ptr": "*i64",
+        "epochs_ptr": "*i64",
+        "y_ptr": "*fp8e4nv" if fp8 else payload,
+        "scale_ptr": "*fp32" if fp8 else None,
+        "status_ptr": "*i64",
+        "indptr_ptr": "*i32" if splits else None,
+        "counts_ptr": "*i32" if splits else None,
+        "y_lse_ptr": None,
+        "sink_ptr": None,
+    }
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in pointers and pointers[name] is None:
+            constants[name] = None
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = pointers.get(name) or SCALARS.get(name, "i32")
+        if signature[name].startswith("*"):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": layout.warps(splits), "maxnreg": symm._MAX_REGISTERS},
+    )
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+
+    def dump(option: str) -> str:
+        command = [CUOBJDUMP, option, folder / "kernel.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    names = re.findall(
+        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", dump("-sass"), re.M
+    )
+    return Counter(names), dump("-res-usage")
+
+
+def matching(counts: Counter[str], pattern: str) -> int:
+    return sum(count for name, count in counts.items() if re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("layout", [MLA, GQA], ids=["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["lamport", "push", "pull", "splits", "fp8"])
+def test_machine_code(layout: Layout, kind: str, sm: int, tmp_path: Path) -> None:
+    splits, fp8 = kind == "splits", kind == "fp8"
+    protocol = "lamport" if splits or fp8 else kind
+    counts, report = instructions(layout, protocol, tmp_path, sm, splits=splits, fp8=fp8)
+
+    assert re.findall(r"STACK:(\d+)", report) == ["0"]
+    assert not matching(counts, r"(LDL|STL).*")  # nothing is spilled
+    [registers] = re.findall(r"REG:(\d+)", report)
+    assert int(registers) <= symm._MAX_REGISTERS  # what `resident_programs` counts on
+
+    # One 16-byte access per vector of the N pieces: sent, received, and put back.
+    vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(splits))
+    assert counts["STG.E.128.STRONG.SYS"] == vectors
+    if protocol == "lamport":
+        assert counts["LDG.E.128.STRONG.SYS"] == 2 * vectors  # the first poll and the loop
+        assert matching(counts, r"STG\.E\.128") >= vectors
+        assert not matching(counts, "MEMBAR.*")
+    else:
+        assert counts["LDG.E.128"] >= 2 * vectors
+        assert counts["MEMBAR.ALL.SYS"] + counts["MEMBAR.SC.SYS"] == 2  # release and acquire
+        assert counts["STG.E.64.STRONG.SYS"] == 2  # flags, and the watchdog's report
+        assert counts["LDG.E.64.STRONG.SYS"] == 2
+    assert not matching(counts, r"(LDG|STG)\.E\.[US](8|16).*")
+    assert not matching(counts, r"(ATOM|RED\b).*")  # peers may be reached over PCIe

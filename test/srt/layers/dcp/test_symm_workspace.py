@@ -1,0 +1,140 @@
+"""Where symmetric memory is refused, and what the watchdog takes for stuck; no GPU is asked."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sglang_helix.srt.layers.dcp import symm_workspace
+from sglang_helix.srt.layers.dcp.symm_workspace import (
+    Stall,
+    SymmExchange,
+    Watchdog,
+    _Probe,
+    abort,
+    is_available,
+)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[torch.distributed.ProcessGroup]:
+    if torch.distributed.is_initialized():
+        pytest.skip("another test left a process group behind")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_without_gpus_the_error_names_what_to_use(group: torch.distributed.ProcessGroup) -> None:
+    assert "needs CUDA devices" in str(is_available(group))
+    with pytest.raises(RuntimeError, match="use --dcp-comm-backend a2a instead of symm"):
+        SymmExchange(group, 8, 8, 128, torch.bfloat16, torch.device("cpu"))
+
+
+class Group:
+    """As much of a process group as is_available asks for."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("peer", "access", "reason"),
+    [
+        (_Probe("one", "GPU-b"), True, None),
+        (_Probe("one", "GPU-b"), False, "GPU GPU-a has no peer access to that of rank 1"),
+        (_Probe("one", "GPU-elsewhere"), False, None),  # not visible here: rendezvous will tell
+        (_Probe("one", "GPU-a"), True, "share GPU GPU-a"),
+        (_Probe("two", "GPU-b"), True, r"spans hosts \(one, two\)"),
+    ],
+)
+def test_peer_access(
+    monkeypatch: pytest.MonkeyPatch, peer: _Probe, access: bool, reason: str | None
+) -> None:
+    mine = _Probe("one", "GPU-a")
+
+    def gather(group: Any, value: Any) -> list[Any]:
+        return [mine, peer] if isinstance(value, _Probe) else [value, None]
+
+    class Properties:
+        def __init__(self, index: int):
+            self.uuid = ("GPU-a", "GPU-b")[index]
+
+    monkeypatch.setattr(symm_workspace, "_gather", gather)
+    monkeypatch.setattr(_Probe, "local", classmethod(lambda cls: mine))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: access)
+    found = is_available(Group())
+    if reason is None:
+        assert found is None
+    else:
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(found)
+
+
+def word(stall: Stall) -> int:
+    """What the kernel writes for it."""
+    return stall.epoch << 32 | stall.layer << 16 | stall.peer + 1
+
+
+def run_watchdog(monkeypatch: pytest.MonkeyPatch, report: Any, seconds: float) -> list[Stall]:
+    """Let `report(status, i)` play the device for a while."""
+    monkeypatch.setattr(symm_workspace, "_WATCH_INTERVAL", 0.05)
+    status, stalls = torch.zeros(4, dtype=torch.int64), []
+    watchdog = Watchdog(status, 3, 0.4, stalls.append)
+    end, i = time.monotonic() + seconds, 0
+    while time.monotonic() < end and not stalls:
+        report(status, i)
+        time.sleep(0.01)
+        i += 1
+    watchdog.stop()
+    return stalls
+
+
+def test_a_program_that_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    stall = Stall(rank=3, peer=1, layer=60, epoch=2**31 - 1)
+
+    def stuck(status: torch.Tensor, i: int) -> None:
+        status[2] = word(stall)
+
+    assert run_watchdog(monkeypatch, stuck, 20.0) == [stall]
+    assert str(stall) == (
+        "symm exchange is stuck: rank 3 of the KVP group waits in layer 60, epoch 2147483647, "
+        "for rank 1"
+    )
+    assert "for what is missing of rows that came in part" in str(stall._replace(peer=-1))
+
+
+def test_slow_progress_is_not_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(status: torch.Tensor, i: int) -> None:
+        status[2] = word(Stall(rank=3, peer=1, layer=5, epoch=1 + i // 15))
+
+    assert run_watchdog(monkeypatch, slow, 1.5) == []
+
+
+def test_by_default_a_stall_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed = []
+    monkeypatch.setattr("os.kill", lambda pid, with_signal: killed.append(with_signal))
+    with caplog.at_level(logging.CRITICAL):
+        abort(Stall(rank=0, peer=1, layer=2, epoch=3))
+    assert killed == [signal.SIGABRT]
+    assert "rank 0 of the KVP group waits in layer 2, epoch 3, for rank 1" in caplog.text
