@@ -51,9 +51,12 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Prepare the capture or one replay of a decode graph, in place."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         self.cuda_graph_attn_lse.fill_(-torch.inf)
+        # A replay brings the slots of its real requests only; the graph writes padded rows too, so
+        # these go to row 0, which SGLang never allocates.
         slots = forward_batch.out_cache_loc
-        rows = self.cuda_graph_write_rows[: slots.shape[0]]
-        rows.copy_(self.shard.write_rows(slots, self.pool_page_size))
+        rows = self.cuda_graph_write_rows[: forward_batch.batch_size]
+        rows.zero_()
+        rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
         if in_capture:
             self.write_rows = rows
 
