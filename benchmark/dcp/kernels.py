@@ -295,8 +295,12 @@ class StandIn:
 
     def all_gather(self, input: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The only gather in these chains is of LSEs."""
-        gathered = torch.empty_like(self.lses).copy_(self.lses)
+        gathered = torch.empty_like(self.lses)
+        self.all_gather_into_tensor(gathered, input)
         return gathered.view(-1, *input.shape[1:])
+
+    def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
+        output.copy_(self.lses)
 
     def all_reduce(self, input: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(input).copy_(input)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, unpack
+from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, rescale, unpack
 
 # GroupCoordinator of the KVP group; SGLang is untyped.
 Group = Any
@@ -46,7 +46,8 @@ def ag_rs(
     out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All-gather of the LSEs, then a reduce-scatter of the rescaled outputs in fp32."""
-    lses = group.all_gather(lse[None].contiguous(), dim=0)
+    lses = lse.new_empty(group.world_size, *lse.shape)
+    group.all_gather_into_tensor(lses, lse[None].contiguous())
     scaled, total = rescale(out, lses, group.rank_in_group, base2=base2)
     heads = out.shape[1] // group.world_size
     reduced = scaled.new_empty(heads, *scaled.shape[1:])
@@ -54,28 +55,5 @@ def ag_rs(
     first = group.rank_in_group * heads
     return reduced.transpose(0, 1).to(out.dtype), total[:, first : first + heads]
 
-
-def rescale(
-    out: torch.Tensor, lses: torch.Tensor, rank: int, *, base2: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight a rank's partial output by its share of the softmax sum.
-
-    out [B, H, D] and the lses [K, B, H] of all ranks -> fp32 [H, B, D] whose sum over the ranks
-    is the exact output (heads first, so that a reduce-scatter splits heads), and the total LSE
-    [B, H]. A rank whose LSE is -inf, NaN or +inf contributes zeros whatever its output holds.
-    """
-    lses = torch.where(torch.isfinite(lses), lses, -torch.inf)
-    if base2:
-        total = torch.logsumexp(lses * _LN_2, dim=0) / _LN_2
-        weight = torch.exp2(lses[rank] - total)
-    else:
-        total = torch.logsumexp(lses, dim=0)
-        weight = torch.exp(lses[rank] - total)
-    weight = torch.where(lses[rank] == -torch.inf, 0.0, weight).unsqueeze(-1)
-    scaled = torch.where(weight > 0, out.float() * weight, 0.0)
-    return scaled.transpose(0, 1).contiguous(), total
-
-
-_LN_2 = 0.6931471805599453
 
 EXCHANGES: dict[str, Exchange] = {"a2a": a2a, "ag_rs": ag_rs}

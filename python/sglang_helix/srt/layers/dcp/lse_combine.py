@@ -1,9 +1,10 @@
-"""Softmax-exact combination of partial attention outputs, and the rows they travel in.
+"""Softmax-exact combination of partial attention outputs, and the forms they travel in.
 
 Attention over a sequence that is split among N ranks gives N partial outputs o_n with the
 log-sum-exp l_n of their scores. With m = max l_n and w_n = exp(l_n - m), attention over the whole
 sequence is sum(w_n o_n) / sum(w_n), and its LSE is m + log sum(w_n) (Milakov and Gimelshein,
-arXiv:1805.02867).
+arXiv:1805.02867). `combine` computes it from shards that lie together, after an all-to-all of what
+`pack` lays out. `rescale` gives one rank's summand, for a reduction over the ranks.
 
 Two implementations of the same contract stand side by side: Triton kernels, and plain torch where
 Triton cannot run (CPU tensors, no triton installed). ``TRITON_INTERPRET=1`` selects the kernels for
@@ -96,6 +97,38 @@ def combine(
     return out if out_lse is None else (out, out_lse)
 
 
+def rescale(
+    out: torch.Tensor, lses: torch.Tensor, rank: int, *, base2: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight a rank's partial output by its share of the softmax sum over all ranks.
+
+    Args:
+        out: [B, H, D] bf16, fp16 or fp32, any strides: the partial output of ``rank``.
+        lses: [N, B, H] fp32, any strides: the LSEs of all ranks; natural logarithm, or base 2
+            with ``base2``.
+        rank: whose output it is, in [0, N).
+        base2: the LSE, in and out, is a base-2 logarithm.
+
+    Returns:
+        scaled: contiguous fp32 [H, B, D]. Its sum over the ranks is the output over all tokens;
+            heads come first, so that a reduce-scatter splits heads. Zeros where this rank has no
+            token, whatever ``out`` holds there.
+        total: fp32 [B, H], the LSE over all ranks.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or there is no such rank.
+        TypeError: a dtype is not supported; fp8 is not, since its scale is not known here.
+    """
+    _check_rescale(out, lses, rank)
+    B, H, D = out.shape
+    scaled = out.new_empty((H, B, D), dtype=torch.float32)
+    total = lses.new_empty((B, H))
+    if total.numel():
+        run = _rescale_triton if _runs_triton(out) else _rescale_torch
+        run(out, lses, rank, scaled, total, base2)
+    return scaled, total
+
+
 def packed_row_bytes(D: int, dtype: torch.dtype) -> int:
     """Bytes of one packed row: D elements padded to 16 bytes, then 16 bytes with the fp32 LSE."""
     return -(-D * dtype.itemsize // 16) * 16 + _TAIL
@@ -169,16 +202,35 @@ def _combine_torch(
     out_lse: torch.Tensor | None,
     base2: bool,
 ) -> None:
-    empty = _without_tokens(lse)
-    lse = lse.masked_fill(empty, -torch.inf)
+    share, total = _shares(lse, base2)
+    values = partials.float().masked_fill(_without_tokens(lse)[..., None], 0)
+    out.copy_((values * share[..., None]).sum(0))
+    if out_lse is not None:
+        out_lse.copy_(total)
+
+
+def _rescale_torch(
+    out: torch.Tensor,
+    lses: torch.Tensor,
+    rank: int,
+    scaled: torch.Tensor,
+    total: torch.Tensor,
+    base2: bool,
+) -> None:
+    share, lse = _shares(lses, base2)
+    values = out.float().masked_fill(_without_tokens(lses[rank])[..., None], 0)
+    scaled.copy_((values * share[rank][..., None]).transpose(0, 1))
+    total.copy_(lse)
+
+
+def _shares(lse: torch.Tensor, base2: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of LSEs [N, ...]: each shard's share of the softmax sum [N, ...], and the LSE of the sum."""
+    lse = lse.masked_fill(_without_tokens(lse), -torch.inf)
     top = lse.amax(0)
     top = top.masked_fill(top == -torch.inf, 0)
     weight = torch.exp2(lse - top) if base2 else torch.exp(lse - top)
     total = weight.sum(0)  # at least 1, or 0 where all shards are empty
-    values = partials.float().masked_fill(empty[..., None], 0)
-    out.copy_((values * (weight / total.clamp_min(1))[..., None]).sum(0))
-    if out_lse is not None:
-        out_lse.copy_(top + (total.log2() if base2 else total.log()))
+    return weight / total.clamp_min(1), top + (total.log2() if base2 else total.log())
 
 
 def _pack_torch(out: torch.Tensor, lse: torch.Tensor, send: torch.Tensor) -> None:
@@ -263,6 +315,70 @@ if triton is not None:
             log = tl.log2(total) if BASE2 else tl.log(total)
             tl.store(y_lse_ptr + row, top + log, mask=row_ok)
 
+    @triton.jit(do_not_specialize=["rank", "rows", "x_b", "x_h", "l_n", "l_b", "l_h"])
+    def _rescale_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        l_ptr,
+        y_ptr,
+        y_lse_ptr,
+        rank,
+        rows,
+        x_b,
+        x_h,
+        l_n,
+        l_b,
+        l_h,
+        x_d: tl.constexpr,
+        X_UNIT: tl.constexpr,
+        N: tl.constexpr,
+        HEADS: tl.constexpr,
+        D: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        BASE2: tl.constexpr,
+        LOG2_E: tl.constexpr,
+    ):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        b = (row // HEADS).to(tl.int64)
+        h = (row % HEADS).to(tl.int64)
+        cols = tl.arange(0, COLS)[None, :]
+        row_ok = row < rows
+        l_row = b * l_b + h * l_h
+        x_row = (b * x_b + h * x_h) * X_UNIT
+
+        # As in `_combine_kernel`, all loads come before the first use.
+        x = ()
+        for start in tl.static_range(0, D, COLS):
+            d = start + cols
+            cell_ok = row_ok[:, None] & (d < D)
+            x_at = x_ptr + x_row[:, None] + d * x_d
+            x += (tl.load(x_at, mask=cell_ok, other=0.0),)  # type: ignore[assignment]
+        lse = ()
+        for n in tl.static_range(N):
+            l_at = l_ptr + (l_row + tl.cast(n, tl.int64) * l_n)
+            lse += (tl.load(l_at, mask=row_ok, other=float("-inf")),)  # type: ignore[assignment]
+
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        own = top
+        for n in tl.static_range(N):
+            top = tl.maximum(top, _or_empty(lse[n]))
+            own = tl.where(rank == n, _or_empty(lse[n]), own)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.full([ROWS], 0.0, tl.float32)
+        for n in tl.static_range(N):
+            above = _or_empty(lse[n]) - top
+            total += tl.exp2(above if BASE2 else above * LOG2_E)
+        share = tl.exp2(own - top if BASE2 else (own - top) * LOG2_E) / tl.maximum(total, 1.0)
+
+        y_row = (h * (rows // HEADS) + b) * D
+        for start in tl.static_range(0, D, COLS):
+            d = start + cols
+            part = tl.where((own == float("-inf"))[:, None], 0.0, x[start // COLS].to(tl.float32))
+            y_at = y_ptr + y_row[:, None] + d
+            tl.store(y_at, part * share[:, None], mask=row_ok[:, None] & (d < D))
+        log = tl.log2(total) if BASE2 else tl.log(total)
+        tl.store(y_lse_ptr + row, top + log, mask=row_ok)
+
     @triton.jit(do_not_specialize=["rows", "x_b", "x_h", "l_b", "l_h"])
     def _pack_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
@@ -336,6 +452,45 @@ def _combine_triton(
         BASE2=base2,
         LOG2_E=_LOG2_E,
         WITH_LSE=out_lse is not None,
+        num_warps=tile.warps,
+        **_loads_first(N),
+    )
+
+
+def _rescale_triton(
+    out: torch.Tensor,
+    lses: torch.Tensor,
+    rank: int,
+    scaled: torch.Tensor,
+    total: torch.Tensor,
+    base2: bool,
+) -> None:
+    B, H, D = out.shape
+    N = len(lses)
+    x = _Strides(out)
+    # A thread takes four elements of fp32, a vector of 16 bytes, from each quarter of a row. Every
+    # thread of a row works out the row's share, so there are few; and wider tiles than vectors
+    # Triton would load and store in two layouts, with shared memory between them.
+    cols = _power_of_2(-(-D // 4))
+    tile = _tile(B * H, cols, out.element_size(), vector=4 * out.element_size())
+    _rescale_kernel[tile.grid](
+        out,
+        lses,
+        scaled,
+        total,
+        rank,
+        B * H,
+        *x.outer,
+        *lses.stride(),
+        x_d=x.last,
+        X_UNIT=x.unit,
+        N=N,
+        HEADS=H,
+        D=D,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        BASE2=base2,
+        LOG2_E=_LOG2_E,
         num_warps=tile.warps,
         **_loads_first(N),
     )
@@ -436,6 +591,16 @@ def _check_combine(
         out_dtype = out.dtype
     if out_dtype not in (None, *_PAYLOADS):
         raise TypeError(f"the result must be bf16, fp16 or fp32, got {out_dtype}")
+
+
+def _check_rescale(out: torch.Tensor, lses: torch.Tensor, rank: int) -> None:
+    if out.ndim != 3:
+        raise ValueError(f"out must be [B, H, D], got {list(out.shape)}")
+    if out.dtype not in _PAYLOADS:
+        raise TypeError(f"out must be bf16, fp16 or fp32, got {out.dtype}; convert first")
+    _check_lse(lses, torch.Size((*lses.shape[:1], *out.shape[:-1])), out, "out")
+    if not 0 <= rank < len(lses):
+        raise ValueError(f"rank is {rank} but lses {list(lses.shape)} are of {len(lses)} ranks")
 
 
 def _check_pack(
