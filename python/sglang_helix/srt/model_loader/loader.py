@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from sglang_helix.srt.distributed.topology import Layout
-from sglang_helix.srt.layers.linear import heads_shared_by
+from sglang_helix.srt.layers.linear import heads_shared_by, is_shared
 
 
 class ModelRefusedError(ValueError):
@@ -36,38 +36,64 @@ def initialize_model(
     if model_config.attention_arch == AttentionArch.MLA:
         model = original(model_config, *args, **kwargs)
         _check(model, model_config)
+        _check_mla(model, model_config)
         return model
     queries = bool(parallel.dcp_replicate_q_proj)
-    with heads_shared_by(layout.kvp_size, queries=queries):
+    heads, kv_heads = (
+        model_config.get_max_num_attention_heads(),
+        model_config.get_total_num_kv_heads(),
+    )
+    with heads_shared_by(layout.kvp_size, (heads, kv_heads), queries=queries):
         model = original(model_config, *args, **kwargs)
     _check(model, model_config)
-    heads = model_config.get_max_num_attention_heads()
     _fit(
         model,
         model_config,
         heads // (layout.attn_tp_size if queries else layout.tp_size),
-        layout.kv_heads(model_config.get_total_num_kv_heads()),
+        layout.kv_heads(kv_heads),
     )
     return model
 
 
 def _check(model: nn.Module, model_config: Any) -> None:
-    """Refuse attention that no adapter computes over a sharded cache."""
+    """Refuse attention that no adapter computes over a sharded cache, or that cannot be seen."""
+    if not _attention_layers(model):
+        # SGLang's wrapper of a transformers model, for one, keeps them out of the module tree.
+        raise _refusal(model_config, "the model", "no attention layers of SGLang")
     for name, layer in _attention_layers(model):
         reasons = {
             "sliding-window attention": layer.sliding_window_size > -1,
             "attention that is not a causal decoder's": layer.attn_type != AttentionType.DECODER,
             "cross attention": layer.is_cross_attention,
             "chunked local attention": layer.use_irope,
+            # Its kernels take the number of keys they see for the position of the query.
+            "temperature scaling by position": layer.xai_temperature_len > 0,
         }
         for reason, applies in reasons.items():
             if applies:
                 raise _refusal(model_config, name, reason)
 
 
+def _check_mla(model: nn.Module, model_config: Any) -> None:
+    """Refuse MLA other than DeepSeek's class: only there does upstream gather and exchange."""
+    modules = dict(model.named_modules())
+    for name, _ in _attention_layers(model):
+        parent = modules[name.rpartition(".")[0]]
+        if not hasattr(parent, "attn_mqa_for_dcp_decode"):
+            raise _refusal(model_config, name, "latent attention of a class of its own")
+    if not hasattr(model, "prepare_context_parallel_metadata_for_dcp"):
+        raise _refusal(model_config, "the model", "no plan for a sharded prefix")
+
+
 def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None:
     """Tell every attention layer and its parent that it holds so many query and K/V heads."""
     modules = dict(model.named_modules())
+    shared = {
+        module: name
+        for name, module in modules.items()
+        if isinstance(module, QKVParallelLinear) and is_shared(module)
+    }
+    fitted = set()
     for name, layer in _attention_layers(model):
         parent = modules[name.rpartition(".")[0]]
         children = dict(parent.named_children())
@@ -79,13 +105,22 @@ def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None
                 name,
                 "attention that is not one QKVParallelLinear, RadixAttention and RowParallelLinear",
             )
+        projection = projections[0]
         if getattr(parent, "sinks", None) is not None:
             raise _refusal(model_config, name, "attention sinks")
-        if (projections[0].num_heads, projections[0].num_kv_heads) != (heads, kv_heads):
+        if projection not in shared:
             raise _refusal(
                 model_config,
                 name,
-                f"{projections[0].num_heads} query and {projections[0].num_kv_heads} key-value "
+                f"{projection.total_num_heads} query and {projection.total_num_kv_heads} key-value "
+                "heads, other numbers than the model",
+            )
+        fitted.add(projection)
+        if (projection.num_heads, projection.num_kv_heads) != (heads, kv_heads):
+            raise _refusal(
+                model_config,
+                name,
+                f"{projection.num_heads} query and {projection.num_kv_heads} key-value "
                 f"heads per rank, not {heads} and {kv_heads}",
             )
         if (layer.tp_q_head_num, layer.tp_k_head_num) == (heads, kv_heads):
@@ -104,6 +139,9 @@ def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None
             setattr(parent, size, new * layer.qk_head_dim)
         layer.tp_q_head_num = heads
         layer.tp_k_head_num = layer.tp_v_head_num = kv_heads
+    for projection, name in shared.items():
+        if projection not in fitted:
+            raise _refusal(model_config, name, "the heads of attention, but is no layer of it")
 
 
 def _check_beside_heads(
@@ -114,6 +152,9 @@ def _check_beside_heads(
         weight = getattr(children.get(norm), "weight", None)
         if weight is not None and tuple(weight.shape) != (layer.qk_head_dim,):
             raise _refusal(model_config, name, "a query or key norm over several heads")
+    for child_name, child in children.items():
+        if not isinstance(child, LinearBase | RadixAttention) and hasattr(child, "num_kv_heads"):
+            raise _refusal(model_config, name, f"a number of heads kept in {child_name}")
     if layer.tp_q_head_num == heads:
         return
     for child_name, child in children.items():

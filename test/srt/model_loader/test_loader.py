@@ -1,0 +1,337 @@
+"""Models of SGLang built over a sharded cache: every shard a slice of the full tensor, or refused.
+
+Four ranks go through the scheduler's own start: plugins, published arguments, process groups, and
+SGLang's model loader. N = 4, K = 2, A = 2.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sglang_cpu_reference.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
+from sglang_cpu_reference.server import free_port
+from srt.fresh import Fresh
+
+N, K = 4, 2
+A = N // K
+HEADS, HEAD_DIM = 8, 32
+HIDDEN = HEADS * HEAD_DIM
+
+
+def start(rank: int, port: int, checkpoint: Path, replicate: bool) -> Any:
+    """Become a rank, as `Scheduler.__init__` does until its model is loaded."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(
+        model_path=str(checkpoint),
+        tp_size=N,
+        dcp_size=K,
+        dcp_comm_backend="a2a",
+        dcp_replicate_q_proj=replicate or None,
+    )
+    server_args.resolve_once()
+    place = SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=0)
+    publish(server_args, role="scheduler", ranks=place)
+    bootstrap.init_parallel_runtime(server_args=server_args, device="cpu", dist_port=port)
+    bootstrap.init_layer_runtime(model_config=model_config_of(server_args))
+    return server_args
+
+
+def rows(weight: torch.Tensor, heads: range) -> torch.Tensor:
+    """The rows (or bias entries) of some heads."""
+    return weight.unflatten(0, (-1, HEAD_DIM))[heads.start : heads.stop].flatten(0, 1)
+
+
+def heads_of(rank: int, total: int, shards: int) -> range:
+    """Heads that rank `rank` of N holds, when `total` of them are cut into `shards` shards."""
+    shard, count = rank * shards // N, max(1, total // shards)
+    first = shard * total // shards
+    return range(first, first + count)
+
+
+def mismatches(rank: int, port: int, checkpoints: Mapping[str, Path], replicate: bool) -> list[str]:
+    """What differs from the slices that the layout asks for, over all layers of all checkpoints."""
+    from safetensors.torch import load_file
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_loader import get_model
+
+    server_args = start(rank, port, next(iter(checkpoints.values())), replicate)
+    wrong = []
+    for name, checkpoint in checkpoints.items():
+        full = load_file(checkpoint / "model.safetensors")
+        config = ModelConfig.from_server_args(server_args, model_path=str(checkpoint))
+        model = get_model(
+            model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
+        )
+        kv_total = config.get_total_num_kv_heads()
+        queries, kv = heads_of(rank, HEADS, A if replicate else N), heads_of(rank, kv_total, A)
+        outputs = heads_of(rank, HEADS, N)
+        layers = [
+            (prefix.removesuffix(".attn"), layer)
+            for prefix, layer in model.named_modules()
+            if isinstance(layer, RadixAttention)
+        ]
+        assert len(layers) == 3
+        modules = dict(model.named_modules())
+        for prefix, layer in layers:
+            parent = modules[prefix]
+            for kind in ("weight", "bias"):
+                if f"{prefix}.q_proj.{kind}" not in full:
+                    continue
+                projections = ((queries, "q"), (kv, "k"), (kv, "v"))
+                parts = [rows(full[f"{prefix}.{p}_proj.{kind}"], own) for own, p in projections]
+                if not torch.equal(getattr(parent.qkv_proj, kind), torch.cat(parts)):
+                    wrong.append(f"{name} {prefix}: qkv {kind}")
+            columns = rows(full[f"{prefix}.o_proj.weight"].T, outputs).T
+            if not torch.equal(parent.o_proj.weight, columns):
+                wrong.append(f"{name} {prefix}: o_proj")
+            found = {
+                "parent": (parent.num_heads, parent.num_kv_heads),
+                "sizes": (parent.q_size // HEAD_DIM, parent.kv_size // HEAD_DIM),
+                "attention": (layer.tp_q_head_num, layer.tp_k_head_num),
+                "values": (layer.tp_q_head_num, layer.tp_v_head_num),
+                "pool": (layer.tp_q_head_num, config.get_num_kv_heads(N, K)),
+            }
+            wrong += [
+                f"{name} {prefix}: {what} {heads}"
+                for what, heads in found.items()
+                if heads != (len(queries), len(kv))
+            ]
+    return wrong
+
+
+def save(model_type: str, directory: Path, **config: Any) -> Path:
+    """A checkpoint of any family that transformers knows, with random weights and biases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **config), dtype=torch.float32
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(directory)
+    return directory
+
+
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 4,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Families with 1, 2, 4 and 8 key-value heads: fewer than A, as many as A, as many as N."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {
+        f"{family} {kv}": make_checkpoint(family, root / f"{family}{kv}", num_key_value_heads=kv)
+        for family in ("llama", "qwen3")
+        for kv in (1, 2, 4, 8)
+    }
+    made["qwen2 4"] = save("qwen2", root / "qwen2", **SMALL)  # with biases
+    made["mixtral 4"] = save("mixtral", root / "mixtral", num_local_experts=4, **SMALL)
+    return made
+
+
+@pytest.mark.parametrize("replicate", [False, True])
+def test_shards_are_slices(fresh: Fresh, checkpoints: dict[str, Path], replicate: bool) -> None:
+    results = fresh.ranks(mismatches, N, free_port(), checkpoints, replicate)
+    for rank, wrong in enumerate(results):
+        assert not wrong, f"rank {rank}: {wrong}"
+
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+TEXT_OF_KIMI = {
+    **FAMILIES["deepseek_v2"].config,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+}
+VISION_OF_KIMI = {
+    "model_type": "moonvit",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "merge_kernel_size": [2, 2],
+    "patch_size": 14,
+    "init_pos_emb_height": 4,
+    "init_pos_emb_width": 4,
+}
+
+
+def vision_of_qwen(heads: int) -> dict[str, Any]:
+    return {
+        "depth": 1,
+        "embed_dim": 128,
+        "hidden_size": HIDDEN,
+        "num_heads": heads,
+        "in_chans": 3,
+        "in_channels": 3,
+        "patch_size": 14,
+        "mlp_ratio": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+
+
+WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention"] * 3}
+FULL = {"sliding_window": 32, "layer_types": ["full_attention"] * 3}
+SEVERAL = "norm over several heads"
+# Architecture: how transformers reads its configuration, what that holds, why it is refused.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Gemma3ForCausalLM": (
+        "gemma3_text",
+        {**WINDOW, "query_pre_attn_scalar": 32},
+        "sliding-window attention",
+    ),
+    "GptOssForCausalLM": ("gpt_oss", {**MOE, **FULL}, "attention sinks"),
+    "Olmo2ForCausalLM": ("olmo2", {}, SEVERAL),
+    "CohereForCausalLM": ("cohere", {"use_qk_norm": True}, SEVERAL),
+    "MiniMaxM2ForCausalLM": (
+        "minimax_m2",
+        {
+            **MOE,
+            "use_qk_norm": True,
+            "rotary_dim": 16,
+            "qk_norm_type": "per_layer",
+            "scoring_func": "sigmoid",
+            "rope_theta": 1e4,
+            "hidden_act": "silu",
+        },
+        SEVERAL,
+    ),
+    "Grok1ForCausalLM": ("llama", {**MOE, "attn_temperature_len": 1024}, "scaling by position"),
+    "BertModel": (
+        "bert",
+        {"position_embedding_type": "absolute", "hidden_act": "gelu"},
+        "not a causal decoder's",
+    ),
+    "Llama4ForCausalLM": ("llama4_text", {}, "chunked local attention"),
+    "PhiForCausalLM": ("phi", {"hidden_act": "gelu"}, "8 query and 8 key-value heads, other"),
+    "StableLmForCausalLM": ("stablelm", {"hidden_act": "silu"}, "no num_kv_heads and kv_size"),
+    "MiniCPM3ForCausalLM": (
+        "minicpm3",
+        {**LATENT, "scale_emb": 1, "scale_depth": 1, "dim_model_base": 64, "hidden_act": "silu"},
+        "a class of its own",
+    ),
+    "KimiVLForConditionalGeneration": (
+        "kimi_vl",
+        {"text_config": TEXT_OF_KIMI, "vision_config": VISION_OF_KIMI},
+        "no plan for a sharded prefix",
+    ),
+    # The encoder has the same numbers of heads: its projections cannot be told apart.
+    "Qwen2VLForConditionalGeneration": (
+        "qwen2_vl",
+        {"num_key_value_heads": HEADS, "vision_config": vision_of_qwen(HEADS)},
+        "visual.blocks.0.attn.qkv_proj has the heads of attention",
+    ),
+    # SGLang has no model of its own and wraps the one of transformers.
+    "HeliumForCausalLM": ("helium", {}, "no attention layers of SGLang"),
+}
+
+
+def configuration(architecture: str, model_type: str, entries: dict[str, Any], root: Path) -> Path:
+    directory = root / architecture
+    directory.mkdir()
+    written = {**SMALL, **entries, "architectures": [architecture], "model_type": model_type}
+    (directory / "config.json").write_text(json.dumps(written))
+    return directory
+
+
+def refusals(rank: int, port: int, base: Path, models: Mapping[str, Path]) -> dict[str, str]:
+    """What the start of each model says: the error, or "built"."""
+    import traceback
+
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader import loader
+    from sglang_helix.srt.model_loader.loader import ModelRefusedError
+
+    server_args = start(rank, port, base, False)
+    said = {}
+    for architecture, directory in models.items():
+        try:
+            config = ModelConfig.from_server_args(server_args, model_path=str(directory))
+            with torch.device("meta"):
+                loader._initialize_model(config, LoadConfig())
+            said[architecture] = "built"
+        except ModelRefusedError as refused:
+            said[architecture] = str(refused)
+        except Exception:
+            said[architecture] = traceback.format_exc()
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(
+    fresh: Fresh, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
+    root = tmp_path_factory.mktemp("configurations")
+    configurations = {
+        architecture: configuration(architecture, model_type, entries, root)
+        for architecture, (model_type, entries, _) in REFUSED.items()
+    }
+    return fresh.ranks(refusals, N, free_port(), checkpoints["llama 4"], configurations)
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_model_that_cannot_be_right_is_refused(
+    said: list[dict[str, str]], architecture: str
+) -> None:
+    reason = REFUSED[architecture][2]
+    for by_architecture in said:
+        error = by_architecture[architecture]
+        assert error.startswith(f"--dcp-size > 1 does not support {architecture}: "), error
+        assert reason in error
+        assert error.endswith("Serve it without --dcp-size.")
+
+
+def vision_and_language(rank: int, port: int, base: Path, directory: Path) -> tuple[int, int, int]:
+    """Key-value heads of the encoder's projection, of the language model's, and of its layers."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader import loader
+
+    server_args = start(rank, port, base, False)
+    config = ModelConfig.from_server_args(server_args, model_path=str(directory))
+    with torch.device("meta"):
+        model = loader._initialize_model(config, LoadConfig())
+    attention = model.model.layers[0].self_attn
+    encoder = model.visual.blocks[0].attn.qkv_proj
+    return encoder.num_kv_heads, attention.qkv_proj.num_kv_heads, attention.attn.tp_k_head_num
+
+
+def test_encoder_stays_sharded_by_n(
+    fresh: Fresh, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    entries = {"vision_config": vision_of_qwen(16)}
+    directory = configuration("Qwen2VLForConditionalGeneration", "qwen2_vl", entries, tmp_path)
+    results = fresh.ranks(vision_and_language, N, free_port(), checkpoints["llama 4"], directory)
+    assert results == [(16 // N, 4 // A, 4 // A)] * N
