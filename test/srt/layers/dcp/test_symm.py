@@ -142,17 +142,27 @@ def test_values_that_are_not_finite_travel_where_there_are_tokens(protocol: str)
 
 
 @runs
-@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_is_never_sent_may_still_be_an_input(wire: torch.dtype) -> None:
-    """-0.0 in every payload and LSE: the very bits that stand for "nothing has arrived"."""
+    """The very bits that stand for "nothing has arrived", in a payload and in an LSE."""
     layout = small(ranks=4, heads=4, wire=wire)
     ranks = Ranks(layout, DEVICE)
     for _ in range(3):
-        x = torch.full((8, 4, 128), -0.0, dtype=wire, device=DEVICE)
-        lse = torch.full((8, 4), -0.0, device=DEVICE)
-        for got in ranks(x, lse, return_lse=True, protocol="lamport"):
-            assert torch.equal(got.out, torch.zeros_like(got.out))
-            torch.testing.assert_close(got.lse, torch.full_like(got.lse, 4.0).log())
+        x = torch.randn(8, 4, 128, device=DEVICE).to(wire)
+        lse = torch.randn(8, 4, device=DEVICE)
+        # All ones: a NaN in token 0 of rank 1; and as an LSE, no token of rank 2 anywhere.
+        x.view(torch.uint8)[2, :, 16:32] = 0xFF
+        lse.view(torch.uint8).view(8, 4, 4)[4:6] = 0xFF
+        want, want_lse = expected(x, lse, 4)
+        for rank, got in enumerate(
+            ranks(x, lse, return_lse=True, protocol="lamport", out_dtype=torch.float32)
+        ):
+            own = own_heads(layout, rank)
+            torch.testing.assert_close(
+                got.out.double(), want[:, own], rtol=1e-5, atol=1e-5, equal_nan=True
+            )
+            torch.testing.assert_close(got.lse.double(), want_lse[:, own], rtol=1e-5, atol=1e-5)
+        assert want.isnan().any()
 
 
 @runs
@@ -312,6 +322,18 @@ def test_split_kv_partials(wire: torch.dtype, ranks: int, heads: int, head_dim: 
             torch.testing.assert_close(
                 got.lse.double().cpu(), want_lse[:, own], rtol=3e-6, atol=3e-6
             )
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 192, 512, 576, 640, 1024])
+def test_heads_are_cut_into_few_equal_rows(head_dim: int, wire: torch.dtype) -> None:
+    layout = small(head_dim=head_dim, wire=wire)
+    row = head_dim // layout.parts
+    assert row * layout.parts == head_dim
+    assert row <= 512
+    assert row * wire.itemsize % 16 == 0
+    assert head_dim % 128 or row % 128 == 0  # a group of 128 is never cut
+    assert layout.parts == {576: 2, 640: 5, 1024: 2}.get(head_dim, 1)
 
 
 def test_switch_points() -> None:

@@ -176,14 +176,16 @@ class SymmExchange:
         try:
             buffer = symm_mem.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
             handle = symm_mem.rendezvous(buffer, group)
-            pointers = [
-                handle.get_buffer(rank, (self.layout.nbytes,), torch.uint8).data_ptr()
-                for rank in range(group.size())
-            ]
         except RuntimeError as error:
             raise RuntimeError(
                 f"no symmetric memory in the KVP group ({error}): {_INSTEAD}"
             ) from error
+        if 0 in handle.buffer_ptrs:
+            raise RuntimeError(f"torch did not map all of the KVP group's memory: {_INSTEAD}")
+        # Peers' addresses are those of what torch allocated there; a buffer may lie inside of it.
+        offsets = _gather(group, getattr(handle, "offset", 0))  # absent where torch has no pools
+        pointers = [base + at for base, at in zip(handle.buffer_ptrs, offsets, strict=True)]
+        pointers[group.rank()] = buffer.data_ptr()
         self.layout.initialise(buffer)
         handle.barrier()
         torch.cuda.synchronize(device)
