@@ -39,8 +39,9 @@ LOGPROB_TOLERANCE = 1e-4
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random bytes; the first one tells prompts apart, so that none is another's prefix."""
     generator = random.Random(f"{length} {seed}")
-    return [generator.randrange(256) for _ in range(length)]
+    return [(length + 101 * seed) % 256, *(generator.randrange(256) for _ in range(length - 1))]
 
 
 def lengths(page: int, ranks: int, chunk: int) -> list[int]:
