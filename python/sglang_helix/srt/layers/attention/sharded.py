@@ -49,9 +49,10 @@ class ShardedAttention(AttentionBackend):
         parallel = get_parallel()
         self.kvp_group = parallel.dcp_group
         self.shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
-        self.exchange = EXCHANGES[parallel.dcp_comm_backend]
         self.pool_page_size: int = model_runner.page_size
         self.mla: bool = model_runner.use_mla_backend
+        # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
+        self.exchange = None if self.mla else EXCHANGES[parallel.dcp_comm_backend]
         # H: the query heads of the whole KVP group.
         self.heads: int = (
             model_runner.model_config.get_max_num_attention_heads()
@@ -146,11 +147,17 @@ class ShardedAttention(AttentionBackend):
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
         else:
+            if k is None:
+                raise NotImplementedError(
+                    f"layer {layer.layer_id} reads another layer's cache, which is not supported "
+                    "with --dcp-size > 1: serve this model without --dcp-size"
+                )
             queries = self._own_queries(q, layer)
             # MLA's un-absorbed chunk brings keys and values of its own heads, and no prefix.
+            assert not (self.mla and has_prefix)
             own_k, own_v = (k, v) if self.mla else self._own_kv_heads(queries, k, v)
             parts = [self.partial_current(queries, own_k, own_v, layer, forward_batch)]
-            if has_prefix and not self.mla:
+            if has_prefix:
                 out, lse = self.partial_prefix(self._group_heads(q, layer), layer, forward_batch)
                 parts.append(self._own_heads(out, lse))
             if save_kv_cache:
@@ -176,6 +183,7 @@ class ShardedAttention(AttentionBackend):
 
     def _own_heads(self, out: Tensor, lse: Tensor) -> Partial:
         """Exact attention of this rank's own heads, from every rank's partial results."""
+        assert self.exchange is not None
         return self.exchange(out, lse, self.kvp_group)
 
     def _own_kv_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
