@@ -1,0 +1,412 @@
+"""Decode and extend over a cache sharded on K ranks, against unsharded attention in float64.
+
+The ranks are threads with the torch reference as their backend. Every step writes what it brings
+and reads what earlier steps wrote, so a token in a wrong row, a foreign row or a row that was never
+written (NaN) shows in the result; ranks that do not take the same collectives show as a deadlock.
+"""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from sglang.srt.layers.dcp import comm as upstream_comm
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang_helix.srt.layers.attention import sharded
+from sglang_helix.srt.layers.attention.torch_native_backend import ShardedTorchReferenceAttnBackend
+from sglang_helix.srt.layers.dcp import comm, planner
+from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
+from sglang_helix.srt.layers.dcp.ownership import KVShard
+from srt.slots import Slots
+from srt.threads import ThreadGroup, get_parallel, run_threads
+
+RELATIVE_ERROR = 2e-6
+
+
+class Step(NamedTuple):
+    """One forward pass: which requests bring how many tokens; decode brings one each."""
+
+    mode: str
+    tokens: dict[int, int]
+
+
+# Chunks that end anywhere, prefixes shorter than K, one request and two, prefix beside none.
+STEPS = [
+    Step("extend", {0: 1}),
+    Step("decode", {0: 1}),
+    Step("extend", {0: 5, 1: 2}),
+    Step("decode", {1: 1}),
+    Step("extend", {2: 3}),
+    Step("extend", {2: 1, 3: 40}),
+    Step("decode", {0: 1, 1: 1}),
+    Step("extend", {1: 33}),
+    Step("decode", {0: 1, 1: 1, 2: 1, 3: 1}),
+    Step("extend", {3: 1, 0: 1}),
+    Step("decode", {3: 1}),
+]
+REQUESTS = 4
+
+
+class Heads(NamedTuple):
+    """Query and key-value heads of a KVP group, and their widths."""
+
+    queries: int
+    kv: int
+    k_width: int
+    v_width: int
+
+
+class Pool:
+    """A rank's rows, NaN until written; the store of MHATokenToKVPool or of MLATokenToKVPool."""
+
+    def __init__(self, rows: int, shard: KVShard, heads: Heads) -> None:
+        self.shard = shard
+        self.keys = torch.full((rows, heads.kv, heads.k_width), float("nan"))
+        self.values = torch.full((rows, heads.kv, heads.v_width), float("nan"))
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.keys
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.values
+
+    def set_kv_buffer(
+        self, layer: Any, where: Any, k: torch.Tensor, v: torch.Tensor, *scales: None
+    ) -> None:
+        self.keys[where.loc], self.values[where.loc] = k, v
+
+
+class LatentPool(Pool):
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.keys[..., : self.values.shape[-1]]
+
+    def set_mla_kv_buffer(
+        self, layer: Any, where: Any, latent: torch.Tensor, rope: torch.Tensor
+    ) -> None:
+        own = where.loc % self.shard.size == self.shard.rank
+        self.keys[where.loc[own] // self.shard.size] = torch.cat([latent, rope], -1)[own]
+
+    def get_mla_kv_buffer(self, layer: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        latent = self.values.shape[-1]
+        return self.keys[rows][..., :latent], self.keys[rows][..., latent:]
+
+
+@pytest.fixture(autouse=True)
+def _ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = SimpleNamespace(
+        translate_dcp_read_ids=lambda slots: slots // get_parallel().attn_dcp_size
+    )
+    backend = SimpleNamespace(kv_index_translator=translator)
+    for module in (sharded, planner, upstream_comm):
+        monkeypatch.setattr(module, "get_parallel", get_parallel)
+    monkeypatch.setattr(planner, "get_attn_backend", lambda: backend)
+
+
+def backend_of(rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: bool) -> Any:
+    pool = (LatentPool if mla else Pool)(slots.rows, KVShard(group.world_size, rank), heads)
+    runner = SimpleNamespace(
+        page_size=slots.page // group.world_size,
+        use_mla_backend=mla,
+        req_to_token_pool=SimpleNamespace(req_to_token=None),
+        token_to_kv_pool=pool,
+        model_config=SimpleNamespace(get_max_num_attention_heads=lambda: heads.queries),
+    )
+    return ShardedTorchReferenceAttnBackend(runner)
+
+
+def layer_of(queries: int, kv: int, heads: Heads) -> Any:
+    return SimpleNamespace(
+        tp_q_head_num=queries,
+        tp_k_head_num=kv,
+        qk_head_dim=heads.k_width,
+        v_head_dim=heads.v_width,
+        scaling=heads.k_width**-0.5,
+        logit_cap=0.0,
+        logit_capping_method="tanh",
+        layer_id=0,
+        k_scale=None,
+        v_scale=None,
+        is_cross_attention=False,
+        attn_type=AttentionType.DECODER,
+        sliding_window_size=-1,
+        xai_temperature_len=-1,
+    )
+
+
+class Tokens(NamedTuple):
+    """Every token of every request: q [request, token, head, width], k, v."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def random_tokens(heads: Heads, seed: int, mla: bool) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(sum(step.tokens.get(request, 0) for step in STEPS) for request in range(REQUESTS))
+
+    def made(count: int, width: int) -> torch.Tensor:
+        return 1.7 * torch.randn(REQUESTS, longest, count, width, generator=generator)
+
+    k = made(heads.kv, heads.k_width)
+    v = k[..., : heads.v_width] if mla else made(heads.kv, heads.v_width)
+    return Tokens(made(heads.queries, heads.k_width), k, v)
+
+
+def exact(tokens: Tokens, request: int, position: int) -> torch.Tensor:
+    """Attention of one token over itself and all before it, one head at a time: [H, Dv]."""
+    q, k, v = (part[request].double() for part in tokens)
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for head in range(q.shape[1]):
+        keys = k[: position + 1, head // group]
+        weights = torch.softmax(keys @ q[position, head] * q.shape[-1] ** -0.5, 0)
+        rows.append(weights @ v[: position + 1, head // group])
+    return torch.stack(rows)
+
+
+def forward_batch(step: Step, slots: Slots) -> tuple[Any, list[tuple[int, int]]]:
+    """SGLang's description of the step's batch, and its (request, position)s in order."""
+    prefixes = {request: len(slots.of.get(request, [])) for request in step.tokens}
+    new = {request: slots.extend(request, count) for request, count in step.tokens.items()}
+    lens = [prefixes[request] + count for request, count in step.tokens.items()]
+    batch = SimpleNamespace(
+        out_cache_loc=torch.tensor(list(itertools.chain(*new.values()))),
+        out_cache_loc_is_physical=False,
+        seq_lens=torch.tensor(lens),
+        req_pool_indices=torch.tensor(list(step.tokens)),
+        extend_prefix_lens_cpu=list(prefixes.values()),
+        extend_seq_lens_cpu=list(step.tokens.values()),
+        spec_info=None,
+        attn_dcp_metadata=None,
+    )
+    order = [(r, prefixes[r] + n) for r, count in step.tokens.items() for n in range(count)]
+    return batch, order
+
+
+def gqa_on_rank(
+    rank: int, group: ThreadGroup, heads: Heads, page: int, replicated: bool
+) -> list[torch.Tensor]:
+    """Output of every step, [T, own heads, Dv]."""
+    tokens = random_tokens(heads, 0, mla=False)
+    slots = Slots(group.world_size, page, pages=300)
+    backend = backend_of(rank, group, heads, slots, mla=False)
+    own = heads.queries // group.world_size
+    brought = slice(None) if replicated else slice(own * rank, own * (rank + 1))
+    layer = layer_of(heads.queries if replicated else own, heads.kv, heads)
+    outputs = []
+    for step in STEPS:
+        batch, order = forward_batch(step, slots)
+        backend.req_to_token_pool.req_to_token = slots.table()
+        q, k, v = (torch.stack([part[r, t] for r, t in order]) for part in tokens)
+        backend.init_forward_metadata(batch)
+        run = backend.forward_decode if step.mode == "decode" else backend.forward_extend
+        out = run(q[:, brought].flatten(1), k, v, layer, batch)
+        outputs.append(out.view(len(order), own, heads.v_width))
+    return outputs
+
+
+def plan(batch: Any, slots: Slots, pool: LatentPool) -> Any:
+    prefixes, chunks = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
+    return planner.prepare_decode_context_parallel_metadata(
+        batch.seq_lens,
+        torch.tensor(prefixes),
+        prefixes,
+        torch.tensor(chunks),
+        batch.req_pool_indices,
+        slots.table(),
+        int(batch.seq_lens.sum()),
+        pool.keys.shape,
+        torch.float32,
+        "cpu",
+        lambda *_: None,
+    )
+
+
+def mla_on_rank(
+    rank: int, group: ThreadGroup, heads: Heads, page: int, exchange: str
+) -> list[torch.Tensor]:
+    """Output of every step, [T, own heads, latent], as SGLang's forward_mla gets it."""
+    tokens = random_tokens(heads, 1, mla=True)
+    slots = Slots(group.world_size, page, pages=300)
+    backend = backend_of(rank, group, heads, slots, mla=True)
+    own, latent = heads.queries // group.world_size, heads.v_width
+    mine = slice(own * rank, own * (rank + 1))
+    outputs = []
+    for step in STEPS:
+        batch, order = forward_batch(step, slots)
+        backend.req_to_token_pool.req_to_token = slots.table()
+        q, k, _ = (torch.stack([part[r, t] for r, t in order]) for part in tokens)
+        compressed, rope = k[..., :latent], k[..., latent:]
+        backend.init_forward_metadata(batch)
+        if step.mode == "decode":
+            out, lse = backend.forward_decode(
+                q[..., :latent],
+                compressed,
+                compressed,
+                layer_of(heads.queries, 1, heads),
+                batch,
+                q_rope=q[..., latent:],
+                k_rope=rope,
+            )
+            if exchange == "a2a":
+                merged = comm.dcp_a2a_lse_reduce(lambda *_: None, out, lse, group)
+            else:
+                merged = comm.cp_lse_ag_out_rs_mla(
+                    out, lse, group, is_lse_base_on_e=True
+                ).transpose(0, 1)
+        else:
+            batch.attn_dcp_metadata = plan(batch, slots, backend.token_to_kv_pool)
+            upstream_comm.all_gather_kv_cache_for_mla_extend(
+                backend.token_to_kv_pool,
+                None,
+                batch.extend_prefix_lens_cpu,
+                batch.attn_dcp_metadata.dcp_local_prefix_kv_indices,
+                batch.attn_dcp_metadata.dcp_extend_prefix_lens_sum,
+                batch.attn_dcp_metadata.dcp_kv_buffer,
+                latent,
+                compressed,
+                rope,
+            )
+            merged = backend.forward_extend(
+                q[:, mine, :latent].flatten(1),
+                compressed,
+                compressed,
+                layer_of(own, 1, heads),
+                batch,
+                q_rope=q[:, mine, latent:],
+                k_rope=rope,
+            ).view(len(order), own, latent)
+        outputs.append(merged)
+    return outputs
+
+
+def check(outputs: list[list[torch.Tensor]], tokens: Tokens) -> None:
+    """Every rank's own heads, step by step."""
+    lengths = dict.fromkeys(range(REQUESTS), 0)
+    ranks = len(outputs)
+    for number, step in enumerate(STEPS):
+        rows = []
+        for request, count in step.tokens.items():
+            rows += [exact(tokens, request, lengths[request] + n) for n in range(count)]
+            lengths[request] += count
+        wanted = torch.stack(rows).chunk(ranks, dim=1)
+        for rank in range(ranks):
+            got = outputs[rank][number].double()
+            error = (got - wanted[rank]).norm() / wanted[rank].norm()
+            assert error < RELATIVE_ERROR, f"step {number} {step}, rank {rank}: {error:.1e}"
+
+
+GQA = [
+    # ranks, heads: one key-value head, a few, as many as queries, groups that ranks cut through.
+    (2, Heads(4, 1, 16, 16)),
+    (2, Heads(8, 4, 16, 16)),
+    (3, Heads(6, 2, 16, 24)),
+    (4, Heads(8, 2, 80, 80)),
+    (4, Heads(8, 8, 16, 16)),
+    (8, Heads(16, 4, 16, 16)),
+]
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(("ranks", "heads"), GQA)
+def test_gqa(ranks: int, heads: Heads, exchange: str, replicated: bool) -> None:
+    for page in (1, 16):
+        outputs = run_threads(
+            gqa_on_rank,
+            ranks,
+            heads,
+            page,
+            replicated,
+            tp_size=ranks,
+            dcp_comm_backend=exchange,
+        )
+        check(outputs, random_tokens(heads, 0, mla=False))
+
+
+@pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
+@pytest.mark.parametrize(
+    ("ranks", "heads"),
+    [(2, Heads(4, 1, 48, 32)), (4, Heads(8, 1, 48, 32)), (8, Heads(16, 1, 24, 16))],
+)
+def test_mla(ranks: int, heads: Heads, exchange: str) -> None:
+    for page in (1, 16):
+        outputs = run_threads(
+            mla_on_rank, ranks, heads, page, exchange, tp_size=ranks, dcp_comm_backend=exchange
+        )
+        check(outputs, random_tokens(heads, 1, mla=True))
+
+
+def unabsorbed(rank: int, group: ThreadGroup, heads: Heads) -> torch.Tensor:
+    tokens = random_tokens(heads, 2, mla=False)
+    slots = Slots(group.world_size, 16, pages=50)
+    backend = backend_of(rank, group, heads, slots, mla=True)
+    own = heads.queries // group.world_size
+    mine = slice(own * rank, own * (rank + 1))
+    batch, order = forward_batch(Step("extend", {0: 1, 1: 9}), slots)
+    q, k, v = (torch.stack([part[r, t] for r, t in order])[:, mine] for part in tokens)
+    backend.init_forward_metadata(batch)
+    layer = layer_of(own, own, heads)
+    return backend.forward_extend(q.flatten(1), k, v, layer, batch, save_kv_cache=False)
+
+
+def test_mla_unabsorbed_first_chunk() -> None:
+    """Keys and values of a rank's own heads: nothing is gathered, whatever the exchange is."""
+    heads = Heads(8, 8, 24, 16)
+    outputs = run_threads(unabsorbed, 4, heads, tp_size=4, dcp_comm_backend="fi_a2a")
+    tokens = random_tokens(heads, 2, mla=False)
+    wanted = torch.stack([exact(tokens, 0, 0), *(exact(tokens, 1, t) for t in range(9))])
+    got = torch.cat([out.view(10, 2, 16) for out in outputs], dim=1).double()
+    assert (got - wanted).norm() < RELATIVE_ERROR * wanted.norm()
+
+
+def test_own_kv_heads_by_query_head() -> None:
+    """Every division of H query heads over G key-value heads and K ranks, one head at a time."""
+    for ranks, own in itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8)):
+        total = ranks * own
+        for groups in [g for g in range(1, total + 1) if total % g == 0]:
+            k = torch.arange(groups).view(1, groups, 1)
+            for rank in range(ranks):
+                backend = SimpleNamespace(shard=KVShard(ranks, rank))
+                found_k, found_v = sharded.ShardedAttention._own_kv_heads(
+                    backend, torch.empty(1, own, 1), k, -k
+                )
+                width = found_k.shape[1]
+                assert own % width == 0, "the kernel could not group its heads"
+                for head in range(own):
+                    wanted = (own * rank + head) // (total // groups)
+                    assert found_k[0, head // (own // width), 0] == wanted
+                    assert found_v[0, head // (own // width), 0] == -wanted
+
+
+def refused(rank: int, group: ThreadGroup, arguments: dict[str, Any]) -> str:
+    heads = Heads(4, 2, 16, 16)
+    backend = backend_of(rank, group, heads, slots := Slots(group.world_size, 16, 9), mla=False)
+    batch, _ = forward_batch(Step("extend", {0: 1}), slots)
+    given = {"k": torch.zeros(1, 2, 16), **arguments}
+    k = given.pop("k")
+    with pytest.raises(NotImplementedError) as error:
+        backend.forward_extend(torch.zeros(1, 32), k, k, layer_of(2, 2, heads), batch, **given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"k": None}, "another layer's cache"), ({"sinks": torch.zeros(2)}, "attention with sinks")],
+)
+def test_what_no_adapter_computes_is_refused(arguments: dict[str, Any], named: str) -> None:
+    said = run_threads(refused, 2, arguments, tp_size=2, dcp_comm_backend="a2a")
+    assert all(named in message and "--dcp-size" in message for message in said)
+
+
+def test_an_unknown_exchange_is_no_backend() -> None:
+    """fi_a2a is MLA's alone: argument resolution replaces or refuses it for GQA."""
+    with pytest.raises(KeyError):
+        run_threads(
+            lambda rank, group: backend_of(rank, group, Heads(4, 2, 8, 8), Slots(2, 1, 9), False),
+            2,
+            tp_size=2,
+            dcp_comm_backend="fi_a2a",
+        )
