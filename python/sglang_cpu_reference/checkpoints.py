@@ -36,6 +36,8 @@ _COMMON = {
     "eos_token_id": 258,
 }
 _GQA = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+# Models whose configurations do not name it have heads of hidden size / heads.
+_GQA_16 = {**_GQA, "head_dim": 16}
 _MLA = {
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
@@ -56,6 +58,20 @@ _MLA = {
         "mscale_all_dim": 0.707,
     },
 }
+_QWEN_MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+}
+_DEEPSEEK_MOE = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "moe_layer_freq": 1,
+}
 
 
 class Family(NamedTuple):
@@ -68,24 +84,43 @@ class Family(NamedTuple):
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family("llama", {**_COMMON, **_GQA}),
+        "mistral": Family("mistral", {**_COMMON, **_GQA, "sliding_window": None}),
+        "mixtral": Family("mixtral", {**_COMMON, **_GQA_16, "num_local_experts": 8}),
+        "qwen2": Family("qwen2", {**_COMMON, **_GQA}),
+        "qwen2_moe": Family(
+            "qwen2_moe",
+            {**_COMMON, **_GQA_16, **_QWEN_MOE, "shared_expert_intermediate_size": 64},
+        ),
         "qwen3": Family("qwen3", {**_COMMON, **_GQA}),
+        "qwen3_moe": Family("qwen3_moe", {**_COMMON, **_GQA, **_QWEN_MOE, "norm_topk_prob": True}),
+        "glm4": Family("glm4", {**_COMMON, **_GQA, "attention_bias": True}),
         "deepseek_v2": Family(
             "deepseek_v2",
             {
                 **_COMMON,
                 **_MLA,
-                "first_k_dense_replace": 1,
-                "n_routed_experts": 8,
-                "num_experts_per_tok": 2,
-                "n_shared_experts": 1,
-                "moe_intermediate_size": 64,
-                "moe_layer_freq": 1,
+                **_DEEPSEEK_MOE,
                 "topk_method": "greedy",
                 "n_group": 1,
                 "topk_group": 1,
                 "scoring_func": "softmax",
                 "routed_scaling_factor": 1.0,
                 "norm_topk_prob": False,
+            },
+        ),
+        "deepseek_v3": Family(
+            "deepseek_v3",
+            {
+                **_COMMON,
+                **_MLA,
+                **_DEEPSEEK_MOE,
+                # transformers knows one method for V3, SGLang asks for its name.
+                "topk_method": "noaux_tc",
+                "scoring_func": "sigmoid",
+                "n_group": 4,
+                "topk_group": 2,
+                "routed_scaling_factor": 2.5,
+                "norm_topk_prob": True,
             },
         ),
     }
@@ -137,6 +172,10 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
             gain = 1.0 if owner == "embed_tokens" else _GAIN.get(owner, 1.0)
             fan_in = 1 if owner == "embed_tokens" else parameter.shape[-1]
             parameter.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # As wide as the scores, between 0 and 1, so that it decides.
+            buffer.uniform_(-0.3, 0.3, generator=generator)
 
 
 def _byte_tokenizer() -> Any:

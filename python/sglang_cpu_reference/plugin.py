@@ -95,11 +95,26 @@ def _read_mla_rows(
     return rows[..., : pool.kv_lora_rank], rows[..., pool.kv_lora_rank :]
 
 
+def _add_gated(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor,
+) -> None:
+    """``fused_gate_sigmoid_mul_add``, a Triton kernel: Qwen's shared expert behind its gate.
+
+    hidden_states, shared_output and final_hidden_states [T, D], gate_weight [D]; adds in place.
+    """
+    gate = torch.sigmoid(hidden_states @ gate_weight)
+    final_hidden_states += gate[:, None] * shared_output
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
+    "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
 }
 
 
