@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Self
@@ -45,13 +45,16 @@ class Fresh:
     Args:
         platform: value of SGLANG_PLATFORM; None leaves the choice to SGLang.
         timeout: seconds that a call may take.
+        preload: modules to import beside SGLang's, by name, before any fork.
     """
 
-    def __init__(self, platform: str | None = None, timeout: float = 60) -> None:
+    def __init__(
+        self, platform: str | None = None, timeout: float = 60, preload: Sequence[str] = ()
+    ) -> None:
         self.timeout = timeout
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, preload), daemon=True)
         env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         with mock.patch.dict(os.environ, env):
             os.environ.pop("SGLANG_PLATFORM", None)
@@ -99,9 +102,9 @@ def _value(outcome: Outcome) -> Any:
     return outcome.value
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, preload: Sequence[str]) -> None:
     """Body of the process to fork from; ends when its parent does."""
-    for name in _PRELOAD:
+    for name in (*_PRELOAD, *preload):
         import_module(name)
     while True:
         try:

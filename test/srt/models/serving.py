@@ -1,0 +1,120 @@
+"""SGLang's schedulers on several ranks, without a server: flags in, completions out.
+
+A layout costs a second or two this way, a server ten times as much. Each rank resolves the flags
+as ``sglang.launch_server`` does, builds SGLang's own `Scheduler` and turns its loop by hand.
+Admission, chunks, prefix cache, batches, model and sampling are SGLang's; HTTP, tokenizer and
+detokenizer are left out, and `test_end_to_end.py` has those.
+"""
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sglang_cpu_reference.oracle import Completion
+from sglang_cpu_reference.server import free_port
+from srt.fresh import Fresh
+
+
+class Answer(NamedTuple):
+    """A request's completion, and how many tokens of its prompt the prefix cache had."""
+
+    completion: Completion
+    cached_tokens: int
+
+
+class Report(NamedTuple):
+    """One rank's answers to each batch, and its pool.
+
+    kv_tokens: tokens that the pool holds, over all ranks of a KVP group. kv_bytes: on this rank.
+    """
+
+    answers: list[list[Answer]]
+    kv_tokens: int
+    kv_bytes: int
+
+
+def serve(
+    processes: Fresh,
+    model: Path,
+    tp: int,
+    flags: Sequence[str],
+    batches: Sequence[Sequence[Sequence[int]]],
+    new_tokens: int,
+) -> list[Report]:
+    """Answer batches of prompts, one batch after the other, on `tp` ranks; their reports."""
+    argv = [
+        *("--model-path", str(model), "--tp-size", str(tp)),
+        *("--nccl-port", str(free_port()), "--random-seed", "0", *flags),
+    ]
+    return processes.ranks(_serve, tp, argv, batches, new_tokens)
+
+
+def _serve(rank: int, argv: list[str], batches: Any, new_tokens: int) -> Report:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import PortArgs, prepare_server_args
+
+    server_args = prepare_server_args(argv)
+    server_args.resolve_once()
+    server_args.check_server_args()
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+    scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
+    scheduler.idle_sleeper = None
+    pool = scheduler.get_init_info()["sglang_helix"]
+    answers = [_answer(scheduler, prompts, new_tokens) for prompts in batches]
+    return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
+
+
+def _answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+    scheduler.process_input_requests(
+        [_request(str(number), prompt, new_tokens) for number, prompt in enumerate(prompts)]
+    )
+    requests = list(scheduler.waiting_queue)
+    assert len(requests) == len(prompts)
+    while not scheduler.is_fully_idle():
+        plan = scheduler.get_next_batch_to_run(
+            running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+        )
+        scheduler.running_batch = plan.running_batch
+        if batch := plan.batch_to_run:
+            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+        scheduler.last_batch = batch
+    scheduler.on_idle()  # ends the rank if a slot of its pool is lost
+    return [_answer_to(request) for request in requests]
+
+
+def _answer_to(request: Any) -> Answer:
+    logprob = request.logprob
+    top = zip(logprob.output_top_logprobs_idx, logprob.output_top_logprobs_val, strict=True)
+    completion = Completion(
+        list(request.output_ids),
+        logprob.output_token_logprobs_val,
+        [list(zip(tokens, values, strict=True)) for tokens, values in top],
+    )
+    return Answer(completion, request.cached_tokens)
+
+
+def _request(name: str, prompt: Sequence[int], new_tokens: int) -> Any:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    sampling.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=name,
+        input_text=None,
+        input_ids=array("q", prompt),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=sampling,
+        return_logprob=True,
+        logprob_start_len=-1,
+        top_logprobs_num=5,
+        token_ids_logprob=None,
+        stream=False,
+    )

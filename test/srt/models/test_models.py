@@ -1,0 +1,123 @@
+"""Model families and head layouts against ``transformers``, on several ranks.
+
+Each case serves the same load: a prompt of several chunks, a batch of three that is new to the
+cache, and a prompt that continues a cached one. Every rank must give the oracle's tokens and
+log-probabilities, and a rank's pool must hold as much as the layout says.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_cpu_reference.checkpoints import make_checkpoint
+from srt.fresh import Fresh
+from srt.models.serving import Report, serve
+from srt.test_end_to_end import check, prompt
+
+NEW_TOKENS = 4
+PAGE = 2
+ROWS = 512
+# A multiple of the page, and not of the widened page of any K from 2 to 8.
+CHUNK = 38
+BATCHES = (
+    (prompt(2 * CHUNK + 5, seed=10),),
+    (prompt(1, seed=11), prompt(CHUNK + 1, seed=12), prompt(19, seed=13)),
+    (prompt(2 * CHUNK + 5, seed=10) + prompt(6, seed=14),),
+)
+SIZES = (
+    *("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK)),
+    *("--max-total-tokens", str(ROWS)),
+)
+BACKENDS = ("ag_rs", "a2a")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def make(family: str, **overrides: Any) -> Path:
+        name = "-".join([family, *(f"{key}={value}" for key, value in overrides.items())])
+        return make_checkpoint(family, root / name, **overrides)
+
+    return make
+
+
+def serve_and_check(ready: Fresh, model: Path, tp: int, attn_tp: int, backend: str) -> list[Report]:
+    layout = ("--attn-tp-size", str(attn_tp), "--dcp-comm-backend", backend)
+    reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS)
+    widened = PAGE * tp // attn_tp
+    for report in reports:
+        for prompts, answers in zip(BATCHES, report.answers, strict=True):
+            for tokens, answer in zip(prompts, answers, strict=True):
+                check(model, tokens, answer, NEW_TOKENS)
+        # The cache answers whole widened pages.
+        assert report.answers[-1][0].cached_tokens == len(BATCHES[0][0]) // widened * widened
+    return reports
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "glm4": ("glm4", {}),
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2 without q_lora": ("deepseek_v2", {"q_lora_rank": None}),
+    "deepseek_v3": ("deepseek_v3", {}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model_equals_transformers(ready: Fresh, checkpoint: Any, model: str) -> None:
+    family, overrides = MODELS[model]
+    serve_and_check(ready, checkpoint(family, **overrides), 4, 2, "a2a")
+
+
+# Every A that divides N, except N itself: that is plain TP.
+LAYOUTS = [(tp, a) for tp in (2, 4, 8) for a in range(1, tp) if tp % a == 0]
+KV_HEADS = (1, 2, 4, 8, None)  # None: MLA
+
+
+def small(checkpoint: Any, kv_heads: int | None) -> Path:
+    if kv_heads is None:
+        return checkpoint("deepseek_v2", num_hidden_layers=2)
+    return checkpoint("llama", num_hidden_layers=2, num_key_value_heads=kv_heads)
+
+
+@pytest.fixture(scope="module")
+def plain(fresh: Fresh, checkpoint: Any) -> Any:
+    """Plain TP of so many ranks and key-value heads: the ranks' pools."""
+
+    @cache
+    def pools(tp: int, kv_heads: int | None) -> list[Report]:
+        return serve(fresh, small(checkpoint, kv_heads), tp, SIZES, (), 0)
+
+    return pools
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv_heads", KV_HEADS, ids=lambda heads: f"kv{heads}" if heads else "mla")
+@pytest.mark.parametrize(("tp", "attn_tp"), LAYOUTS, ids=[f"tp{n}-A{a}" for n, a in LAYOUTS])
+def test_layout_equals_transformers(
+    ready: Fresh,
+    checkpoint: Any,
+    plain: Any,
+    tp: int,
+    attn_tp: int,
+    kv_heads: int | None,
+    backend: str,
+) -> None:
+    reports = serve_and_check(ready, small(checkpoint, kv_heads), tp, attn_tp, backend)
+    kvp_size = tp // attn_tp
+    if kv_heads is None:
+        times = kvp_size
+    else:
+        times = max(1, kv_heads // tp) * kvp_size // max(1, kv_heads // attn_tp)
+    for ours, theirs in zip(reports, plain(tp, kv_heads), strict=True):
+        # Tokens in a byte of a rank's memory, beside plain TP.
+        assert ours.kv_tokens * theirs.kv_bytes == times * theirs.kv_tokens * ours.kv_bytes
