@@ -181,6 +181,35 @@ def test_at_least_the_hopper_defaults_are_refused_by_the_series(fresh: Fresh, mo
         assert f"--attention-backend {backend} does not serve GQA" in output, output[-1500:]
 
 
+def backend_chosen(model: str, default: str, *flags: str) -> str:
+    """The backend that is served with where SGLang would choose `default` by itself."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.server_args import prepare_server_args
+
+    @register_resolution_hook("handle_model_specific_adjustments")
+    def choose(server_args: Any, previous: Any) -> None:
+        previous(server_args)
+        declare_resolution(server_args, "test", attention_backend=default)
+
+    args = prepare_server_args(["--model-path", model, "--tp", "2", *flags])
+    args.resolve_once()
+    return str(resolved_view(args).attention_backend)
+
+
+def test_a_default_without_an_adapter_gives_way_and_it_is_said(fresh: Fresh, model: str) -> None:
+    chosen = fresh.outcome(backend_chosen, model, "flex_attention", "--dcp-size", "2")
+    assert chosen.value == "torch_native", chosen.output[-1500:]
+    assert "--attention-backend torch_native: the default here, flex_attention" in chosen.output
+
+
+def test_a_default_stays_where_the_cache_is_whole(fresh: Fresh, model: str) -> None:
+    assert fresh.value(backend_chosen, model, "flex_attention") == "flex_attention"
+
+
 def test_without_a_sharded_cache_nothing_is_refused(fresh: Fresh, model: str) -> None:
     found = fresh.value(command_line, "--model-path", model, "--tp", "2", "--enable-mixed-chunk")
     assert found["dcp_size"] == 1
