@@ -30,6 +30,20 @@ ASKED: dict[str, dict[str, Any]] = {
     "hierarchical cache": {"args": {"enable_hierarchical_cache": True}},
     "LMCache": {"args": {"enable_lmcache": True}},
     "HiSparse": {"args": {"enable_hisparse": True}},
+    "FlexKV": {"args": {"enable_flexkv": True}},
+    "external cache linker": {"args": {"enable_unified_cache_external_linker": True}},
+    "prefix caches of other plugins": {"args": {"radix_cache_backend": "somebodys"}},
+    "streaming sessions": {"args": {"enable_streaming_session": True}},
+    "sessions in the prefix tree": {"args": {"enable_session_radix_cache": True}},
+    "cache canary": {"args": {"kv_canary": "log"}},
+    "FP4 and MXFP8 caches": {"args": {"kv_cache_dtype": "nvfp4"}},
+    "other accelerators than CUDA": {"platform": {"is_hip": True}},
+    "bitsandbytes weights of GQA and MHA models": {"args": {"load_format": "bitsandbytes"}},
+    "weights saved in shards, of GQA and MHA models": {"args": {"load_format": "sharded_state"}},
+    "weight cache": {"args": {"weight_cache_mode": "daemon"}},
+    "NCCL symmetric memory": {"args": {"enable_symm_mem": True}},
+    "multi-item scoring": {"args": {"enable_mis": True}},
+    "switching disaggregation roles": {"args": {"enable_pd_role_switch": True}},
     "unified memory pool": {"args": {"enable_unified_memory": True}},
     "LoRA": {"args": {"enable_lora": True}},
     "two-batch overlap": {"args": {"enable_two_batch_overlap": True}},
@@ -46,7 +60,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "chunked local attention": {"model": {"attention_chunk_size": 8192}},
     "encoder-decoder models": {"model": {"is_encoder_decoder": True}},
     "hybrid linear attention": {"hf_config": "Qwen3NextConfig"},
-    "sparse attention (DSA)": {
+    "attention sinks": {"model": {"has_attention_sinks": True}},
+    "sparse attention (DSA, DeepSeek-V4, MiniMax-M3)": {
         "hf_attributes": {"architectures": ["DeepseekV32ForCausalLM"], "index_topk": 64}
     },
     "dual chunk attention": {"hf_attributes": {"dual_chunk_attention_config": {}}},
@@ -70,6 +85,7 @@ def refusals_of(model: str, asked: dict[str, Any]) -> list[str]:
 
     load_plugins()
     from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
+    from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import prepare_server_args
 
     flags = ["--model-path", model, "--tp", "2", "--dcp-size", "2", "--page-size", "16"]
@@ -88,7 +104,8 @@ def refusals_of(model: str, asked: dict[str, Any]) -> list[str]:
     if "hf_attributes" in asked:
         own["hf_config"] = Overlay(config.hf_config, **asked["hf_attributes"])
     view = Overlay(resolved_view(args), **asked.get("args", {}))
-    return refusals(Situation(view, Overlay(config, **own)))
+    with override_platform(**asked.get("platform", {})):
+        return refusals(Situation(view, Overlay(config, **own)))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +187,7 @@ def test_backends_without_an_adapter_are_refused_by_name(
     assert outcome.status != 0
     # Some are refused before the series is asked: what they need is not on this machine.
     if "does not serve" in outcome.output:
-        assert f"--attention-backend {backend} does not serve GQA" in outcome.output
+        assert f"--{side}-backend {backend} does not serve GQA" in outcome.output
         assert "use one of triton, torch_native" in outcome.output
 
 

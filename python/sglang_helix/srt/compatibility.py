@@ -83,9 +83,15 @@ def _hybrid_linear(situation: Situation) -> object | None:
 
 
 def _sparse(situation: Situation) -> object | None:
-    from sglang.srt.configs.model_config import is_deepseek_dsa
+    from sglang.srt.configs import model_config
 
-    return bool(is_deepseek_dsa(situation.model.hf_config)) or None
+    config = situation.model.hf_config
+    kinds = (
+        model_config.is_deepseek_dsa,
+        model_config.is_deepseek_v4,
+        model_config.is_minimax_sparse,
+    )
+    return any(sparse(config) for sparse in kinds) or None
 
 
 def _dual_chunk(situation: Situation) -> object | None:
@@ -111,6 +117,25 @@ def _hnd_layout(situation: Situation) -> object | None:
     return bool(envs.SGLANG_USE_HND_KVCACHE.get()) or None
 
 
+def _untried_platform(situation: Situation) -> object | None:
+    from sglang.srt.runtime_context import get_platform
+
+    platform = get_platform()
+    names = ("hip", "npu", "xpu", "musa", "mps")
+    return next((name for name in names if getattr(platform, f"is_{name}")), None)
+
+
+def _bitsandbytes(situation: Situation) -> object | None:
+    asked = (situation.model.quantization, situation.args.load_format)
+    return "bitsandbytes" if "bitsandbytes" in asked and not situation.mla else None
+
+
+def _sharded_weights(situation: Situation) -> object | None:
+    asked = situation.args.load_format
+    shards = ("sharded_state", "presharded", "remote", "remote_instance")
+    return asked if asked in shards and not situation.mla else None
+
+
 _ONE_GROUP = "use --tp-size and --dcp-size alone"
 _WITHOUT = "Leave the flag out, or leave --dcp-size out"
 _PLAIN = "Serve this model without --dcp-size"
@@ -129,6 +154,16 @@ TABLE: tuple[Row, ...] = (
     Row("health and metrics", "--enable-metrics", "works", "served, GQA and MLA"),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
+    Row("data-parallel replicas", "--dp-size", "works", "two replicas of two ranks, MLA"),
+    Row("no prefix cache", "--disable-radix-cache", "works", "answers are transformers', MLA"),
+    Row(
+        "other accelerators than CUDA",
+        "platform",
+        "refused",
+        "it has never been tried there",
+        "Leave --dcp-size out, or leave helix out of SGLANG_PLUGINS for SGLang's own",
+        _untried_platform,
+    ),
     Row(
         "prefill chunk shorter than a widened page",
         "--chunked-prefill-size",
@@ -210,6 +245,62 @@ TABLE: tuple[Row, ...] = (
         _flag("enable_hisparse"),
     ),
     Row(
+        "FlexKV",
+        "--enable-flexkv",
+        "refused",
+        "it stores whole pages",
+        _WITHOUT,
+        _flag("enable_flexkv"),
+    ),
+    Row(
+        "external cache linker",
+        "--enable-unified-cache-external-linker",
+        "refused",
+        "it transfers whole pages",
+        _WITHOUT,
+        _flag("enable_unified_cache_external_linker"),
+    ),
+    Row(
+        "prefix caches of other plugins",
+        "--radix-cache-backend",
+        "refused",
+        "they are not known to count in widened pages",
+        _WITHOUT,
+        _flag("radix_cache_backend"),
+    ),
+    Row(
+        "streaming sessions",
+        "--enable-streaming-session",
+        "refused",
+        "a session keeps slots between requests, which has not been tried",
+        _WITHOUT,
+        _flag("enable_streaming_session"),
+    ),
+    Row(
+        "sessions in the prefix tree",
+        "--enable-session-radix-cache",
+        "refused",
+        "a session keeps slots between requests, which has not been tried",
+        _WITHOUT,
+        _flag("enable_session_radix_cache"),
+    ),
+    Row(
+        "cache canary",
+        "--kv-canary",
+        "refused",
+        "it checks rows at widened slots, beyond the end of a sharded pool",
+        _WITHOUT,
+        _unlike("kv_canary", "none"),
+    ),
+    Row(
+        "FP4 and MXFP8 caches",
+        "--kv-cache-dtype",
+        "refused",
+        "their scales are not stored by owner",
+        "Use auto, bfloat16 or an fp8 type",
+        _unlike("kv_cache_dtype", "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+    ),
+    Row(
         "unified memory pool",
         "--enable-unified-memory",
         "refused",
@@ -224,6 +315,54 @@ TABLE: tuple[Row, ...] = (
         "its buffers are sized by tp size, not by the heads of a group",
         _WITHOUT,
         _flag("enable_lora"),
+    ),
+    Row(
+        "bitsandbytes weights of GQA and MHA models",
+        "--load-format",
+        "refused",
+        "its loader cuts key-value heads by tp size",
+        _WITHOUT,
+        _bitsandbytes,
+    ),
+    Row(
+        "weights saved in shards, of GQA and MHA models",
+        "--load-format",
+        "refused",
+        "the shards were cut for another division of the key-value heads",
+        "Load the original checkpoint",
+        _sharded_weights,
+    ),
+    Row(
+        "weight cache",
+        "--weight-cache-mode",
+        "refused",
+        "its daemon builds models without plugins",
+        _WITHOUT,
+        _unlike("weight_cache_mode", "off"),
+    ),
+    Row(
+        "NCCL symmetric memory",
+        "--enable-symm-mem",
+        "refused",
+        "captured graphs answer wrongly at small batches (sgl-project/sglang#37768)",
+        _WITHOUT,
+        _flag("enable_symm_mem"),
+    ),
+    Row(
+        "multi-item scoring",
+        "--enable-mis",
+        "refused",
+        "items of a prompt do not see one another, but the sharded prefix is seen whole",
+        _WITHOUT,
+        _flag("enable_mis"),
+    ),
+    Row(
+        "switching disaggregation roles",
+        "--enable-pd-role-switch",
+        "refused",
+        "the transfer of sharded pages is not verified with the series",
+        _WITHOUT,
+        _flag("enable_pd_role_switch"),
     ),
     Row(
         "two-batch overlap",
@@ -298,6 +437,14 @@ TABLE: tuple[Row, ...] = (
         _model("is_hybrid_swa"),
     ),
     Row(
+        "attention sinks",
+        "",
+        "refused",
+        "every rank's part would count the sink",
+        _PLAIN,
+        _model("has_attention_sinks"),
+    ),
+    Row(
         "chunked local attention",
         "",
         "refused",
@@ -322,7 +469,7 @@ TABLE: tuple[Row, ...] = (
         _hybrid_linear,
     ),
     Row(
-        "sparse attention (DSA)",
+        "sparse attention (DSA, DeepSeek-V4, MiniMax-M3)",
         "",
         "refused",
         "top-k indices address the whole sequence",

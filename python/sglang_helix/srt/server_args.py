@@ -132,24 +132,24 @@ def choose_attention_backend(server_args: Any, previous: Step) -> None:
     )
 
     view = resolved_view(server_args)
-    if view.dcp_size > 1 and not _named_backends(server_args):
+    unnamed = _unnamed_halves(server_args)
+    if view.dcp_size > 1 and unnamed:
         situation = _situation(server_args)
-        chosen = _default_backends(server_args, situation, attention_backends_of(view))
+        defaults = _default_backends(server_args, situation, attention_backends_of(view))
         working = _working_backends(situation)
-        if not set(chosen) <= set(working):
+        if failing := [defaults[half] for half in unnamed if defaults[half] not in working]:
             backend = _first_that_runs(working)
             logger.info(
                 "--attention-backend %s: the default here, %s, does not serve --dcp-size %d.",
                 backend,
-                " and ".join(dict.fromkeys(map(str, chosen))),
+                " and ".join(dict.fromkeys(map(str, failing))),
                 view.dcp_size,
             )
             declare_resolution(
                 server_args,
                 "sglang_helix",
                 attention_backend=backend,
-                prefill_attention_backend=None,
-                decode_attention_backend=None,
+                **{_HALVES[half]: None for half in unnamed},
             )
     previous(server_args)
 
@@ -165,10 +165,12 @@ def validate(server_args: Any, previous: Step) -> None:
     situation = _situation(server_args)
     reasons = refusals(situation)
     working = _working_backends(situation)
-    for backend in dict.fromkeys(attention_backends_of(view)):
+    backends = attention_backends_of(view)
+    halves = zip(("prefill-attention", "decode-attention"), backends, strict=True)
+    for half, backend in halves if len(set(backends)) > 1 else [("attention", backends[0])]:
         if backend not in working:
             reasons.append(
-                f"--attention-backend {backend} does not serve "
+                f"--{half}-backend {backend} does not serve "
                 f"{'MLA' if situation.mla else 'GQA or MHA'} with --dcp-size {view.dcp_size}: "
                 f"use one of {', '.join(working)}."
             )
@@ -186,10 +188,16 @@ def _working_backends(situation: Situation) -> tuple[str, ...]:
     return MLA_BACKENDS if situation.mla else GQA_BACKENDS
 
 
-def _named_backends(server_args: Any) -> list[str]:
-    """The attention backends the user named on the command line."""
-    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    return [value for name in names if (value := server_args._raw_input.get(name))]
+# In the order of `attention_backends_of`.
+_HALVES = ("prefill_attention_backend", "decode_attention_backend")
+
+
+def _unnamed_halves(server_args: Any) -> list[int]:
+    """Prefill (0) and decode (1) where the user named no attention backend."""
+    named = server_args._raw_input
+    if named.get("attention_backend"):
+        return []
+    return [half for half, name in enumerate(_HALVES) if not named.get(name)]
 
 
 def _default_backends(
@@ -208,7 +216,4 @@ def _first_that_runs(working: tuple[str, ...]) -> str:
     """The first working backend that this machine can run."""
     from sglang.srt.runtime_context import get_platform
 
-    platform = get_platform()
-    if not platform.is_cuda:
-        return "triton" if platform.is_hip or platform.is_xpu else "torch_native"
-    return working[0]
+    return working[0] if get_platform().is_cuda else "torch_native"
