@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -106,8 +107,7 @@ def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None
                 "attention that is not one QKVParallelLinear, RadixAttention and RowParallelLinear",
             )
         projection = projections[0]
-        if getattr(parent, "sinks", None) is not None:
-            raise _refusal(model_config, name, "attention sinks")
+        _check_own_tensors(model_config, name, parent)
         if projection not in shared:
             raise _refusal(
                 model_config,
@@ -144,16 +144,30 @@ def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None
             raise _refusal(model_config, name, "the heads of attention, but is no layer of it")
 
 
+def _check_own_tensors(model_config: Any, name: str, parent: nn.Module) -> None:
+    """Refuse attention with weights beside its projections, such as slopes or a sink per head.
+
+    Its code takes their heads, and its position among them, from N; and no adapter is given them.
+    """
+    if getattr(parent, "sinks", None) is not None:
+        raise _refusal(model_config, name, "attention sinks")
+    tensors = {**parent._parameters, **parent._buffers, **parent.__dict__}
+    for own, value in tensors.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            raise _refusal(model_config, name, f"weights beside its projections ({own})")
+
+
 def _check_beside_heads(
     model_config: Any, name: str, layer: Any, children: dict[str, nn.Module], heads: int
 ) -> None:
     """Refuse what depends on the number of heads in a way that `_fit` cannot follow."""
-    for norm in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
-        weight = getattr(children.get(norm), "weight", None)
-        if weight is not None and tuple(weight.shape) != (layer.qk_head_dim,):
-            raise _refusal(model_config, name, "a query or key norm over several heads")
     for child_name, child in children.items():
-        if not isinstance(child, LinearBase | RadixAttention) and hasattr(child, "num_kv_heads"):
+        if isinstance(child, LinearBase | RadixAttention):
+            continue
+        weight = getattr(child, "weight", None)
+        if weight is not None and tuple(weight.shape) != (layer.qk_head_dim,):
+            raise _refusal(model_config, name, f"a norm over several heads ({child_name})")
+        if hasattr(child, "num_heads") or hasattr(child, "num_kv_heads"):
             raise _refusal(model_config, name, f"a number of heads kept in {child_name}")
     if layer.tp_q_head_num == heads:
         return
