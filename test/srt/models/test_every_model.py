@@ -1,0 +1,415 @@
+"""Every attention class of the installed SGLang, and what becomes of it over a sharded cache.
+
+The scan reads SGLang's model files without importing them. It finds every class that builds a
+`RadixAttention`, and every class that inherits from one, and gives it a verdict by rules that say
+what the loader's checks need. `VERDICTS` is what they found in the SGLang that the series supports:
+a new class, or one that changed its nature, fails the test until somebody has looked at it.
+"""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.server import free_port
+from srt.fresh import Fresh
+from srt.model_loader.test_loader import SMALL, configuration
+
+WORKS = "works"
+MLA = "MLA of DeepSeek's class"
+# These work where the configuration asks for no window, no chunks, and a causal decoder.
+BY_CONFIGURATION = "a window, chunks or another mask, where the configuration asks for it"
+CROSS = "cross attention"
+NO_QKV = "no QKVParallelLinear"
+SEVERAL_LAYERS = "several attention layers in one class"
+GATE = "a projection beside q, k, v and o, where the configuration asks for it"
+GATE_IN_QKV = "a gate in the query projection"
+WEIGHTS = "weights beside the projections"
+NORM = "a query or key norm over several heads"
+NO_HEADS = "no num_heads, num_kv_heads, q_size and kv_size to set"
+OUTPUT = "something between attention and the output projection"
+
+VERDICTS = {
+    WORKS: """
+        apertus.ApertusAttention arcee.ArceeAttention bailing_moe.BailingMoEAttention
+        bailing_moe_linear.BailingMoEAttention bailing_moe_v3.BailingMoEAttention
+        chatglm.GLMAttention dbrx.DbrxAttention deepseek.DeepseekAttention
+        ernie45_moe_vl.Ernie4_5_VLMoeAttention exaone.ExaoneAttention gemma.GemmaAttention
+        glm4.Glm4Attention glm4_moe.Glm4MoeAttention glm_image_vl.GlmImageTextAttention
+        grok.Grok1Attention hunyuan_v3.HYV3Attention internlm2.InternLM2Attention
+        llama.LlamaAttention mixtral.MixtralAttention mixtral_quant.MixtralAttention
+        moss_vl.MossVLSelfAttention orion.OrionAttention phimoe.PhiMoEAttention
+        qwen2.Qwen2Attention qwen2_moe.Qwen2MoeAttention qwen3.Qwen3Attention
+        qwen3_moe.Qwen3MoeAttention solar.SolarAttention starcoder2.Starcoder2Attention
+        xllm.XllmAttention xverse.XverseAttention xverse_moe.XverseAttention
+    """,
+    MLA: "deepseek_v2.DeepseekV2AttentionMLA",
+    BY_CONFIGURATION: """
+        bert.BertSelfAttention cohere2_moe.Cohere2MoeAttention exaone4.Exaone4Attention
+        exaone_moe.ExaoneMoEAttention gemma2.Gemma2Attention gemma3n_causal.Gemma3nAttention
+        granite.GraniteAttention granitemoe.GraniteMoeAttention llada2.LLaDA2MoeAttention
+        llama4.Llama4Attention mellum.MellumAttention nemotron_h.NemotronHAttention
+        sdar.SDARAttention sdar_moe.SDARMoeAttention
+    """,
+    CROSS: """
+        mllama.MllamaTextCrossAttention moss_vl.MossVLTextCrossAttention
+        transformers.TransformersBase whisper.WhisperAttention
+    """,
+    NO_QKV: """
+        deepseek_v4.MQALayer deepseek_v4_dspark.DSparkAttention dflash.DFlashAttention
+        dots3_common/modeling.Dots3AttentionMLA hrm_text.HrmTextAttention
+        inkling_common/attn.InklingAttention minicpm3.MiniCPM3AttentionMLA
+        sarvam_moe.SarvamMoEMLAAttention step3_vl.Step3TextAttention
+        torch_native_llama.LlamaAttention xllm._XllmMoVAAttentionBase zaya.ZayaAttention
+    """,
+    SEVERAL_LAYERS: """
+        gemma4_diffusion.DiffusionGemmaAttention iquest_loopcoder.LoopCoderAttention
+        nanbeige.NanbeigeAttention
+    """,
+    GATE: """
+        afmoe.AfmoeAttention bailing_moe_linear.BailingMoELinearAttention beam.BeamAttention
+        hunyuan.HunYuanAttention laguna.LagunaAttention minicpm.MiniCPMAttention
+        minicpm.MiniCPMLightningMixer muse_glimmer.MuseGlimmerAttention
+        muse_spark.MuseSpark1xAttention spark2_5.Spark2_5Attention step3p5.Step3p5Attention
+    """,
+    GATE_IN_QKV: """
+        interns2_mobius.InternS2MobiusAttentionDecoderLayer qwen3_5.Qwen3_5AttentionDecoderLayer
+        qwen3_next.Qwen3HybridAttentionDecoderLayer
+    """,
+    WEIGHTS: """
+        baichuan.BaiChuanAttention falcon_h1.FalconH1HybridAttentionDecoderLayer
+        gpt_oss.GptOssAttention iquest_q1.IQuestQ1Attention mimo_v2.MiMoV2Attention
+    """,
+    NORM: """
+        commandr.CohereAttention minimax_m2.MiniMaxM2Attention minimax_m3.MiniMaxM3Attention
+        olmo2.Olmo2Attention olmoe.OlmoeAttention
+    """,
+    NO_HEADS: """
+        gpt2.GPT2Attention gpt_bigcode.GPTBigCodeAttention gpt_j.GPTJAttention
+        granitemoehybrid.GraniteMoeHybridAttention jet_nemotron.JetNemotronAttention
+        lfm2.Lfm2Attention lfm2_moe.Lfm2MoeAttention olmo.OlmoAttention opt.OPTAttention
+        persimmon.PersimmonAttention phi.PhiAttention phi3_small.Phi3SmallSelfAttention
+        qwen.QWenAttention stablelm.StablelmAttention
+    """,
+    OUTPUT: """
+        embedding_gemma2.EmbeddingGemma2Attention gemma3_causal.Gemma3Attention
+        gemma4_causal.Gemma4Attention
+    """,
+    "inherits from DeepseekV2AttentionMLA": """
+        bailing_moe_linear.DsV3MLA bailing_moe_v3.DsV3MLA gigachat35.GigaChat35AttentionMLA
+        hunyuan_v4.HYV4Attention kimi_k3.KimiK3MLAAttention
+    """,
+    "inherits from DFlashAttention": "dflash.DFlashLagunaAttention",
+    "inherits from MiniMaxM3Attention": "dspark_minimax.DSparkMiniMaxAttention",
+    "inherits from Qwen3MoeAttention": "interns1pro.InternS1ProTextAttention",
+    "inherits from LlamaAttention": "ministral3.Ministral3Attention",
+    "inherits from Qwen3_5AttentionDecoderLayer": "qwen4_exp.Qwen4ExpAttentionDecoderLayer",
+    "inherits from TransformersBase": """
+        transformers.TransformersForCausalLM transformers.TransformersMoEForCausalLM
+        transformers.TransformersMultiModalForCausalLM
+        transformers.TransformersMultiModalMoEForCausalLM transformers.TransformersEmbeddingModel
+        transformers.TransformersMoEEmbeddingModel
+        transformers.TransformersMultiModalEmbeddingModel
+        transformers.TransformersMultiModalMoEEmbeddingModel
+        transformers.TransformersForSequenceClassification
+        transformers.TransformersMoEForSequenceClassification
+        transformers.TransformersMultiModalForSequenceClassification
+        transformers.TransformersMultiModalMoEForSequenceClassification
+    """,
+    "inherits from _XllmMoVAAttentionBase": "xllm.XllmGatedAttention xllm.XllmMoVAAttention",
+}
+
+
+def scan() -> dict[str, str]:
+    """Verdict of every attention class, by module and name."""
+    spec = find_spec("sglang")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0], "srt/models")
+    classes = {
+        f"{path.relative_to(root).with_suffix('').as_posix()}.{node.name}": node
+        for path in sorted(root.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    verdicts = {
+        name: verdict(node)
+        for name, node in classes.items()
+        if any(called(call) == "RadixAttention" for call in calls(node))
+    }
+    heirs: dict[str, str] = verdicts
+    while heirs:
+        known = {name.rpartition(".")[2] for name in heirs}
+        heirs = {
+            name: f"inherits from {base}"
+            for name, node in classes.items()
+            for base in map(last_name, node.bases)
+            if base in known and name not in verdicts
+        }
+        verdicts |= heirs
+    return verdicts
+
+
+def verdict(attention: ast.ClassDef) -> str:
+    """Why the loader refuses the class, or in which case it does not; see the constants."""
+    if attention.name == "DeepseekV2AttentionMLA":
+        return MLA
+    members: defaultdict[str, list[ast.expr]] = defaultdict(list)
+    for node in ast.walk(attention):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                members[member(target)].append(node.value)
+    made = {name: {called(value) for value in values} for name, values in members.items()}
+    named = {"QKVParallelLinear", "RowParallelLinear", "RadixAttention"}
+    projections, outputs, layers = (
+        {name for name, makers in made.items() if name and maker in makers}
+        for maker in ("QKVParallelLinear", "RowParallelLinear", "RadixAttention")
+    )
+    options = {
+        keyword.arg
+        for call in calls(attention)
+        if called(call) == "RadixAttention"
+        for keyword in call.keywords
+    }
+    rules: list[tuple[str, Any]] = [
+        (CROSS, "is_cross_attention" in options),
+        (NO_QKV, not projections),
+        (SEVERAL_LAYERS, len(layers) != 1),
+        (GATE, any(maker.endswith("Linear") for m in made.values() for maker in m - named)),
+        (
+            GATE_IN_QKV,
+            any("gate" in ast.unparse(v) for name in projections for v in members[name]),
+        ),
+        (WEIGHTS, any(called(c) in ("Parameter", "register_buffer") for c in calls(attention))),
+        (WEIGHTS, "alibi_slopes" in members),
+        (NORM, any(is_wide_norm(n, value) for n, values in members.items() for value in values)),
+        (NO_HEADS, not {"num_heads", "num_kv_heads", "q_size", "kv_size"} <= set(members)),
+        (OUTPUT, any(changes_output(m, layers, outputs) for m in attention.body)),
+        (BY_CONFIGURATION, options & {"sliding_window_size", "attn_type", "use_irope"}),
+    ]
+    return next((reason for reason, applies in rules if applies), WORKS)
+
+
+def is_wide_norm(name: str, value: ast.expr) -> bool:
+    """Whether a query or key norm is made for another width than one head's."""
+    if "Norm" not in called(value) or not name.startswith(("q_", "k_", "query_", "key_")):
+        return False
+    assert isinstance(value, ast.Call)
+    width = [*value.args, *(keyword.value for keyword in value.keywords)][0]
+    return last_name(width) != "head_dim"
+
+
+def changes_output(method: ast.stmt, layers: set[str], outputs: set[str]) -> bool:
+    """Whether a method does more with an attention layer's output than to project it."""
+    results = {
+        target.id
+        for node in ast.walk(method)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and member(node.value.func) in layers
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    projected = {id(arg) for c in calls(method) if member(c.func) in outputs for arg in c.args}
+    returned = {id(node.value) for node in ast.walk(method) if isinstance(node, ast.Return)}
+    return any(
+        node.id in results and id(node) not in projected | returned
+        for node in ast.walk(method)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    )
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def called(node: ast.expr) -> str:
+    """Last name of what an expression calls; empty where it is no call."""
+    return last_name(node.func) if isinstance(node, ast.Call) else ""
+
+
+def last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def member(node: ast.expr) -> str:
+    """The name in ``self.name``; empty for anything else."""
+    if isinstance(node, ast.Attribute) and last_name(node.value) == "self":
+        return node.attr
+    return ""
+
+
+def test_every_attention_class_is_classified() -> None:
+    known = {name: reason for reason, names in VERDICTS.items() for name in names.split()}
+    assert scan() == known
+
+
+TEXT_OF_MLLAMA = {
+    **SMALL,
+    "model_type": "mllama_text_model",
+    "cross_attention_layers": [1],
+    "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+}
+VISION_OF_MLLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_global_layers": 1,
+    "attention_heads": 8,
+    "vision_output_dim": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
+NOT_ONE_OF_EACH = "not one QKVParallelLinear, RadixAttention and RowParallelLinear"
+EVERY_LAYER_FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": None}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+# One architecture for each reason that test_loader.py has none for, and some that are built. How
+# transformers reads its configuration, what that holds, and what the loader says of it.
+BUILT = {
+    "Qwen3MoeForCausalLM": ("qwen3_moe", MOE, "built"),
+    "Glm4MoeForCausalLM": ("glm4_moe", {**MOE, "n_routed_experts": 4, "n_group": 1}, "built"),
+    "ApertusForCausalLM": ("apertus", {"hidden_act": "xielu"}, "built"),
+    "MllamaForConditionalGeneration": (
+        "mllama",
+        {"text_config": TEXT_OF_MLLAMA, "vision_config": VISION_OF_MLLAMA},
+        "cross attention",
+    ),
+    "WhisperForConditionalGeneration": (
+        "whisper",
+        {
+            "d_model": 256,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 8,
+            "decoder_attention_heads": 8,
+        },
+        "not a causal decoder's",
+    ),
+    "TorchNativeLlamaForCausalLM": ("llama", {}, NOT_ONE_OF_EACH),
+    "NanbeigeForCausalLM": (
+        "gpt2",  # its configuration leaves rope_theta where it is
+        {
+            "num_loops": 2,
+            "rope_theta": 1e4,
+            "rope_scaling": None,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+        },
+        NOT_ONE_OF_EACH,
+    ),
+    "AfmoeForCausalLM": (
+        "llama",
+        {**EVERY_LAYER_FULL, **MOE, "num_dense_layers": 3, "mup_enabled": False},
+        "a projection beside q, k, v and o (gate_proj)",
+    ),
+    "Qwen3NextForCausalLM": (
+        "qwen3_next",
+        {**MOE, "full_attention_interval": 1, "mlp_only_layers": [0, 1, 2]},
+        "16 query and 4 key-value heads, other numbers than the model",
+    ),
+    "IQuestQ1ForCausalLM": (
+        "llama",
+        {
+            **EVERY_LAYER_FULL,
+            **MOE,
+            "enable_sink_attention": True,
+            "softmax_scale": None,
+            "no_rope_layers": [],
+            "mlp_only_layers": [0, 1, 2],
+            **dict.fromkeys(("attn_out_scale", "ffn_out_scale"), 1.0),
+            **dict.fromkeys(("first_layer_attn_out_scale", "first_layer_ffn_out_scale"), 1.0),
+            "is_checkpoint_fp": True,
+            "logit_scale": 1.0,
+            "dense_intermediate_size": 64,
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        "weights beside its projections (sink_k)",
+    ),
+    # Hybrid linear attention, its layers built inline.
+    "FalconH1ForCausalLM": ("falcon_h1", {}, "weights beside its projections (mup_vector)"),
+    "OlmoeForCausalLM": ("olmoe", {}, "a norm over several heads (q_norm)"),
+    # One query head per rank: its norm over all heads has the shape of one over a head.
+    "MiniMaxM2ForCausalLM": (
+        "minimax_m2",
+        {
+            **MOE,
+            "num_local_experts": 4,
+            "num_attention_heads": 4,
+            "use_qk_norm": True,
+            "rotary_dim": 16,
+            "qk_norm_type": "per_layer",
+            "scoring_func": "sigmoid",
+            "rope_theta": 1e4,
+            "hidden_act": "silu",
+        },
+        "a number of heads kept in q_norm",
+    ),
+}
+
+
+def said_of(rank: int, argv: list[str], models: Mapping[str, Path]) -> dict[str, str]:
+    """What building each model says on a rank: the refusal, another error, or "built"."""
+    import traceback
+
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.model_loader import loader
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import prepare_server_args
+    from sglang_helix.srt.model_loader.loader import ModelRefusedError
+
+    server_args = prepare_server_args(argv)
+    server_args.resolve_once()
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+    bootstrap.init_parallel_runtime(
+        server_args=server_args, device="cpu", dist_port=server_args.nccl_port
+    )
+    bootstrap.init_layer_runtime(model_config=model_config_of(server_args))
+    said = {}
+    for architecture, directory in models.items():
+        try:
+            config = ModelConfig.from_server_args(server_args, model_path=str(directory))
+            with torch.device("meta"):
+                loader._initialize_model(config, LoadConfig())
+            said[architecture] = "built"
+        except ModelRefusedError as refused:
+            said[architecture] = str(refused)
+        except Exception:
+            said[architecture] = traceback.format_exc()
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(ready: Fresh, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """On each of four ranks, two head shards, with replicated queries."""
+    root = tmp_path_factory.mktemp("configurations")
+    models = {
+        architecture: configuration(architecture, model_type, entries, root)
+        for architecture, (model_type, entries, _) in BUILT.items()
+    }
+    argv = [
+        *("--model-path", str(make_checkpoint("llama", root / "llama")), "--tp-size", "4"),
+        *("--attn-tp-size", "2", "--nccl-port", str(free_port())),
+    ]
+    return ready.ranks(said_of, 4, argv, models)
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_loader_agrees(said: list[dict[str, str]], architecture: str) -> None:
+    reason = BUILT[architecture][2]
+    for by_architecture in said:
+        message = by_architecture[architecture]
+        if reason == "built":
+            assert message == reason
+        else:
+            assert message.startswith(f"--dcp-size > 1 does not support {architecture}: ")
+            assert reason in message
