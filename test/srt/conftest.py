@@ -11,3 +11,10 @@ def fresh() -> Iterator[Fresh]:
     """New SGLang processes on the CPU reference platform."""
     with Fresh("cpu_reference") as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def ready() -> Iterator[Fresh]:
+    """Processes that have installed the series already, to be ranks of a sharded cache."""
+    with Fresh("cpu_reference", timeout=120, preload=("srt.models.preload",)) as process:
+        yield process
