@@ -1,0 +1,523 @@
+"""Resolution of SGLang's arguments with the series loaded, on machines that are only told about.
+
+One process resolves everything: resolution depends on the flags, on a checkpoint's configuration
+and on what SGLang believes about the machine (its `override_platform`), and on nothing else.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
+from sglang_cpu_reference.server import free_port
+from sglang_helix.srt.compatibility import TABLE
+from srt.fresh import Fresh
+
+MACHINES: dict[str, dict[str, Any]] = {
+    "Ampere": {"device_sm": 80},
+    "Hopper": {"device_sm": 90, "is_sm90": True, "is_hopper_with_cuda_12_3": True},
+    "Blackwell": {
+        "device_sm": 100,
+        "is_sm100": True,
+        "is_sm100_or_sm110": True,
+        "is_blackwell": True,
+    },
+}
+GQA = ("triton", "torch_native")
+MLA = ("flashinfer", "trtllm_mla", "cutedsl_mla", "triton", "torch_native")
+WORKING = {"llama": GQA, "deepseek_v2": MLA}
+
+
+class Resolved(NamedTuple):
+    """How a resolution ended: some resolved arguments, or the error; and what was said."""
+
+    args: dict[str, Any]
+    backends: tuple[str, str] | None
+    error: str
+    said: str
+
+
+Resolve = Callable[..., Resolved]
+
+
+def load() -> None:
+    os.environ.pop("SGLANG_PLATFORM", None)
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
+def facts_of(machine: str) -> dict[str, Any]:
+    facts = MACHINES[machine]
+    major = facts["device_sm"] // 10
+    return {"is_cuda": True, "has_flashinfer": True, "device_capability": (major, 0), **facts}
+
+
+def resolve(machine: str, model: str, flags: dict[str, Any]) -> Resolved:
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("sglang_helix")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        facts = facts_of(machine)
+        capability = mock.patch(
+            "torch.cuda.get_device_capability", return_value=facts["device_capability"]
+        )
+        # Some steps set variables for the ranks to come.
+        with mock.patch.dict(os.environ), override_platform(**facts), capability:
+            args = ServerArgs(model_path=model, device="cuda", **flags)
+            args.resolve_once()
+            view = resolved_view(args)
+            names = ("dcp_size", "dcp_comm_backend", "page_size", "chunked_prefill_size")
+            found = {name: getattr(view, name) for name in names}
+            return Resolved(found, attention_backends_of(view), "", "\n".join(lines))
+    except Exception as error:
+        return Resolved({}, None, f"{type(error).__name__}: {error}", "\n".join(lines))
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: str(make_checkpoint(family, root / family)) for family in WORKING}
+
+
+@pytest.fixture(scope="module")
+def resolved(models: dict[str, str]) -> Iterator[Resolve]:
+    """``resolved(machine, family or directory, tp_size=..., ...)``."""
+    variables = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, variables):
+        pool = multiprocessing.get_context("spawn").Pool(1, load)
+    with pool:
+        yield lambda machine, model, **flags: pool.apply(
+            resolve, (machine, models.get(model, model), flags)
+        )
+
+
+# The attention backend where none is named.
+
+
+@pytest.mark.parametrize(
+    ("machine", "family", "default", "chosen"),
+    [
+        ("Ampere", "llama", "flashinfer", "triton"),
+        ("Ampere", "deepseek_v2", "triton", "triton"),
+        ("Hopper", "llama", "fa3", "triton"),
+        ("Hopper", "deepseek_v2", "fa3", "flashinfer"),
+        ("Blackwell", "llama", "trtllm_mha", "triton"),
+        ("Blackwell", "deepseek_v2", "flashinfer", "flashinfer"),
+    ],
+)
+def test_default_gives_way_only_where_it_does_not_serve(
+    resolved: Resolve, machine: str, family: str, default: str, chosen: str
+) -> None:
+    whole = resolved(machine, family, tp_size=4)
+    assert (whole.backends, whole.said) == ((default, default), "")
+    sharded = resolved(machine, family, tp_size=4, dcp_size=2)
+    assert sharded.backends == (chosen, chosen), sharded.error
+    if chosen == default:
+        assert "--attention-backend" not in sharded.said
+    else:
+        said = f"--attention-backend {chosen}: the default here, {default}, does not serve"
+        assert said in sharded.said
+        assert "--dcp-size 2" in sharded.said
+
+
+@pytest.mark.parametrize("half", ["prefill", "decode"])
+def test_a_named_half_is_kept_and_the_other_chosen(resolved: Resolve, half: str) -> None:
+    flags = {f"{half}_attention_backend": "torch_native"}
+    found = resolved("Hopper", "llama", tp_size=4, dcp_size=2, **flags)
+    assert found.backends is not None, found.error
+    assert set(found.backends) == {"torch_native", "triton"}
+    assert found.backends[half == "decode"] == "torch_native"
+    assert "the default here, fa3," in found.said
+
+
+def choices() -> list[str]:
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+
+    return list(ATTENTION_BACKEND_CHOICES)
+
+
+# Refused by the series itself, on some machine; the rest needs hardware or models that SGLang
+# asks for first.
+BY_THE_SERIES = {
+    "llama": {"fa3", "fa4", "flashinfer", "flex_attention", "trtllm_mha", "aiter", "wave"},
+    "deepseek_v2": {"fa3", "fa4", "flex_attention", "flashmla", "aiter", "wave"},
+}
+
+
+@pytest.mark.parametrize("side", ["attention", "prefill_attention", "decode_attention"])
+@pytest.mark.parametrize("family", WORKING)
+def test_backends_serve_or_are_refused_by_name(resolved: Resolve, family: str, side: str) -> None:
+    other = {
+        "prefill_attention": {"decode_attention_backend": "torch_native"},
+        "decode_attention": {"prefill_attention_backend": "torch_native"},
+    }.get(side, {})
+    refused_by_name = set()
+    for machine in MACHINES:
+        for backend in choices():
+            flags = {f"{side}_backend": backend, **other}
+            found = resolved(machine, family, tp_size=4, dcp_size=2, **flags)
+            if found.backends is not None:
+                assert set(found.backends) <= set(WORKING[family]), f"{machine} {backend}"
+                continue
+            if "does not serve" in found.error:
+                assert backend not in WORKING[family]
+                assert f"--dcp-size 2: use one of {', '.join(WORKING[family])}." in found.error
+            # SGLang gives some other names, or another half beside them.
+            flag = "--" + side.replace("_", "-") + "-backend"
+            if f"{flag} {backend} does not serve " in found.error:
+                refused_by_name.add(backend)
+    assert refused_by_name >= BY_THE_SERIES[family], BY_THE_SERIES[family] - refused_by_name
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("backend", GQA)
+def test_working_backends_are_kept(resolved: Resolve, machine: str, backend: str) -> None:
+    for family in WORKING:
+        found = resolved(machine, family, tp_size=4, dcp_size=2, attention_backend=backend)
+        assert found.backends == (backend, backend), found.error
+        assert "--attention-backend" not in found.said
+
+
+# The communication backend.
+
+
+def test_fi_a2a_is_mlas_alone(resolved: Resolve) -> None:
+    layout = {"tp_size": 4, "dcp_size": 2}
+    explicit = resolved("Blackwell", "llama", dcp_comm_backend="fi_a2a", **layout)
+    assert "--dcp-comm-backend fi_a2a serves MLA models only" in explicit.error
+    assert "use --dcp-comm-backend a2a" in explicit.error
+    default = resolved("Blackwell", "llama", **layout)
+    assert default.args["dcp_comm_backend"] == "a2a"
+    assert "--dcp-comm-backend: a2a in place of fi_a2a" in default.said
+    for flags in ({}, {"dcp_comm_backend": "fi_a2a"}):
+        latent = resolved("Blackwell", "deepseek_v2", **layout, **flags)
+        assert latent.args["dcp_comm_backend"] == "fi_a2a", latent.error
+        assert "fi_a2a" not in latent.said
+
+
+@pytest.mark.parametrize("family", WORKING)
+@pytest.mark.parametrize("backend", ["a2a", "ag_rs"])
+def test_a_named_exchange_is_kept(resolved: Resolve, family: str, backend: str) -> None:
+    for machine in MACHINES:
+        found = resolved(machine, family, tp_size=4, dcp_size=2, dcp_comm_backend=backend)
+        assert found.args["dcp_comm_backend"] == backend, found.error
+
+
+def test_unset_keeps_sglangs_choice(resolved: Resolve) -> None:
+    for machine in ("Ampere", "Hopper"):
+        assert resolved(machine, "llama", tp_size=4, dcp_size=2).args["dcp_comm_backend"] == "a2a"
+
+
+def test_sglangs_own_refusals_stay(resolved: Resolve) -> None:
+    assert "requires --dcp-size" in resolved("Hopper", "llama", dcp_comm_backend="a2a").error
+    assert "must be >= 1" in resolved("Hopper", "llama", tp_size=2, dcp_size=0).error
+    prefill = resolved("Hopper", "llama", tp_size=2, dcp_size=2, enable_prefill_cp=True)
+    assert "--enable-prefill-cp" in prefill.error
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "dcp_size", "complaint"),
+    [
+        (6, 4, "--dcp-size 4 does not divide --tp-size 6: use one of [1, 2, 3, 6]"),
+        (2, 4, "--dcp-size 4 does not divide --tp-size 2: use one of [1, 2]"),
+        (3, 3, "--dcp-size 3 with --tp-size 3: {heads} query heads cannot be split over 3 ranks"),
+    ],
+)
+@pytest.mark.parametrize("family", WORKING)
+def test_sizes_that_cannot_be_laid_out(
+    resolved: Resolve, family: str, tp_size: int, dcp_size: int, complaint: str
+) -> None:
+    heads = FAMILIES[family].config["num_attention_heads"]
+    found = resolved("Hopper", family, tp_size=tp_size, dcp_size=dcp_size)
+    assert complaint.format(heads=heads) in found.error
+
+
+def written(root: Path, **entries: Any) -> str:
+    """A model directory that holds a configuration alone."""
+    directory = root / re.sub(r"\W+", "_", entries["architectures"][0])
+    directory.mkdir()
+    small = {
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "torch_dtype": "bfloat16",
+        "pad_token_id": 0,
+    }
+    (directory / "config.json").write_text(json.dumps({**small, **entries}))
+    return str(directory)
+
+
+def test_heads_name_the_sizes_that_work(resolved: Resolve, tmp_path: Path) -> None:
+    model = written(
+        tmp_path,
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        hidden_size=768,
+    )
+    found = resolved("Hopper", model, tp_size=12, dcp_size=2)
+    assert "4 key-value heads and 6 attention shards" in found.error
+    assert "--dcp-size 2 with --tp-size 12" in found.error
+    assert "use one of [1, 3, 6, 12]" in found.error
+    for size in (1, 3, 6, 12):
+        assert resolved("Hopper", model, tp_size=12, dcp_size=size).error == ""
+
+
+@pytest.mark.parametrize(
+    ("chunk", "fits"), [(1, False), (127, False), (128, True), (200, True), (-1, True)]
+)
+def test_a_chunk_holds_a_widened_page(resolved: Resolve, chunk: int, fits: bool) -> None:
+    flags = {"page_size": 64, "chunked_prefill_size": chunk}
+    found = resolved("Hopper", "llama", tp_size=4, dcp_size=2, **flags)
+    assert (found.error == "") == fits, found.error
+    if not fits:
+        assert f"--chunked-prefill-size {chunk} is not supported with --dcp-size 2" in found.error
+        assert "Use a larger chunk or a smaller --page-size" in found.error
+    assert resolved("Hopper", "llama", tp_size=4, **flags).error == ""
+
+
+# Rows of the compatibility table, as a user would ask for them.
+
+UPSTREAM = "SGLang refuses it first"
+# Feature: flags, and how the error begins where it is not the row's own.
+FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "prefill chunk shorter than a widened page": ({"chunked_prefill_size": 1}, ""),
+    "attention data parallelism": ({"attn_dp_size": 2}, ""),
+    "prefill context parallelism": ({"attn_cp_size": 2}, ""),
+    "upstream's KV cache sharding": (
+        {"enable_kv_cache_sharding": True, "disaggregation_mode": "prefill"},
+        UPSTREAM,
+    ),
+    "speculative decoding": ({"speculative_algorithm": "NGRAM", "page_size": 1}, ""),
+    "diffusion language models": ({"dllm_algorithm": "LowConfidence"}, UPSTREAM),
+    "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, ""),
+    "hierarchical cache": ({"enable_hierarchical_cache": True}, ""),
+    "LMCache": ({"enable_lmcache": True}, UPSTREAM),
+    "HiSparse": ({"enable_hisparse": True}, ""),
+    "FlexKV": ({"enable_flexkv": True}, ""),
+    "external cache linker": ({"enable_unified_cache_external_linker": True}, ""),
+    "prefix caches of other plugins": ({"radix_cache_backend": "somebodys"}, ""),
+    "streaming sessions": ({"enable_streaming_session": True}, ""),
+    "sessions in the prefix tree": ({"enable_session_radix_cache": True}, ""),
+    "cache canary": ({"kv_canary": "log"}, ""),
+    "FP4 and MXFP8 caches": ({"kv_cache_dtype": "nvfp4"}, ""),
+    "unified memory pool": ({"enable_unified_memory": True}, ""),
+    "LoRA": ({"enable_lora": True}, ""),
+    "bitsandbytes weights of GQA and MHA models": ({"load_format": "bitsandbytes"}, ""),
+    "weights saved in shards, of GQA and MHA models": ({"load_format": "sharded_state"}, ""),
+    "weight cache": ({"weight_cache_mode": "daemon"}, ""),
+    "NCCL symmetric memory": ({"enable_symm_mem": True}, ""),
+    "multi-item scoring": ({"enable_mis": True, "attention_backend": "flashinfer"}, ""),
+    "switching disaggregation roles": ({"enable_pd_role_switch": True}, ""),
+    "two-batch overlap": ({"enable_two_batch_overlap": True}, ""),
+    "prefill-decode multiplexing": ({"enable_pdmux": True}, ""),
+    "torch.compile of the model": ({"enable_torch_compile": True}, ""),
+    "prefill CUDA graphs": ({"cuda_graph_backend_prefill": "breakable"}, ""),
+    "deterministic inference": ({"enable_deterministic_inference": True}, ""),
+    "elastic expert parallelism": ({"elastic_ep_backend": "mooncake"}, ""),
+    "Ray": ({"use_ray": True}, ""),
+}
+# SGLang's words where it refuses the combination itself, and for which family.
+GQA_ALONE = {
+    "bitsandbytes weights of GQA and MHA models",
+    "weights saved in shards, of GQA and MHA models",
+}
+MLA_ALONE = {"unified memory pool", "hierarchical cache"}  # of GQA, SGLang refuses them
+# Rows that are no arguments: what the machine, the environment or the model brings.
+ELSEWHERE = {"other accelerators than CUDA", "head-major cache layout"}
+ASKABLE = {row.feature: row for row in TABLE if row.status == "refused" and row.flag}
+
+
+def test_every_row_with_a_flag_is_asked_for() -> None:
+    assert set(FLAGS) | ELSEWHERE == set(ASKABLE)
+
+
+@pytest.mark.parametrize("feature", FLAGS)
+def test_flag_is_refused(resolved: Resolve, feature: str) -> None:
+    flags, by = FLAGS[feature]
+    row = ASKABLE[feature]
+    layout = {"tp_size": 4, "dcp_size": 2, "page_size": 16}
+    for family in WORKING:
+        error = resolved("Blackwell", family, **{**layout, **flags}).error
+        if feature in GQA_ALONE and family == "deepseek_v2":
+            assert error == ""
+            continue
+        assert error, f"{feature} starts with {family}"
+        if by == UPSTREAM or (feature in MLA_ALONE and family == "llama"):
+            assert "is not supported with --dcp-size 2" not in error
+            continue
+        asked = next(line for line in error.splitlines() if row.flag in line)
+        assert "is not supported with --dcp-size 2: " in asked
+        assert row.why in asked
+        assert asked.endswith(f"{row.instead}.")
+        value = next(iter(flags.values()))
+        assert value is True or f"{row.flag} {value} " in asked
+
+
+@pytest.mark.parametrize("feature", FLAGS)
+def test_flag_is_sglangs_own_affair_without_a_sharded_cache(
+    resolved: Resolve, feature: str
+) -> None:
+    for family in WORKING:
+        flags = {"tp_size": 4, "page_size": 16, **FLAGS[feature][0]}
+        error = resolved("Blackwell", family, **flags).error
+        assert "--dcp-size" not in error
+
+
+SPARSE = {"index_topk": 64, "index_n_heads": 4, "index_head_dim": 32}
+LATENT = {
+    name: FAMILIES["deepseek_v2"].config[name]
+    for name in (
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+}
+WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW}
+WHISPER = {
+    "model_type": "whisper",
+    "d_model": 256,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "is_encoder_decoder": True,
+}
+DEEPSEEK_V32 = {"model_type": "deepseek_v3", **LATENT, **SPARSE}
+MINIMAX_M3 = {
+    "model_type": "minimax_m2",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "scoring_func": "sigmoid",
+    "rope_theta": 1e4,
+}
+DUAL_CHUNK = {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 1024}}
+SPARSE_ROW = "sparse attention (DSA, DeepSeek-V4, MiniMax-M3)"
+# The row that refuses, an architecture, and its configuration.
+MODELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("sliding-window attention", "GptOssForCausalLM", GPT_OSS),
+    ("attention sinks", "GptOssForCausalLM", GPT_OSS),
+    (
+        "chunked local attention",
+        "Llama4ForCausalLM",
+        {"model_type": "llama4_text", "attention_chunk_size": 1024},
+    ),
+    ("encoder-decoder models", "WhisperForConditionalGeneration", WHISPER),
+    ("hybrid linear attention", "FalconH1ForCausalLM", {"model_type": "falcon_h1"}),
+    (SPARSE_ROW, "DeepseekV32ForCausalLM", DEEPSEEK_V32),
+    (SPARSE_ROW, "MiniMaxM3SparseForCausalLM", MINIMAX_M3),
+    ("dual chunk attention", "Qwen2ForCausalLM", DUAL_CHUNK),
+]
+
+
+def test_every_row_of_models_is_asked_for() -> None:
+    rows = {row.feature for row in TABLE if row.status == "refused" and not row.flag}
+    assert {feature for feature, _, _ in MODELS} == rows
+
+
+@pytest.mark.parametrize(("feature", "architecture", "entries"), MODELS)
+def test_model_is_refused(
+    resolved: Resolve, tmp_path: Path, feature: str, architecture: str, entries: dict[str, Any]
+) -> None:
+    row = next(row for row in TABLE if row.feature == feature)
+    model = written(tmp_path, architectures=[architecture], **entries)
+    refused = resolved("Hopper", model, tp_size=4, dcp_size=2).error
+    assert f"{feature} ({architecture}) is not supported with --dcp-size 2: {row.why}" in refused
+    assert row.instead in refused
+    assert "--dcp-size" not in resolved("Hopper", model, tp_size=4).error
+
+
+# Without our flags.
+
+
+def every_field(models: dict[str, str], facts: dict[str, dict[str, Any]]) -> dict[str, str]:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.arg_groups.overrides import resolved_view
+    from sglang.srt.arg_groups.pipeline import record_fields
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
+
+    found = {}
+    for machine, known in facts.items():
+        for family, model in models.items():
+            for tp_size in (1, 4):
+                with mock.patch.dict(os.environ), override_platform(**known):
+                    args = ServerArgs(
+                        model_path=model, device="cuda", tp_size=tp_size, random_seed=1
+                    )
+                    args.resolve_once()
+                    view = resolved_view(args)
+                    found |= {
+                        f"{machine} {family} {tp_size} {field.name}": repr(
+                            getattr(view, field.name)
+                        )
+                        for field in record_fields(ServerArgs)
+                    }
+    return found
+
+
+def test_resolution_is_sglangs_without_our_flags(models: dict[str, str]) -> None:
+    facts = {machine: facts_of(machine) for machine in MACHINES}
+    with Fresh() as fresh:
+        loaded = fresh.value(every_field, models, facts)
+        alone = fresh.value(every_field, models, facts, SGLANG_PLUGINS="none of them")
+    assert loaded == alone
+    assert len(alone) > 12 * 500
+
+
+def hooks_of_a_rank(model: str, port: int) -> tuple[list[str], bool]:
+    """Serve-stage targets hooked in a rank that has built its groups; if triton is SGLang's."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
+    from sglang_helix.series import hooks
+
+    args = ServerArgs(model_path=model)
+    args.resolve_once()
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=port)
+    hooked = [hook.target for hook in hooks("serve") if hook.target in HookRegistry._patched]
+    return hooked, ATTENTION_BACKENDS["triton"].__module__.startswith("sglang.srt.")
+
+
+def test_no_serve_hook_without_our_flags(fresh: Fresh, models: dict[str, str]) -> None:
+    assert fresh.value(hooks_of_a_rank, models["llama"], free_port()) == ([], True)
