@@ -43,14 +43,26 @@ def serve(
     new_tokens: int,
 ) -> list[Report]:
     """Answer batches of prompts, one batch after the other, on `tp` ranks; their reports."""
-    argv = [
+    return processes.ranks(_serve, tp, command_line(model, tp, *flags), batches, new_tokens)
+
+
+def command_line(model: Path, tp: int, *flags: str) -> list[str]:
+    """Arguments of ``sglang.launch_server``, with a free port for the ranks to meet at."""
+    return [
         *("--model-path", str(model), "--tp-size", str(tp)),
         *("--nccl-port", str(free_port()), "--random-seed", "0", *flags),
     ]
-    return processes.ranks(_serve, tp, argv, batches, new_tokens)
 
 
 def _serve(rank: int, argv: list[str], batches: Any, new_tokens: int) -> Report:
+    scheduler = scheduler_of(rank, argv)
+    pool = scheduler.get_init_info()["sglang_helix"]
+    answers = [answer(scheduler, prompts, new_tokens) for prompts in batches]
+    return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
+
+
+def scheduler_of(rank: int, argv: list[str]) -> Any:
+    """In a rank's process: resolve the arguments and build its scheduler."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -64,12 +76,11 @@ def _serve(rank: int, argv: list[str], batches: Any, new_tokens: int) -> Report:
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
     scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
     scheduler.idle_sleeper = None
-    pool = scheduler.get_init_info()["sglang_helix"]
-    answers = [_answer(scheduler, prompts, new_tokens) for prompts in batches]
-    return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
+    return scheduler
 
 
-def _answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+    """Admit the prompts at once and turn the scheduler's loop until it is idle; on every rank."""
     scheduler.process_input_requests(
         [_request(str(number), prompt, new_tokens) for number, prompt in enumerate(prompts)]
     )
