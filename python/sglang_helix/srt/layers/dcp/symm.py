@@ -58,6 +58,14 @@ SEND, RECEIVE = 1, 2  # phases of the kernel; apart only where ranks run one aft
 _NEVER_SENT: tl.constexpr = tl.constexpr(0xFFFFFFFF)
 _NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 _INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.constexpr_function
+def _power_of_2(number):
+    """The next power of two. Where there is no GPU, SGLang replaces Triton's own of that name."""
+    return 1 << (number - 1).bit_length()
+
+
 _POLLS_PER_REPORT: tl.constexpr = tl.constexpr(1 << 12)  # some milliseconds
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # e4m3fn
@@ -197,7 +205,7 @@ class Layout:
     def warps(self, splits: bool) -> int:
         """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
         words = self.head_dim // self.parts if splits else self.row_bytes // 4
-        tile = triton.next_power_of_2(self.ranks) * triton.next_power_of_2(words)
+        tile = _power_of_2(self.ranks) * _power_of_2(words)
         share = _WORDS_PER_THREAD // 2 if splits else _WORDS_PER_THREAD  # sums are held beside it
         return max(1, tile // (32 * share))
 
@@ -435,8 +443,8 @@ def exchange_kernel(
     ranks; batches of these ranks stand one behind the other in all tensors.
     """
     W: tl.constexpr = D * WIRE.primitive_bitwidth // 32
-    NP: tl.constexpr = triton.next_power_of_2(N)
-    WP: tl.constexpr = triton.next_power_of_2(W)
+    NP: tl.constexpr = _power_of_2(N)
+    WP: tl.constexpr = _power_of_2(W)
     DP: tl.constexpr = WP * 32 // WIRE.primitive_bitwidth
     me = rank + tl.program_id(1)
     first_token = tl.program_id(1).to(tl.int64) * tokens
