@@ -1,0 +1,297 @@
+"""Nothing is served unless every hook is in place in every process.
+
+What fails here fails inside a process or a function; test_launcher_refuses.py breaks real servers.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.server import Server
+from sglang_helix import series
+from sglang_helix.hook import HOOK_TYPES, SeriesError
+from sglang_helix.srt.entrypoints.engine import check_reports, launch_scheduler_processes
+from sglang_helix.srt.managers.data_parallel_controller import add_series_reports
+from sglang_helix.srt.managers.scheduler import SERIES_KEY
+from srt.fresh import Fresh
+from srt.test_end_to_end import check, prompt
+
+LAUNCH = [h.target for h in series.hooks("launch") if h.kind in HOOK_TYPES]
+SERVE = [h.target for h in series.hooks("serve") if h.kind in HOOK_TYPES]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("m") / "llama")
+
+
+# SGLang logs what goes wrong with a plugin or a hook, and carries on. The series does not.
+
+
+def hook_that_does_not_take(target: str, model: str, dcp_size: int) -> None:
+    """SGLang fails to apply one hook; then a launcher resolves, and a rank starts."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    apply = HookRegistry._apply_target.__func__
+
+    def failing(cls: Any, applied: str, hooks: Any) -> None:
+        if applied == target:
+            raise AttributeError("renamed by SGLang")
+        apply(cls, applied, hooks)
+
+    HookRegistry._apply_target = classmethod(failing)
+    load_plugins()
+    from sglang.srt.server_args import ServerArgs
+    from sglang_helix import plugin
+
+    ServerArgs(model_path=model, tp_size=2, dcp_size=dcp_size).resolve_once()
+    print("resolved", flush=True)
+    plugin.install_serve_stage()
+
+
+@pytest.mark.parametrize("target", LAUNCH)
+def test_launcher_stops_at_a_launch_hook_that_did_not_take(
+    fresh: Fresh, model: Path, target: str
+) -> None:
+    stopped = fresh.outcome(hook_that_does_not_take, target, str(model), 1)
+    assert stopped.status == 1
+    assert f"SeriesError: SGLang did not apply the hooks on {target}" in stopped.output
+    assert "resolved" not in stopped.output.splitlines()
+
+
+@pytest.mark.parametrize("target", SERVE[:: max(1, len(SERVE) // 4)])
+def test_rank_stops_at_a_serve_hook_that_did_not_take(
+    fresh: Fresh, model: Path, target: str
+) -> None:
+    stopped = fresh.outcome(hook_that_does_not_take, target, str(model), 2)
+    assert stopped.status == 1
+    assert "resolved" in stopped.output.splitlines()
+    assert "sglang-helix: the serve stage of the series failed: SGLang did not apply the " in (
+        stopped.output
+    )
+    assert target in stopped.output
+
+
+def module_that_does_not_import(name: str) -> None:
+    sys.modules[name] = None  # type: ignore[assignment]
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    print("loaded", flush=True)
+    from sglang_helix import plugin
+
+    plugin.install_serve_stage()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("sglang_helix.series", "launch"),
+        ("sglang_helix.srt.entrypoints.engine", "launch"),
+        ("sglang_helix.srt.layers.linear", "serve"),
+        ("sglang_helix.srt.model_executor.model_runner", "serve"),
+    ],
+)
+def test_process_stops_where_something_does_not_import(fresh: Fresh, name: str, stage: str) -> None:
+    stopped = fresh.outcome(module_that_does_not_import, name)
+    assert stopped.status == 1
+    assert f"sglang-helix: the {stage} stage of the series failed: " in stopped.output
+    assert ("loaded" in stopped.output.splitlines()) == (stage == "serve")
+
+
+def target_of_another_plugin(target: str) -> None:
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookType.AROUND)
+    load_plugins()
+    from sglang_helix import plugin
+
+    plugin.install_serve_stage()
+
+
+def test_rank_stops_where_another_plugin_came_first(fresh: Fresh) -> None:
+    """SGLang patches a target once: the series' hook would be ignored without a word."""
+    target = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
+    stopped = fresh.outcome(target_of_another_plugin, target)
+    assert stopped.status == 1
+    assert f"another plugin has hooked {target}" in stopped.output
+    assert "SGLANG_PLUGINS" in stopped.output
+
+
+def test_launch_targets_may_be_shared(fresh: Fresh) -> None:
+    """Before the first apply SGLang chains the hooks of several plugins."""
+    target = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
+    assert fresh.outcome(target_of_another_plugin, target).status == 0
+
+
+# Every rank reports what it runs, and the launcher compares.
+
+
+@pytest.fixture
+def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The launcher's layout."""
+    layout = SimpleNamespace(
+        tp_size=4, attn_dcp_size=2, dcp_comm_backend="a2a", dcp_replicate_q_proj=False
+    )
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: layout)
+    return layout
+
+
+def report(**different: Any) -> dict[str, Any]:
+    from sglang_helix.srt.managers.scheduler import series_of
+
+    stages = frozenset({"launch", "serve"})
+    return {SERIES_KEY: {"series": {**series_of(stages), **different}, "kv_tokens": 1}}
+
+
+@pytest.mark.usefixtures("parallel")
+def test_equal_reports_pass() -> None:
+    check_reports([report()] * 4)
+
+
+@pytest.mark.usefixtures("parallel")
+@pytest.mark.parametrize(
+    "different",
+    [
+        {"version": "0.0.1"},
+        {"stages": ["launch"]},
+        {"stages": []},
+        {"tp_size": 8},
+        {"dcp_size": 4},
+        {"dcp_size": 1, "stages": ["launch"]},
+        {"dcp_comm_backend": "ag_rs"},
+        {"dcp_replicate_q_proj": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_with_another_report_is_named(rank: int, different: dict[str, Any]) -> None:
+    infos = [report() for _ in range(4)]
+    infos[rank] = report(**different)
+    with pytest.raises(SeriesError) as refused:
+        check_reports(infos)
+    message = str(refused.value)
+    assert message.startswith(f"scheduler process {rank} runs ")
+    assert all(f"{name!r}: {value!r}" in message for name, value in different.items())
+
+
+@pytest.mark.usefixtures("parallel")
+@pytest.mark.parametrize("info", [{}, {"status": "ready"}, {SERIES_KEY: {}}])
+def test_a_rank_without_the_series_is_named(info: dict[str, Any]) -> None:
+    with pytest.raises(SeriesError, match="scheduler process 1 runs without sglang-helix"):
+        check_reports([report(), info])
+
+
+def test_a_whole_cache_needs_the_launch_stage_alone(parallel: SimpleNamespace) -> None:
+    parallel.attn_dcp_size = 1
+    check_reports([report(stages=["launch"])] * 4)
+    with pytest.raises(SeriesError):
+        check_reports([report(stages=["launch"]), {}])
+
+
+@pytest.mark.usefixtures("parallel")
+def test_reports_of_replicas_come_through_their_controller() -> None:
+    """The launcher hears from the data-parallel controller only."""
+
+    def controller(*infos: dict[str, Any]) -> list[dict[str, Any]]:
+        result: dict[str, Any] = {"status": "ready"}
+        add_series_reports(result, SimpleNamespace(_scheduler_init_infos=list(infos)))
+        return [result]
+
+    check_reports(controller(report(), report(), report()))
+    with pytest.raises(SeriesError, match="scheduler process 2 runs without sglang-helix"):
+        check_reports(controller(report(), report(), {}))
+    with pytest.raises(SeriesError, match=r"scheduler process 1 runs .*'dcp_size': 4"):
+        check_reports(controller(report(), report(dcp_size=4)))
+
+
+@pytest.mark.usefixtures("parallel")
+def test_launcher_waits_for_the_reports() -> None:
+    waited: list[str] = []
+    result = SimpleNamespace(scheduler_infos=[], wait_for_ready=lambda: waited.append("upstream"))
+
+    def launch(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        assert (args, kwargs) == (("args",), {"placement_group": None})
+        return result, ["process"]
+
+    launched, processes = launch_scheduler_processes(launch, "args", placement_group=None)
+    assert (launched, processes, waited) == (result, ["process"], [])
+    result.scheduler_infos += [report(), {}]
+    with pytest.raises(SeriesError, match="scheduler process 1"):
+        launched.wait_for_ready()
+    assert waited == ["upstream"]
+
+
+# The backend that a rank ends up with.
+
+
+def backends_that_pass(model: str) -> dict[str, str]:
+    """What `check_backend` says of each kind of backend, for GQA and for MLA."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang_helix.srt.layers.attention import torch_native_backend, triton_backend
+    from sglang_helix.srt.layers.attention.attention_registry import check_backend
+
+    class Foreign(TorchNativeAttnBackend):
+        """Registered by another plugin under the adapter's name, after the series."""
+
+    def made(kind: type, **parts: Any) -> Any:
+        backend = object.__new__(kind)
+        backend.__dict__.update(parts)
+        return backend
+
+    ours = made(torch_native_backend.ShardedTorchReferenceAttnBackend)
+    both = {"prefill_backend": ours, "decode_backend": ours}
+    candidates = {
+        "adapter": ours,
+        "triton adapter": made(triton_backend.ShardedTritonAttnBackend),
+        "whole": made(torch_native_backend.TorchReferenceAttnBackend),
+        "upstream": made(TorchNativeAttnBackend),
+        "foreign": made(Foreign),
+        "halves": made(HybridAttnBackend, **both),
+        "foreign prefill": made(HybridAttnBackend, **{**both, "prefill_backend": made(Foreign)}),
+        "foreign decode": made(HybridAttnBackend, **{**both, "decode_backend": made(Foreign)}),
+    }
+    said = {}
+    for mla in (False, True):
+        for name, backend in candidates.items():
+            try:
+                check_backend(backend, mla=mla)
+                said[f"{'MLA' if mla else 'GQA'} {name}"] = ""
+            except SeriesError as refused:
+                said[f"{'MLA' if mla else 'GQA'} {name}"] = str(refused)
+    return said
+
+
+def test_backend_that_is_no_adapter_is_refused(fresh: Fresh, model: Path) -> None:
+    said = fresh.value(backends_that_pass, str(model))
+    passed = {name for name, refusal in said.items() if not refusal}
+    adapters = {"adapter", "triton adapter", "halves"}
+    assert passed == (
+        {f"GQA {name}" for name in adapters} | {f"MLA {name}" for name in (*adapters, "upstream")}
+    )
+    for name, refusal in said.items():
+        if "foreign" in name:
+            assert "Foreign does not serve a sharded cache: something replaced" in refusal
+
+
+# With data-parallel replicas everything is in place too, and nothing is refused for nothing.
+
+
+@pytest.mark.server
+def test_replicas_serve(tmp_path: Path) -> None:
+    """Two replicas of two ranks, without a prefix cache: chunks end between pages of a group."""
+    checkpoint = make_checkpoint("deepseek_v2", tmp_path / "deepseek_v2")
+    layout = ("--tp", "2", "--dcp-size", "2", "--dcp-comm-backend", "a2a", "--dp-size", "2")
+    flags = ("--disable-radix-cache", "--chunked-prefill-size", "31", "--page-size", "1")
+    with Server(checkpoint, *layout, *flags) as server:
+        reports = server.server_info()[SERIES_KEY]
+        assert [one["series"]["stages"] for one in reports] == [["launch", "serve"]] * 4
+        prompts = [prompt(length, seed=7) for length in (1, 2, 33, 70)]
+        for tokens, answer in zip(prompts, server.generate_batch(prompts, 5), strict=True):
+            check(checkpoint, tokens, answer, 5)
