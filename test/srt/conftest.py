@@ -16,5 +16,5 @@ def fresh() -> Iterator[Fresh]:
 @pytest.fixture(scope="session")
 def ready() -> Iterator[Fresh]:
     """Processes that have installed the series already, to be ranks of a sharded cache."""
-    with Fresh("cpu_reference", timeout=120, preload=("srt.models.preload",)) as process:
+    with Fresh("cpu_reference", timeout=120, preload=("srt.models.series_installed",)) as process:
         yield process

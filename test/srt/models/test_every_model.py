@@ -134,7 +134,7 @@ def scan() -> dict[str, str]:
     classes = {
         f"{path.relative_to(root).with_suffix('').as_posix()}.{node.name}": node
         for path in sorted(root.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
     }
     verdicts = {

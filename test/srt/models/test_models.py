@@ -5,6 +5,7 @@ cache, and a prompt that continues a cached one. Every rank must give the oracle
 log-probabilities, and a rank's pool must hold as much as the layout says.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,15 @@ def small(checkpoint: Any, kv_heads: int | None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(fresh: Fresh, checkpoint: Any) -> Any:
+def plain(checkpoint: Any) -> Iterator[Any]:
     """Plain TP of so many ranks and key-value heads: the ranks' pools."""
+    with Fresh("cpu_reference", preload=("srt.models.plugins_loaded",)) as processes:
 
-    @cache
-    def pools(tp: int, kv_heads: int | None) -> list[Report]:
-        return serve(fresh, small(checkpoint, kv_heads), tp, SIZES, (), 0)
+        @cache
+        def pools(tp: int, kv_heads: int | None) -> list[Report]:
+            return serve(processes, small(checkpoint, kv_heads), tp, SIZES, (), 0)
 
-    return pools
+        yield pools
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
