@@ -1,6 +1,8 @@
 """``--attn-tp-size`` on every way to start a server, and what is said when it cannot be right."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,19 @@ def test_queries_are_replicated_with_every_exchange(
     flags = ("--dcp-size", "2", "--dcp-replicate-q-proj", "--dcp-comm-backend", backend)
     found = fresh.value(command_line, "--model-path", checkpoints["llama"], "--tp", "4", *flags)
     assert (found["dcp_replicate_q_proj"], found["dcp_comm_backend"]) == (True, backend)
+
+
+SHOWN = "--attention-tensor-parallel-size A, --attn-tp-size A"
+
+
+def test_help_of_sglang_serve() -> None:
+    # Forked processes have torch imported already, so this one must start from nothing.
+    command = [Path(sys.executable).with_name("sglang"), "serve", "--help"]
+    assert SHOWN in subprocess.check_output(command, text=True, timeout=300)
+
+
+def test_help_of_launch_server(fresh: Fresh) -> None:
+    assert SHOWN in fresh.outcome(command_line, "--help").output
 
 
 def test_same_as_tp_is_plain_tp(fresh: Fresh, checkpoints: dict[str, str]) -> None:
