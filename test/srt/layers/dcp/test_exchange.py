@@ -1,19 +1,22 @@
 """Every exchange against float64, on several ranks and SGLang's own group objects."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.distributed.all_to_all import group_all_to_all_single
+from sglang_helix.srt.layers.dcp import comm
 from sglang_helix.srt.layers.dcp.comm import (
     cp_lse_ag_out_rs_mha,
     cp_lse_ag_out_rs_mla,
     dcp_a2a_lse_reduce,
 )
-from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
+from sglang_helix.srt.layers.dcp.exchange import a2a, ag_rs
 from srt.distributed.ranks import collective_backend, run_ranks
 
+COLLECTIVES = {"a2a": a2a, "ag_rs": ag_rs}  # symm: test_symm_exchange.py
 POISONS = {"nan": float("nan"), "+inf": float("inf"), "-inf": -float("inf")}
 
 
@@ -42,6 +45,7 @@ def exact(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def install() -> None:
     """What the platform and the series hook in a server; the ranks of a test have no plugins."""
     parallel_state.GroupCoordinator.all_to_all_single = group_all_to_all_single
+    comm.get_parallel = lambda: SimpleNamespace(dcp_comm_backend="ag_rs")
     if not torch.cuda.is_available():
         from sglang_cpu_reference.plugin import collectives_on_cpu_tensors
 
@@ -57,9 +61,9 @@ def exchange_on_rank(rank: int, world_size: int, shapes: list[tuple[int, int, in
         own = slice(rank * shape[1] // world_size, (rank + 1) * shape[1] // world_size)
         want_out, want_lse = (full[:, own] for full in exact(outs, lses))
         out, lse = outs[rank].to(group.device), lses[rank].to(group.device)
-        results = {name: run(out.clone(), lse.clone(), group) for name, run in EXCHANGES.items()}
+        results = {name: run(out.clone(), lse.clone(), group) for name, run in COLLECTIVES.items()}
         lse2 = lse / torch.log(torch.tensor(2.0))
-        for name, run in EXCHANGES.items():
+        for name, run in COLLECTIVES.items():
             two, total = run(out.clone(), lse2.clone(), group, base2=True)
             results[f"{name} base 2"] = two, total * torch.log(torch.tensor(2.0))
         results["mha"] = cp_lse_ag_out_rs_mha(out.clone(), lse.clone(), group, return_lse=True)

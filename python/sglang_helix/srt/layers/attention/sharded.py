@@ -25,16 +25,15 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
+from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.ownership import KVShard
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-Partial = tuple[Tensor, Tensor]
 
 
 class ShardedAttention(AttentionBackend):
@@ -52,7 +51,8 @@ class ShardedAttention(AttentionBackend):
         self.pool_page_size: int = model_runner.page_size
         self.mla: bool = model_runner.use_mla_backend
         # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
-        self.exchange = None if self.mla else EXCHANGES[parallel.dcp_comm_backend]
+        self.comm_backend: str = parallel.dcp_comm_backend
+        self.exchange = None if self.mla else EXCHANGES[self.comm_backend]
         # H: the query heads of the whole KVP group.
         self.heads: int = (
             model_runner.model_config.get_max_num_attention_heads()
@@ -65,8 +65,11 @@ class ShardedAttention(AttentionBackend):
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
-        """One query per request, q [T, H, Dk], over this rank's cached tokens."""
+    ) -> Partial | Splits:
+        """One query per request, q [T, H, Dk], over this rank's cached tokens.
+
+        A backend that decodes in splits may leave their reduction to what comes next.
+        """
         raise NotImplementedError
 
     def partial_current(
@@ -117,11 +120,16 @@ class ShardedAttention(AttentionBackend):
         if q_rope is not None:
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
-            return self.partial_decode(_joined(q, q_rope, layer), layer, forward_batch)
+            partial = self.partial_decode(_joined(q, q_rope, layer), layer, forward_batch)
+            return partial.merged(q.dtype) if isinstance(partial, Splits) else partial
         if save_kv_cache:
             self._store(layer, forward_batch, k, v)
-        out, lse = self.partial_decode(self._group_heads(q, layer), layer, forward_batch)
-        return self._own_heads(out, lse)[0].flatten(1).to(q.dtype)
+        partial = self.partial_decode(self._group_heads(q, layer), layer, forward_batch)
+        if isinstance(partial, Splits):
+            out, _ = exchange_splits(self.comm_backend, partial, q.dtype, self.kvp_group)
+        else:
+            out, _ = self._own_heads(*partial)
+        return out.flatten(1).to(q.dtype)
 
     def forward_extend(
         self,

@@ -3,8 +3,8 @@
 Upstream already builds each rank's index lists, for eager batches and for captured graphs. Of its
 kernels the adapter calls the first decode stage, which leaves one partial result per split of the
 sequence, and the extend kernel with its LSE output. The splits are partial attentions like those
-of other ranks, so the project's own combine replaces upstream's second stage and its separate LSE
-reduction.
+of other ranks, so the project's own combine, or the exchange itself, replaces upstream's second
+stage and its separate LSE reduction.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.kernels.ops.attention.decode_attention import (
+    _MIN_BLOCK_KV,
     _decode_att_m_fwd,
     _decode_grouped_att_m_fwd,
 )
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.sharded import Partial, ShardedAttention
-from sglang_helix.srt.layers.dcp.lse_combine import combine
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -62,7 +63,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
+    ) -> Splits:
         """See `ShardedAttention.partial_decode`."""
         metadata = self.forward_metadata
         keys, values = self._buffers(layer)
@@ -87,10 +88,9 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             logit_capping_mod(layer.logit_capping_method, layer.logit_cap),
             xai_temperature_len=layer.xai_temperature_len,
         )
-        out, total = combine(
-            logits.permute(2, 0, 1, 3), lse.permute(2, 0, 1), out_dtype=q.dtype, return_lse=True
+        return Splits(
+            logits, lse, metadata.kv_indptr, metadata.num_kv_splits, _MIN_BLOCK_KV, v_scale
         )
-        return (out if v_scale == 1.0 else out * v_scale), total
 
     def partial_current(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.runtime_context import get_parallel
 
-from sglang_helix.srt.layers.dcp.exchange import Group, a2a, ag_rs
+from sglang_helix.srt.layers.dcp.exchange import Group, a2a, ag_rs, symm
 
 # Attention backends whose LSE is a natural logarithm; the others of SGLang speak base 2.
 _NATURAL_LSE = frozenset(
@@ -63,6 +64,14 @@ def cp_lse_ag_out_rs_mla(
     ctx: Any = None,
     is_lse_base_on_e: bool = False,
 ) -> torch.Tensor:
-    """Out [B, H, D] and lse [B, H] -> this rank's heads, heads first: [H/K, B, D]."""
-    out, _ = ag_rs(cp_attn_out, cp_attn_lse, cp_group, base2=not is_lse_base_on_e)
+    """Out [B, H, D] and lse [B, H] -> this rank's heads, heads first: [H/K, B, D].
+
+    The model calls this for every backend that it does not know by name, so for `symm` too, whose
+    kernel writes the heads first: what the value up-projection reads.
+    """
+    base2 = not is_lse_base_on_e
+    if get_parallel().dcp_comm_backend == "symm":
+        out, _ = symm(cp_attn_out, cp_attn_lse, cp_group, base2=base2, head_major=True)
+    else:
+        out, _ = ag_rs(cp_attn_out, cp_attn_lse, cp_group, base2=base2)
     return out.transpose(0, 1)

@@ -12,11 +12,18 @@ in its out is never used.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, rescale, unpack
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+
+if TYPE_CHECKING:
+    from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
+
+logger = logging.getLogger(__name__)
 
 # GroupCoordinator of the KVP group; SGLang is untyped.
 Group = Any
@@ -27,13 +34,11 @@ class Exchange(Protocol):
 
     def __call__(
         self, out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Partial:
         """(out [B, H, D], lse [B, H]) -> (out [B, H/K, D] in out's dtype, lse [B, H/K])."""
 
 
-def a2a(
-    out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def a2a(out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False) -> Partial:
     """One all-to-all of packed rows (output and LSE together), then a local combine."""
     send = pack(out, lse, group.world_size)
     received = torch.empty_like(send)
@@ -42,9 +47,7 @@ def a2a(
     return combine(partials, lses, base2=base2, return_lse=True)
 
 
-def ag_rs(
-    out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def ag_rs(out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False) -> Partial:
     """All-gather of the LSEs, then a reduce-scatter of the rescaled outputs in fp32."""
     lses = lse.new_empty(group.world_size, *lse.shape)
     group.all_gather_into_tensor(lses, lse[None].contiguous())
@@ -56,4 +59,119 @@ def ag_rs(
     return reduced.transpose(0, 1).to(out.dtype), total[:, first : first + heads]
 
 
-EXCHANGES: dict[str, Exchange] = {"a2a": a2a, "ag_rs": ag_rs}
+def symm(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    group: Group,
+    *,
+    base2: bool = False,
+    head_major: bool = False,
+) -> Partial:
+    """One kernel over symmetric memory, for what `prepare_symm` has prepared; else `a2a`.
+
+    Batch size and dtype decide, which are the same on every rank. `head_major`: lay the result out
+    as [H/K, B, D] where the kernel writes it; the tensor returned is [B, H/K, D] all the same.
+    """
+    kernel = _prepared_for(group, len(out), out.shape[1], out.shape[2], out.dtype)
+    if kernel is None:
+        return a2a(out, lse, group, base2=base2)
+    reduced = kernel.reduce(
+        out, lse, base2=base2, head_major=head_major, return_lse=True, layer=_layer
+    )
+    assert reduced.lse is not None
+    return reduced.out, reduced.lse
+
+
+EXCHANGES: dict[str, Exchange] = {"a2a": a2a, "ag_rs": ag_rs, "symm": symm}
+
+
+def exchange_splits(backend: str, splits: Splits, dtype: torch.dtype, group: Group) -> Partial:
+    """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
+
+    `symm` reduces the splits where it sends them; for the others they are merged first.
+    """
+    B, H, _, D = splits.out.shape
+    if backend == "symm" and (kernel := _prepared_for(group, B, H, D, dtype)):
+        reduced = kernel.reduce_splits(splits, return_lse=True, layer=_layer)
+        assert reduced.lse is not None
+        return reduced.out, reduced.lse
+    return EXCHANGES[backend](*splits.merged(dtype), group)
+
+
+# What `symm` needs before its first call.
+
+_prepared: dict[str, dict[tuple[int, int, torch.dtype], SymmExchange]] = {}
+_layer = 0  # of the attention call that is under way
+
+
+def prepare_symm(
+    group: Group,
+    *,
+    max_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    timeout: float,
+) -> SymmExchange:
+    """Allocate what `symm` exchanges batches of one shape and dtype through, for one stream.
+
+    Collective over the group: every rank calls it at the same point, before any graph is captured.
+    Batches above max_tokens, and above `symm.largest_batch`, go to `a2a`. A second call for the
+    same shape and dtype returns what the first one made, since captured graphs point to it.
+
+    Args:
+        group: GroupCoordinator of the KVP group, on CUDA.
+        max_tokens: the largest batch.
+        num_heads: H, query heads of the whole group.
+        head_dim: D of the output.
+        dtype: of the partial outputs.
+        timeout: seconds after which an exchange counts as stuck and ends the process.
+
+    Raises:
+        RuntimeError: there is no peer access inside the group; raised on every rank.
+        ValueError: rows of head_dim elements are not whole 16-byte vectors.
+    """
+    from sglang_helix.srt.layers.dcp.symm import largest_batch
+    from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
+
+    shapes = _prepared.setdefault(group.unique_name, {})
+    shape = num_heads, head_dim, dtype
+    if shape not in shapes:
+        most = largest_batch(group.world_size, num_heads, head_dim, dtype)
+        kernel = SymmExchange(
+            group.cpu_group,
+            min(max_tokens, most),
+            num_heads,
+            head_dim,
+            dtype,
+            group.device,
+            timeout=timeout,
+        )
+        logger.info(
+            "symm: batches of up to %d tokens of %d heads of %d elements (%s), in %.1f MiB of each "
+            "rank; larger ones and other dtypes go to a2a",
+            kernel.max_tokens,
+            *shape,
+            kernel.layout.nbytes / 2**20,
+        )
+        shapes[shape] = kernel
+    return shapes[shape]
+
+
+def note_layer(module: Any, args: Any) -> None:
+    """Forward pre-hook of attention modules: the layer that a stuck exchange is reported with.
+
+    Exchanges are called from models and attention backends, not all of which know their layer.
+    """
+    global _layer
+    _layer = module.layer_id
+
+
+def _prepared_for(
+    group: Group, tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype
+) -> SymmExchange | None:
+    """What exchanges such a batch; None where it goes to `a2a`."""
+    if group.unique_name not in _prepared:
+        raise RuntimeError(f"no symm exchange was prepared for the group {group.unique_name}")
+    kernel = _prepared[group.unique_name].get((num_heads, head_dim, dtype))
+    return kernel if kernel is not None and tokens <= kernel.max_tokens else None

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
+from sglang_helix.srt.layers.dcp.partial import Splits
 from sglang_helix.srt.layers.dcp.symm import (
     Layout,
     Reduced,
-    Splits,
     Workspace,
     exchange,
     plan,

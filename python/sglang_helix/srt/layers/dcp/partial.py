@@ -1,0 +1,48 @@
+"""Partial attention, in the two forms that seam 3 hands to seam 4.
+
+`Partial` is what every exchange takes. `Splits` is one step earlier: decoding that cuts a rank's
+tokens into splits leaves one partial result for each, and an exchange that can reduce them on the
+way saves the launch and the memory traffic in between.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_helix.srt.layers.dcp.lse_combine import combine
+
+# out [B, H, D], and its LSE [B, H] in fp32.
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+class Splits(NamedTuple):
+    """What split-KV decoding leaves before its own reduction (SGLang's Triton backend).
+
+    Sequence b has indptr[b+1] - indptr[b] tokens, dealt in order to counts[b] splits of equal
+    length rounded up to whole blocks; splits that begin behind the end were never written.
+    """
+
+    out: torch.Tensor
+    """[B, H, S, D] fp32: softmax-normalised output of each split."""
+    lse: torch.Tensor
+    """[B, H, S] fp32, natural logarithm."""
+    indptr: torch.Tensor
+    """[B+1] integer, prefix sums of local lengths."""
+    counts: torch.Tensor
+    """[B] integer, splits per sequence, at most S."""
+    block: int
+    """Tokens of a block (upstream's _MIN_BLOCK_KV)."""
+    v_scale: float = 1.0
+    """Dequantisation scale of the values."""
+
+    def merged(self, dtype: torch.dtype) -> Partial:
+        """Out [B, H, D] in dtype and lse [B, H]; unwritten splits must have an LSE of -inf."""
+        out, lse = combine(
+            self.out.permute(2, 0, 1, 3),
+            self.lse.permute(2, 0, 1),
+            out_dtype=dtype,
+            return_lse=True,
+        )
+        return (out if self.v_scale == 1.0 else out * self.v_scale), lse
