@@ -52,24 +52,39 @@ def sets_to_rotate(device: torch.device, bytes_per_call: int) -> int:
 class Rotation:
     """One candidate's calls, one per set of buffers, ready to be run as a whole.
 
+    Args:
+        calls: at least one.
+        device: of the buffers; on a CPU nothing is captured.
+        capture: whether a run is one replay of a CUDA graph, or the calls one by one.
+        stream: to capture on; None: one of torch's.
+
     Attributes:
         outputs: what the calls return; every run writes there anew.
     """
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        device: torch.device,
+        *,
+        capture: bool = True,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self.device = device
         self.calls = calls
+        self.graph: torch.cuda.CUDAGraph | None = None
         calls[0]()  # compiles
-        if device.type != "cuda":
+        if device.type != "cuda" or not capture:
             self.outputs = [call() for call in calls]
             return
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             self.outputs = [call() for call in calls]
+        self.graph = graph
 
     def run(self) -> None:
-        if self.device.type == "cuda":
+        if self.graph:
             self.graph.replay()
         else:
             self.outputs = [call() for call in self.calls]
@@ -93,7 +108,7 @@ class Rotation:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
             events[0].record()
             for event in events[1:]:
-                self.graph.replay()
+                self.run()
                 event.record()
             torch.cuda.synchronize()
             spans = [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]

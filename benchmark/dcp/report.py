@@ -95,10 +95,11 @@ def _at(size: tuple[str, int, int]) -> str:
     return f"[{size[0]}, N {size[1]}, B {size[2]}]"
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
+def write_csv(rows: Iterable[Any], path: Path, kind: type = Row) -> None:
+    """Rows of a dataclass of numbers and strings; an absent figure is an empty cell."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(kind)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             values = asdict(row)
@@ -107,36 +108,54 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
             )
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path, kind: type = Row) -> list[Any]:
     parse: dict[str, Any] = {"int": int, "float": float, "str": str}
     rows = []
     with path.open(newline="") as file:
         for record in csv.DictReader(file):
             values: dict[str, Any] = {}
-            for f in fields(Row):
-                text, kind = record[f.name], str(f.type)
-                optional = kind.endswith(" | None") and text == ""
-                values[f.name] = None if optional else parse[kind.removesuffix(" | None")](text)
-            rows.append(Row(**values))
+            for f in fields(kind):
+                text, name = record[f.name], str(f.type)
+                optional = name.endswith(" | None") and text == ""
+                values[f.name] = None if optional else parse[name.removesuffix(" | None")](text)
+            rows.append(kind(**values))
     return rows
+
+
+def pyplot() -> Any:
+    """matplotlib's, drawing to files; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return f"plot: {path}"
+
+
+def no_plot(command: str, path: Path) -> str:
+    return f"no plot: matplotlib is not installed; later: {command} --from-csv CSV --plot {path}"
 
 
 def plot(rows: Sequence[Row], path: Path, ranks: int) -> str:
     """Latency against batch, and share of the copy's bandwidth; returns what was done."""
-    try:
-        import matplotlib
-    except ImportError:
-        return f"no plot: matplotlib is not installed; later: kernels --from-csv CSV --plot {path}"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plots = pyplot()
+    if plots is None:
+        return no_plot("kernels", path)
     rows = [row for row in rows if row.ranks == ranks]
     panels = list(dict.fromkeys((row.op, row.shape) for row in rows))
-    figure, axes = pyplot.subplots(
+    figure, axes = plots.subplots(
         len(panels), 2, figsize=(12, 3.4 * len(panels)), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys(row.name for row in rows))
-    colours = pyplot.get_cmap("tab10")
+    colours = plots.get_cmap("tab10")
     for (op, shape), (latency, share) in zip(panels, axes, strict=True):
         for name in names:
             line = sorted(
@@ -173,7 +192,4 @@ def plot(rows: Sequence[Row], path: Path, ranks: int) -> str:
             axis.grid(alpha=0.3)
         latency.legend(fontsize=7)
     figure.suptitle(f"{rows[0].device}, {rows[0].software}; solid: ours, dashed: peers")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return f"plot: {path}"
+    return save(figure, path)

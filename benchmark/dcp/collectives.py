@@ -1,0 +1,535 @@
+"""The exchange between ranks: ours beside SGLang's, through SGLang's own process groups.
+
+    python -m benchmark.dcp collectives                              all GPUs of this machine
+    python -m benchmark.dcp collectives --device cpu --batch 1 2     gloo, anywhere
+
+Each rank is a process with SGLang's distributed environment. N ranks hold partial outputs
+[B, H, D] of the same H heads, each with its LSE [B, H]; a candidate leaves every rank the
+combination of its own H/N heads. `helix` candidates are what --dcp-comm-backend selects; `sglang`
+ones are upstream's functions of the same purpose on a group of upstream's own.
+
+Each output is poisoned and checked against float64 before it is timed. On GPUs a sample is the
+replay of a CUDA graph where capture works, else the calls one by one. A sample counts for as long
+as the slowest rank took. Inputs lie in the cache, as attention leaves them there.
+
+With fewer GPUs than ranks, ranks share GPUs, and without GPUs they exchange over gloo: what is
+exchanged is the same, its speed says nothing, and every line is marked "function only".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from benchmark.dcp import measure, report
+from benchmark.dcp.kernels import BOUND, DTYPE, SHAPES, device_name, relative_error, software
+
+SETS = 4  # of buffers; few, so that they stay in the cache
+MARK = "function only"
+# Ranks that share a GPU: NCCL lets them from this version on, with a few blocks each, or they
+# fill it and wait for each other.
+SHARING_NCCL = (2, 30)
+SHARING_ENV = {
+    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+    "NCCL_MAX_CTAS": "4",
+    "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+}
+
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate at one size."""
+
+    shape: str
+    heads: int
+    head_dim: int
+    ranks: int
+    batch: int
+    name: str
+    mode: str
+    """graph or eager: how a sample was run."""
+    p10_us: float
+    median_us: float
+    p90_us: float
+    link_bytes: int
+    """That a rank must send to the others: the other ranks' heads and their LSEs."""
+    error: float
+    """Relative to float64, of the worst rank: the norm of the difference over the norm."""
+    mark: str
+    device: str
+    software: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    shape: str
+    heads: int
+    head_dim: int
+    ranks: int
+    batch: int
+
+    @property
+    def owned(self) -> int:
+        """Heads that a rank ends with: h."""
+        return self.heads // self.ranks
+
+    @property
+    def link_bytes(self) -> int:
+        per_head = self.head_dim * DTYPE.itemsize + torch.float32.itemsize
+        return (self.ranks - 1) * self.batch * self.owned * per_head
+
+
+class Candidate(NamedTuple):
+    name: str
+    group: Any
+    """The GroupCoordinator it goes over: its capture context makes it capturable."""
+    run: Run
+    """(out [B, H, D], lse [B, H]) -> [B, H/N, D]"""
+    takes: torch.dtype = DTYPE
+    """What it asks attention for."""
+
+
+# --- in each rank -------------------------------------------------------------------------------
+
+
+class Bench:
+    """One rank: its groups, and what to measure on them."""
+
+    def __init__(self, rank: int, options: argparse.Namespace, ranks: int, folder: str) -> None:
+        from sglang.srt.distributed import parallel_state
+
+        torch.set_num_threads(1)
+        self.rank, self.ranks, self.options = rank, ranks, options
+        self.said: set[str] = set()
+        nccl = options.device == "cuda"
+        local_rank = rank % torch.cuda.device_count() if nccl else rank
+        backend = "nccl" if nccl else "gloo"
+        if nccl:
+            torch.cuda.set_device(local_rank)
+        else:
+            from sglang_cpu_reference.plugin import collectives_on_cpu_tensors
+
+            collectives_on_cpu_tensors()
+        self.device = torch.device("cuda", local_rank) if nccl else torch.device("cpu")
+        parallel_state.init_distributed_environment(
+            world_size=ranks,
+            rank=rank,
+            distributed_init_method=f"file://{folder}/store",
+            local_rank=local_rank,
+            backend=backend,
+            timeout=options.timeout,
+        )
+        build = partial(
+            parallel_state.init_model_parallel_group,
+            [list(range(ranks))],
+            local_rank,
+            backend,
+            use_pynccl=nccl,
+            use_custom_allreduce=False,
+        )
+        self.ours = with_our_all_to_all(build(group_name="dcp"))
+        self.peers = build(group_name="dcp_sglang")
+
+    def say(self, what: str) -> None:
+        if self.rank == 0:
+            print(what, flush=True)
+
+    def not_measured(self, candidate: str, reason: str) -> None:
+        """Say so once, whatever the number of sizes."""
+        line = f"not measured: {candidate} ({reason})"
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
+
+    def of_all_ranks(self, value: Any) -> list[Any]:
+        """Each rank's value, in rank order; over gloo, so a device that hangs is not asked."""
+        values = [None] * self.ranks
+        torch.distributed.all_gather_object(values, value, group=self.ours.cpu_group)
+        return values
+
+    def run(self) -> list[Row]:
+        rows = []
+        for shape in self.options.shape:
+            heads, head_dim = SHAPES[shape]
+            with self.candidates(shape, heads, head_dim) as candidates:
+                for batch in self.options.batch:
+                    started = time.monotonic()
+                    problem = Problem(shape, heads, head_dim, self.ranks, batch)
+                    found = self.measure(problem, candidates)
+                    for row in found:
+                        self.say(table_line(row))
+                    rows += found
+                    if self.rank == 0:
+                        spent = time.monotonic() - started
+                        print(f"{shape} N={self.ranks} B={batch}: {spent:.1f} s", file=sys.stderr)
+        return rows
+
+    @contextlib.contextmanager
+    def candidates(self, shape: str, heads: int, head_dim: int) -> Iterator[list[Candidate]]:
+        from sglang_helix.srt.layers.dcp.exchange import a2a, ag_rs
+
+        def helix(exchange: Any, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+            return exchange(x, lse, self.ours)[0]
+
+        ours = {"a2a": a2a, "ag_rs": ag_rs}
+        with self.symm(heads, head_dim) as symm:
+            if symm:
+                ours["symm"] = symm
+            yield [
+                *(
+                    Candidate(f"{report.OURS} {name}", self.ours, partial(helix, exchange))
+                    for name, exchange in ours.items()
+                ),
+                *sglang_candidates(shape, self.peers),
+            ]
+
+    @contextlib.contextmanager
+    def symm(self, heads: int, head_dim: int) -> Iterator[Any]:
+        """The exchange through symmetric memory, or None where there is none."""
+        if self.device.type != "cuda":
+            self.not_measured("helix symm", "it needs GPUs with access to each other's memory")
+            yield None
+            return
+        from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, close_symm, prepare_symm
+
+        try:
+            prepare_symm(
+                self.ours,
+                max_tokens=max(self.options.batch),
+                num_heads=heads,
+                head_dim=head_dim,
+                dtype=DTYPE,
+            )
+        except RuntimeError as error:  # on every rank
+            self.not_measured("helix symm", str(error))
+            yield None
+            return
+        yield EXCHANGES["symm"]
+        torch.cuda.synchronize()
+        self.of_all_ranks(None)  # no rank may be using the memory of another
+        close_symm(self.ours)
+
+    def measure(self, p: Problem, candidates: list[Candidate]) -> list[Row]:
+        x, lse, want = self.partials(p)
+        rotations: dict[str, measure.Rotation] = {}
+        errors: dict[str, float] = {}
+        for candidate in candidates:
+            sources = x.to(candidate.takes), lse
+            inputs = [tuple(source.clone() for source in sources) for _ in range(SETS)]
+            rotation = self.rotation(candidate, [partial(candidate.run, *i) for i in inputs])
+            if rotation is None:
+                continue
+            for own in inputs:  # a candidate may work in place
+                for tensor, source in zip(own, sources, strict=True):
+                    tensor.copy_(source)
+            outputs = rotation.checked_outputs()
+            error = max(self.of_all_ranks(max(relative_error(out, want) for out in outputs)))
+            if not error <= BOUND:
+                wrong = f"{candidate.name} at {p}: relative error {error}"
+                if candidate.name.startswith(report.OURS):
+                    raise AssertionError(wrong)
+                self.say(f"not measured, for it is wrong: {wrong}")
+                continue
+            rotations[candidate.name], errors[candidate.name] = rotation, error
+        timings = measure.take_turns(rotations, self.options.samples)
+        return [
+            Row(
+                **asdict(p),
+                name=name,
+                mode="graph" if rotations[name].graph else "eager",
+                p10_us=timing.p10,
+                median_us=timing.median,
+                p90_us=timing.p90,
+                link_bytes=p.link_bytes,
+                error=errors[name],
+                mark=mark(self.options.device, self.ranks),
+                device=device_name(self.device),
+                software=software(),
+            )
+            for name, timing in self.slowest(timings).items()
+        ]
+
+    def partials(self, p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's out and lse, and its heads of all ranks' combination in float64."""
+        drawn = []
+        for rank in range(p.ranks):
+            generator = torch.Generator(self.device).manual_seed(1000 * p.batch + rank)
+            draw = partial(torch.randn, device=self.device, generator=generator)
+            x = draw((p.batch, p.heads, p.head_dim), dtype=DTYPE)
+            lse = 3 * draw((p.batch, p.heads))
+            own = slice(self.rank * p.owned, (self.rank + 1) * p.owned)
+            drawn.append((x[:, own].double(), lse[:, own].double()))
+            if rank == self.rank:
+                mine = x, lse
+        weights = torch.stack([lse for _, lse in drawn]).softmax(0)[..., None]
+        want = sum(weight * x for weight, (x, _) in zip(weights, drawn, strict=True))
+        return *mine, want
+
+    def rotation(self, candidate: Candidate, calls: list[measure.Call]) -> measure.Rotation | None:
+        """Captured where all ranks can, else as it is; None, with the reason said, where neither
+        works. Ours must.
+        """
+        captures = [True, False] if self.device.type == "cuda" else [False]
+        if self.options.eager:
+            captures = [False]
+        for capture in captures:
+            failure = rotation = None
+            try:
+                if capture:
+                    with candidate.group.graph_capture() as context:
+                        rotation = measure.Rotation(calls, self.device, stream=context.stream)
+                else:
+                    rotation = measure.Rotation(calls, self.device, capture=False)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = next(filter(None, self.of_all_ranks(failure)), None)
+            if reason is None:
+                return rotation
+            if capture:
+                self.say(f"not captured in a CUDA graph: {candidate.name} ({reason})")
+        if candidate.name.startswith(report.OURS):
+            raise RuntimeError(f"{candidate.name} does not run: {reason}")
+        self.not_measured(candidate.name, reason)
+        return None
+
+    def slowest(self, timings: dict[str, measure.Timing]) -> dict[str, measure.Timing]:
+        """Of each sample, the time of the rank that took longest."""
+        of_ranks = self.of_all_ranks({name: timing.samples for name, timing in timings.items()})
+        return {
+            name: measure.Timing(
+                [
+                    max(sample)
+                    for sample in zip(*(samples[name] for samples in of_ranks), strict=True)
+                ]
+            )
+            for name in timings
+        }
+
+
+def with_our_all_to_all(group: Any) -> Any:
+    """What the series' hooks do to the class, on one group: the peers keep SGLang's methods."""
+    from sglang_helix.srt.distributed.all_to_all import group_all_to_all_single
+    from sglang_helix.srt.distributed.device_communicators.pynccl import pynccl_all_to_all_single
+
+    group.all_to_all_single = MethodType(group_all_to_all_single, group)
+    if group.pynccl_comm is not None:
+        group.pynccl_comm.all_to_all_single = MethodType(
+            pynccl_all_to_all_single, group.pynccl_comm
+        )
+    return group
+
+
+def sglang_candidates(shape: str, group: Any) -> list[Candidate]:
+    from sglang.srt.layers.dcp import comm
+
+    def a2a(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        return comm.dcp_a2a_lse_reduce(x, lse, group)
+
+    def ag_rs_mla(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        return comm.cp_lse_ag_out_rs_mla(x, lse, group, is_lse_base_on_e=True).transpose(0, 1)
+
+    def ag_rs_gqa(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        return comm.cp_lse_ag_out_rs_mha(x, lse, group).to(DTYPE)
+
+    ag_rs = (ag_rs_mla, DTYPE) if shape == "mla" else (ag_rs_gqa, torch.float32)
+    return [Candidate("sglang a2a", group, a2a), Candidate("sglang ag_rs", group, *ag_rs)]
+
+
+def run_rank(rank: int, options: argparse.Namespace, ranks: int, folder: str) -> None:
+    """Body of a rank's process; the first leaves the figures in the folder."""
+    rows = Bench(rank, options, ranks, folder).run()
+    if rank == 0:
+        report.write_csv(rows, figures_in(folder), Row)
+    # No teardown: it is a collective, and the peers' threads may still be in one.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def figures_in(folder: str) -> Path:
+    return Path(folder, "figures.csv")
+
+
+# --- all ranks ----------------------------------------------------------------------------------
+
+
+def run_ranks(ranks: int, options: argparse.Namespace) -> list[Row]:
+    """Measure a group of so many new processes; none is left behind.
+
+    Raises TimeoutError after the timeout, and what a rank raised.
+    """
+    env = {"OMP_NUM_THREADS": "1"}
+    if shares_gpus(options.device, ranks):
+        env |= SHARING_ENV
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, env):
+        context = torch.multiprocessing.start_processes(
+            run_rank, (options, ranks, folder), nprocs=ranks, join=False, start_method="spawn"
+        )
+        assert context is not None
+        deadline = time.monotonic() + options.timeout
+        try:
+            while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(
+                        f"{ranks} ranks did not finish within --timeout {options.timeout} s"
+                    )
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return report.read_csv(figures_in(folder), Row)
+
+
+def shares_gpus(device: str, ranks: int) -> bool:
+    return device == "cuda" and ranks > torch.cuda.device_count()
+
+
+def mark(device: str, ranks: int) -> str:
+    return MARK if reason_of_mark(device, ranks) else ""
+
+
+def groups_that_exist(device: str, shapes: list[str]) -> list[int]:
+    """Powers of two up to the number of GPUs; two ranks where there are fewer than two."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    most = min(max(2, gpus), *(SHAPES[shape][0] for shape in shapes))
+    return [2**power for power in range(1, most.bit_length())]
+
+
+# --- report -------------------------------------------------------------------------------------
+
+_HEAD = (
+    f"{'shape':<6}{'N':>3}{'B':>6}  {'candidate':<14}{'mode':<6}{'p10 us':>10}{'median':>10}"
+    f"{'p90 us':>10}{'link bytes':>12}{'error':>10}"
+)
+
+
+def table_line(row: Row) -> str:
+    return (
+        f"{row.shape:<6}{row.ranks:>3}{row.batch:>6}  {row.name:<14}{row.mode:<6}"
+        f"{row.p10_us:>10.1f}{row.median_us:>10.1f}{row.p90_us:>10.1f}{row.link_bytes:>12}"
+        f"{row.error:>10.1e}  {row.mark}".rstrip()
+    )
+
+
+def plot(rows: list[Row], path: Path) -> str:
+    """Latency against batch, a panel for each shape and group size; returns what was done."""
+    plots = report.pyplot()
+    if plots is None:
+        return report.no_plot("collectives", path)
+    panels = list(dict.fromkeys((row.shape, row.ranks) for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
+    colours = plots.get_cmap("tab10")
+    figure, axes = plots.subplots(
+        len(panels), 1, figsize=(7, 3.6 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for (shape, ranks), axis in zip(panels, axes[:, 0], strict=True):
+        panel = [row for row in rows if (row.shape, row.ranks) == (shape, ranks)]
+        for name in dict.fromkeys(row.name for row in panel):
+            line = sorted((row for row in panel if row.name == name), key=lambda row: row.batch)
+            batches, colour = [row.batch for row in line], colours(names.index(name))
+            style = "-" if name.startswith(report.OURS) else "--"
+            medians = [row.median_us for row in line]
+            axis.plot(batches, medians, style, color=colour, marker="o", markersize=4, label=name)
+            low, high = [row.p10_us for row in line], [row.p90_us for row in line]
+            axis.fill_between(batches, low, high, color=colour, alpha=0.15)
+        batches = sorted({row.batch for row in panel})
+        title = ", ".join(filter(None, (shape, f"N = {ranks}", panel[0].mark)))
+        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="µs per call", title=title)
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.xaxis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{rows[0].device}, {rows[0].software}; solid: ours, dashed: SGLang's")
+    return report.save(figure, path)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.dcp collectives",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=here)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, metavar="N", help="powers of two up to the GPUs; at least 2"
+    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], metavar="B")
+    parser.add_argument("--samples", type=int, default=20, help="per candidate and turn, 2 turns")
+    parser.add_argument("--eager", action="store_true", help="capture no CUDA graphs")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for each group size")
+    parser.add_argument("--csv", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
+    parser.add_argument(
+        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
+    )
+    options = parser.parse_args(argv)
+    ranks = options.ranks or groups_that_exist(options.device, options.shape)
+    if options.samples < 2:
+        parser.error(f"--samples {options.samples}: at least 2 are needed for percentiles")
+    if min(options.batch) < 1:
+        parser.error(f"--batch {min(options.batch)}: at least one token is exchanged")
+    for shape in options.shape:
+        for N in ranks:
+            if N < 2 or SHAPES[shape][0] % N:
+                parser.error(
+                    f"--ranks {N} cannot share the {SHAPES[shape][0]} heads of {shape}: use a "
+                    "divisor of at least 2"
+                )
+    if not options.from_csv:
+        check_machine(parser, options.device, ranks)
+
+    rows: list[Row] = []
+    print(_HEAD, flush=True)
+    if options.from_csv:
+        rows = [row for path in options.from_csv for row in report.read_csv(path, Row)]
+        print("\n".join(map(table_line, rows)))
+    else:
+        for N in ranks:
+            if why := reason_of_mark(options.device, N):
+                print(f"{MARK}: {why}", flush=True)
+            rows += run_ranks(N, options)
+    if options.csv:
+        report.write_csv(rows, options.csv, Row)
+        print(f"figures: {options.csv}")
+    if options.plot:
+        print(plot(rows, options.plot))
+    return 0
+
+
+def check_machine(parser: argparse.ArgumentParser, device: str, ranks: list[int]) -> None:
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: use --device cpu, with a small --batch")
+    if shares_gpus(device, max(ranks)) and torch.cuda.nccl.version() < SHARING_NCCL:
+        parser.error(
+            f"--ranks {max(ranks)} on {torch.cuda.device_count()} GPU(s): ranks share a GPU from "
+            f"NCCL {'.'.join(map(str, SHARING_NCCL))} on, and this is "
+            f"{'.'.join(map(str, torch.cuda.nccl.version()))}; install a newer nvidia-nccl"
+        )
+
+
+def reason_of_mark(device: str, ranks: int) -> str | None:
+    if device == "cpu":
+        return "ranks exchange over gloo on a CPU, so these times say nothing of GPUs"
+    if shares_gpus(device, ranks):
+        return f"{ranks} ranks share {torch.cuda.device_count()} GPU(s) and wait for each other"
+    return None

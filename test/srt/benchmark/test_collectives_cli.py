@@ -1,0 +1,92 @@
+"""`python -m benchmark.dcp collectives` over gloo, with few and small sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmark.dcp import collectives, kernels, report
+
+ROOT = Path(__file__).parents[3]
+
+
+def benchmark(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmark.dcp", "collectives", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Figures of two ranks, and what the command said."""
+    path = tmp_path_factory.mktemp("collectives") / "figures.csv"
+    small = ["--ranks", "2", "--batch", "1", "3", "--samples", "2"]
+    ran = benchmark("--device", "cpu", *small, "--csv", path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return path, ran.stdout
+
+
+def test_measures_both_exchanges_of_gloo(ran: tuple[Path, str]) -> None:
+    rows = report.read_csv(ran[0], collectives.Row)
+    ours = {(r.shape, r.ranks, r.batch, r.name) for r in rows if r.name.startswith(report.OURS)}
+    names = ("helix a2a", "helix ag_rs")
+    assert ours == {(shape, 2, B, n) for shape in kernels.SHAPES for B in (1, 3) for n in names}
+    for row in rows:
+        assert 0 < row.p10_us <= row.median_us <= row.p90_us
+        assert row.error <= kernels.BOUND
+        assert (row.mode, row.device) == ("eager", "CPU")
+        # Half of the heads and their LSEs cross over.
+        size = row.batch * row.heads // 2 * (row.head_dim * kernels.DTYPE.itemsize + 4)
+        assert row.link_bytes == size
+
+
+def test_every_line_is_marked(ran: tuple[Path, str]) -> None:
+    path, said = ran
+    assert {row.mark for row in report.read_csv(path, collectives.Row)} == {collectives.MARK}
+    lines = [line for line in said.splitlines() if line.startswith(tuple(kernels.SHAPES))]
+    assert lines
+    assert all(line.endswith(collectives.MARK) for line in lines)
+
+
+def test_says_what_it_leaves_out(ran: tuple[Path, str]) -> None:
+    assert ran[1].count("not measured: helix symm (it needs GPUs") == 1
+
+
+def test_reports_on_earlier_figures(ran: tuple[Path, str], tmp_path: Path) -> None:
+    plot, again = tmp_path / "figures.png", tmp_path / "again.csv"
+    told = benchmark("--from-csv", ran[0], "--csv", again, "--plot", plot)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert again.read_text() == ran[0].read_text()
+    assert plot.exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_groups_fit_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, groups in ((1, [2]), (2, [2]), (4, [2, 4]), (7, [2, 4]), (8, [2, 4, 8])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert collectives.groups_that_exist("cuda", ["mla", "gqa"]) == groups
+        assert [collectives.mark("cuda", N) for N in groups] == [
+            "" if gpus >= N else collectives.MARK for N in groups
+        ]
+    assert collectives.groups_that_exist("cpu", ["mla"]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--ranks", "3"], "--ranks 3 cannot share the 128 heads of mla"),
+        (["--ranks", "1"], "--ranks 1 cannot"),
+        (["--samples", "1"], "--samples 1"),
+        (["--batch", "0"], "--batch 0"),
+    ],
+)
+def test_refuses_what_it_cannot_measure(args: list[str], names: str) -> None:
+    told = benchmark("--device", "cpu", *args)
+    assert told.returncode == 2
+    assert names in told.stderr
