@@ -428,7 +428,37 @@ ATTN_TP = Patch(
     ),
 )
 
-SERIES: tuple[Patch, ...] = (A2A, QPROJ, ATTN_TP)
+SYMM = Patch(
+    "symm",
+    "The exchange as one kernel over symmetric memory: --dcp-comm-backend symm",
+    (
+        Hook(
+            target="sglang.srt.server_args.ServerArgs.add_cli_args",
+            kind="after",
+            stage="launch",
+            impl=f"{_SRT}.server_args:add_symm",
+            signature="parser",
+            why="the flag's choices are upstream's backends",
+            how="adds one, in every parser of server arguments, YAML files included",
+            upstream="sgl-project/sglang#33364, #40539",
+            until="upstream has a one-kernel exchange",
+        ),
+        Hook(
+            target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+            kind="after",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.model_runner:prepare_exchange",
+            signature="self",
+            why="symmetric memory is allocated by all ranks together, before the pool is sized and "
+            "before graphs are captured",
+            how="allocates it for the heads, widths and dtype of the loaded model",
+            upstream="sgl-project/sglang#33364, #40539",
+            until="upstream has a one-kernel exchange",
+        ),
+    ),
+)
+
+SERIES: tuple[Patch, ...] = (A2A, QPROJ, ATTN_TP, SYMM)
 
 
 def hooks(stage: Stage | None = None) -> Iterator[Hook]:

@@ -19,7 +19,19 @@ from srt.test_attn_tp_flags import command_line
 REFUSED = {row.feature: row for row in TABLE if row.status == "refused"}
 
 #: What asks for each refused feature: attributes of the arguments or of the model, or a variable.
+#: "beside": further arguments, which are not what is refused.
 ASKED: dict[str, dict[str, Any]] = {
+    "one-kernel exchange without NVIDIA GPUs": {"args": {"dcp_comm_backend": "symm"}},
+    "one-kernel exchange of heads that are not whole 16-byte vectors": {
+        "args": {"dcp_comm_backend": "symm"},
+        "beside": {"attention_backend": "triton"},
+        "platform": {"is_cuda": True},
+        "model": {"v_head_dim": 6},
+    },
+    "one-kernel exchange of the reference backend": {
+        "args": {"dcp_comm_backend": "symm"},
+        "platform": {"is_cuda": True},
+    },
     "prefill chunk shorter than a widened page": {"args": {"chunked_prefill_size": 16}},
     "attention data parallelism": {"args": {"attn_dp_size": 2}},
     "prefill context parallelism": {"args": {"attn_cp_size": 2}},
@@ -103,7 +115,7 @@ def refusals_of(model: str, asked: dict[str, Any]) -> list[str]:
         own |= {"hf_config": hybrid, "hf_text_config": hybrid}
     if "hf_attributes" in asked:
         own["hf_config"] = Overlay(config.hf_config, **asked["hf_attributes"])
-    view = Overlay(resolved_view(args), **asked.get("args", {}))
+    view = Overlay(resolved_view(args), **asked.get("args", {}), **asked.get("beside", {}))
     with override_platform(**asked.get("platform", {})):
         return refusals(Situation(view, Overlay(config, **own)))
 
@@ -148,6 +160,7 @@ def test_rows_are_complete() -> None:
 
 
 TYPED = {
+    "--dcp-comm-backend": ("--dcp-comm-backend", "symm"),
     "--enable-lora": ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all"),
     "--enable-two-batch-overlap": ("--enable-two-batch-overlap",),
     "--speculative-algorithm": ("--speculative-algorithm", "NGRAM"),

@@ -213,11 +213,17 @@ def test_fi_a2a_is_mlas_alone(resolved: Resolve) -> None:
 
 
 @pytest.mark.parametrize("family", WORKING)
-@pytest.mark.parametrize("backend", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("backend", ["a2a", "ag_rs", "symm"])
 def test_a_named_exchange_is_kept(resolved: Resolve, family: str, backend: str) -> None:
     for machine in MACHINES:
         found = resolved(machine, family, tp_size=4, dcp_size=2, dcp_comm_backend=backend)
         assert found.args["dcp_comm_backend"] == backend, found.error
+
+
+def test_symm_without_a_sharded_cache(resolved: Resolve) -> None:
+    said = resolved("Hopper", "llama", tp_size=4, dcp_comm_backend="symm").error
+    assert "--dcp-comm-backend symm exchanges between the ranks that split a cache" in said
+    assert "give --dcp-size or --attn-tp-size too" in said
 
 
 def test_unset_keeps_sglangs_choice(resolved: Resolve) -> None:

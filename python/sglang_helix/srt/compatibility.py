@@ -136,8 +136,36 @@ def _sharded_weights(situation: Situation) -> object | None:
     return asked if asked in shards and not situation.mla else None
 
 
+def _symm(situation: Situation, problem: bool) -> object | None:
+    backend = situation.args.dcp_comm_backend
+    return backend if backend == "symm" and problem else None
+
+
+def _symm_without_cuda(situation: Situation) -> object | None:
+    from sglang.srt.runtime_context import get_platform
+
+    return _symm(situation, not get_platform().is_cuda)
+
+
+def _symm_ragged_heads(situation: Situation) -> object | None:
+    from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES
+
+    model = situation.model
+    width = model.kv_lora_rank if situation.mla else model.v_head_dim
+    return _symm(situation, width * model.dtype.itemsize % VECTOR_BYTES != 0)
+
+
+def _symm_reference(situation: Situation) -> object | None:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+    from sglang.srt.runtime_context import get_platform
+
+    reference = attention_backends_of(situation.args)[1] == "torch_native"
+    return _symm(situation, reference and get_platform().is_cuda)
+
+
 _ONE_GROUP = "use --tp-size and --dcp-size alone"
 _WITHOUT = "Leave the flag out, or leave --dcp-size out"
+_A2A = "Use --dcp-comm-backend a2a"
 _PLAIN = "Serve this model without --dcp-size"
 
 TABLE: tuple[Row, ...] = (
@@ -171,6 +199,30 @@ TABLE: tuple[Row, ...] = (
         "a chunk must hold at least one page of the whole group (page size x dcp size)",
         "Use a larger chunk or a smaller --page-size",
         _short_chunk,
+    ),
+    Row(
+        "one-kernel exchange without NVIDIA GPUs",
+        "--dcp-comm-backend",
+        "refused",
+        "it needs CUDA devices that have peer access to each other",
+        _A2A,
+        _symm_without_cuda,
+    ),
+    Row(
+        "one-kernel exchange of heads that are not whole 16-byte vectors",
+        "--dcp-comm-backend",
+        "refused",
+        "it moves heads in 16-byte vectors, and this model's are not a whole number of them",
+        _A2A,
+        _symm_ragged_heads,
+    ),
+    Row(
+        "one-kernel exchange of the reference backend",
+        "--dcp-comm-backend",
+        "refused",
+        "torch_native decodes in fp32, and symm carries the dtype of the model",
+        "Use --dcp-comm-backend a2a, or another --attention-backend",
+        _symm_reference,
     ),
     Row(
         "attention data parallelism",

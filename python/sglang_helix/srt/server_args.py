@@ -27,6 +27,17 @@ _HELP = (
     "that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size / "
     "attention tp size, and the query projection is replicated. Default: same as --tp-size."
 )
+_SYMM_HELP = (
+    " sglang-helix adds 'symm' (one kernel over symmetric memory; requires NVIDIA GPUs of one host "
+    "with peer access to each other)."
+)
+
+
+def add_symm(result: None, parser: argparse.ArgumentParser) -> None:
+    """After `ServerArgs.add_cli_args`: `--dcp-comm-backend symm`."""
+    flag = parser._option_string_actions["--dcp-comm-backend"]
+    flag.choices = [*(flag.choices or ()), "symm"]
+    flag.help = (flag.help or "") + _SYMM_HELP
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -102,6 +113,11 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
     previous(server_args)
     view = resolved_view(server_args)
     if view.dcp_size == 1:
+        if view.dcp_comm_backend == "symm":
+            raise ValueError(
+                "--dcp-comm-backend symm exchanges between the ranks that split a cache, and here "
+                "none do: give --dcp-size or --attn-tp-size too, or leave the flag out."
+            )
         return
     if replicate:
         declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=True)

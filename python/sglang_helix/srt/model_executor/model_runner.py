@@ -1,9 +1,13 @@
-"""Replicated query projection of MLA, strict. Extends `model_executor/model_runner.py`.
+"""What a rank prepares between its model and its pool. Extends `model_executor/model_runner.py`.
 
-Upstream gathers the full-head query weights after the KV pool is sized, so their memory is missing
-from the account; it warns and serves without them where it cannot gather; and it never renews them
-when weights are updated. Here they are gathered as soon as the model is loaded, a model that cannot
-have them is refused where they were asked for, and every weight update gathers them again in place.
+Replicated query projection of MLA, strict: upstream gathers the full-head query weights after the
+KV pool is sized, so their memory is missing from the account; it warns and serves without them
+where it cannot gather; and it never renews them when weights are updated. Here they are gathered as
+soon as the model is loaded, a model that cannot have them is refused where they were asked for, and
+every weight update gathers them again in place.
+
+Symmetric memory of the `symm` exchange: as soon as the model is there, its heads, widths and dtype
+are known; every rank is at this point at the same time; and the pool is sized by what is left.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.model_runner import _gather_block_fp8_linear, _is_block_fp8
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_device, get_exec, get_parallel, get_schedule
 
+from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.dcp.exchange import note_layer, prepare_symm
 from sglang_helix.srt.server_args import attn_tp_size_of
 
 logger = logging.getLogger(__name__)
@@ -34,6 +41,34 @@ def load_model(result: None, runner: Any) -> None:
     parallel = get_parallel()
     if parallel.dcp_replicate_q_proj and runner.use_mla_backend:
         replicate_q_proj(runner.model, required=_asked_for(runner.server_args))
+
+
+def prepare_exchange(result: None, runner: Any) -> None:
+    """After the weights are loaded and before the pool is sized: what `symm` exchanges through."""
+    parallel, config = get_parallel(), runner.model_config
+    if parallel.dcp_comm_backend != "symm":
+        return
+    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+    for layer in layers:
+        layer.register_forward_pre_hook(note_layer)
+    layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+    mla = runner.use_mla_backend
+    widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in layers}
+    for width in sorted(widths):
+        prepare_symm(
+            parallel.dcp_group,
+            max_tokens=_largest_decode_batch(),
+            num_heads=config.get_max_num_attention_heads() // layout.attn_tp_size,
+            head_dim=width,
+            dtype=runner.dtype,
+            timeout=get_device().watchdog_timeout,
+        )
+
+
+def _largest_decode_batch() -> int | None:
+    """The larger one of what is captured and what may run; None where neither was given."""
+    captured = get_exec().graph.cuda_graph_config.decode.bs or []
+    return max([*captured, get_schedule().max_running_requests or 0], default=0) or None
 
 
 def prepare_replicated_q_proj(original: Callable[[Any], None], runner: Any) -> None:

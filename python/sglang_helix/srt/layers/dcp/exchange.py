@@ -107,7 +107,7 @@ _layer = 0  # of the attention call that is under way
 def prepare_symm(
     group: Group,
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     num_heads: int,
     head_dim: int,
     dtype: torch.dtype,
@@ -121,7 +121,7 @@ def prepare_symm(
 
     Args:
         group: GroupCoordinator of the KVP group, on CUDA.
-        max_tokens: the largest batch.
+        max_tokens: the largest batch; None where it is not known.
         num_heads: H, query heads of the whole group.
         head_dim: D of the output.
         dtype: of the partial outputs.
@@ -140,7 +140,7 @@ def prepare_symm(
         most = largest_batch(group.world_size, num_heads, head_dim, dtype)
         kernel = SymmExchange(
             group.cpu_group,
-            min(max_tokens, most),
+            min(max_tokens or most, most),
             num_heads,
             head_dim,
             dtype,

@@ -13,6 +13,9 @@ import torch
 
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 
+# `symm` moves rows of an output in vectors of this size.
+VECTOR_BYTES = 16
+
 # out [B, H, D], and its LSE [B, H] in fp32.
 Partial = tuple[torch.Tensor, torch.Tensor]
 

@@ -49,7 +49,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_helix.srt.layers.dcp.partial import Splits
+from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Splits
 
 Protocol = Literal["lamport", "push", "pull"]
 PROTOCOLS: tuple[Protocol, ...] = ("lamport", "push", "pull")
@@ -75,7 +75,7 @@ _FP8_GROUP: tl.constexpr = tl.constexpr(128)
 _FP8_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # of a group's largest magnitude, as in SGLang
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_VECTOR = 16  # bytes of the widest access; rows start on multiples of it
+_VECTOR = VECTOR_BYTES  # the widest access; rows start on multiples of it
 # Figures of docs/figures/symm-h200.csv and its making: 8 ranks on one H200, no link in between.
 # A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four.
 _WIDTH = 512  # elements of a row, at most
