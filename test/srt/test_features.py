@@ -173,6 +173,32 @@ def test_pipeline_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+def test_a_terminated_server_answers_first(tmp_path: Path) -> None:
+    """SIGTERM under load: what runs is answered whole, then every process is gone."""
+    checkpoint = make_checkpoint("llama", tmp_path / "llama")
+    flags = ("--tp", "2", "--attn-tp-size", "1", "--dcp-comm-backend", "a2a")
+    with Server(checkpoint, *flags) as server:
+        answers: list[Any] = []
+        requests = [
+            threading.Thread(target=lambda n=n: answers.append((n, server.generate(prompt(n), 60))))
+            for n in (5, 70)
+        ]
+        for request in requests:
+            request.start()
+        time.sleep(1.0)
+        assert not answers, "too late: nothing runs any more"
+        family = psutil.Process(server.session).children(recursive=True)
+        os.kill(server.session, signal.SIGTERM)
+        for request in requests:
+            request.join(60)
+        assert server.wait_until_gone(60)
+        for length, answer in answers:
+            check(checkpoint, prompt(length), answer, 60)
+        assert len(answers) == len(requests)
+        assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+@pytest.mark.server
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_server(tmp_path: Path, victim: int) -> None:
     """Under load: within a minute the server is gone, and no answer came after the kill."""
