@@ -1,0 +1,342 @@
+"""The way from attention to the one-kernel exchange: what takes it, what does not, and the result.
+
+Where there is no GPU the kernels run in Triton's interpreter, in a process of its own. There all
+ranks send before any receives, so a step is played twice on every rank, once for each phase.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
+from sglang_helix.srt.layers.dcp import comm, exchange, symm, symm_workspace
+from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits, note_layer
+from sglang_helix.srt.layers.dcp.ownership import KVShard
+from sglang_helix.srt.layers.dcp.partial import Splits
+from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Reduced, plan
+from srt.layers.dcp.symm_ranks import Ranks as Workspaces
+from srt.layers.dcp.symm_ranks import expected, poison, relative_error
+
+interpreted = pytest.mark.skipif(not symm._INTERPRETED.value, reason="test_interpreter runs it")
+
+
+@pytest.mark.skipif(symm._INTERPRETED.value, reason="runs the suite in the interpreter")
+def test_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        check=False,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Recorder:
+    """A prepared exchange that notes its calls."""
+
+    max_tokens = 4
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def _answer(self, name: str, options: dict[str, Any]) -> Reduced:
+        self.calls.append((name, options))
+        return Reduced(torch.zeros(1), torch.zeros(1), None)
+
+    def reduce(self, out: Any, lse: Any, **options: Any) -> Reduced:
+        return self._answer("reduce", options)
+
+    def reduce_splits(self, splits: Any, **options: Any) -> Reduced:
+        return self._answer("reduce_splits", options)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_prepared", {})
+    monkeypatch.setattr(exchange, "_layer", 0)
+
+
+@pytest.fixture
+def group() -> Any:
+    return SimpleNamespace(unique_name="dcp:0", world_size=2, rank_in_group=0)
+
+
+@pytest.fixture
+def recorder(group: Any) -> Recorder:
+    recorder = Recorder()
+    exchange._prepared[group.unique_name] = {(8, 16, torch.bfloat16): recorder}  # type: ignore
+    return recorder
+
+
+@pytest.fixture
+def went_to_a2a(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+
+    def a2a(out: Any, lse: Any, group: Any, *, base2: bool = False) -> Any:
+        calls.append((tuple(out.shape), out.dtype, base2))
+        return out, lse
+
+    monkeypatch.setattr(exchange, "a2a", a2a)
+    return calls
+
+
+def some(B: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(B, 8, 16, dtype=dtype), torch.zeros(B, 8)
+
+
+def some_splits(B: int) -> Splits:
+    return Splits(
+        torch.zeros(B, 8, 3, 16),
+        torch.zeros(B, 8, 3),
+        torch.zeros(B + 1, dtype=torch.int32),
+        torch.ones(B, dtype=torch.int32),
+        32,
+    )
+
+
+def test_size_and_dtype_decide(
+    group: Any, recorder: Recorder, went_to_a2a: list[tuple[Any, ...]]
+) -> None:
+    for B in (0, 1, 4):
+        EXCHANGES["symm"](*some(B), group)
+    assert len(recorder.calls) == 3
+    assert not went_to_a2a
+    EXCHANGES["symm"](*some(5), group, base2=True)
+    EXCHANGES["symm"](*some(1, torch.float32), group)
+    assert went_to_a2a == [
+        ((5, 8, 16), torch.bfloat16, True),
+        ((1, 8, 16), torch.float32, False),
+    ]
+    assert len(recorder.calls) == 3
+
+
+def test_splits_are_reduced_by_the_exchange_or_merged_before_it(
+    group: Any, recorder: Recorder, went_to_a2a: list[tuple[Any, ...]]
+) -> None:
+    exchange_splits("symm", some_splits(4), torch.bfloat16, group)
+    assert [name for name, _ in recorder.calls] == ["reduce_splits"]
+    exchange_splits("symm", some_splits(5), torch.bfloat16, group)
+    assert went_to_a2a == [((5, 8, 16), torch.bfloat16, False)]
+    assert len(recorder.calls) == 1
+
+
+def test_a_group_that_was_not_prepared_is_an_error(group: Any) -> None:
+    with pytest.raises(RuntimeError, match="no symm exchange was prepared for the group dcp:0"):
+        EXCHANGES["symm"](*some(1), group)
+
+
+def test_the_layer_under_way_is_passed_on(group: Any, recorder: Recorder) -> None:
+    class Attention(torch.nn.Module):
+        layer_id = 17
+
+        def forward(self) -> None:
+            EXCHANGES["symm"](*some(1), group)
+            exchange_splits("symm", some_splits(1), torch.bfloat16, group)
+
+    attention = Attention()
+    attention.register_forward_pre_hook(note_layer)
+    attention()
+    assert [options["layer"] for _, options in recorder.calls] == [17, 17]
+
+
+def test_prepared_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def __init__(self, *args: Any, timeout: float) -> None:
+            made.append(args)
+            self.max_tokens = args[1]
+            self.layout = plan(2, args[2], args[3], args[4], self.max_tokens)
+
+    monkeypatch.setattr(symm_workspace, "SymmExchange", Kernel)
+    group.cpu_group, group.device = "cpu group", torch.device("cuda:0")
+
+    def prepare(tokens: int | None, heads: int) -> Any:
+        return exchange.prepare_symm(
+            group,
+            max_tokens=tokens,
+            num_heads=heads,
+            head_dim=512,
+            dtype=torch.bfloat16,
+            timeout=7.0,
+        )
+
+    small, large = prepare(8, 128), prepare(100_000, 64)
+    assert prepare(64, 128) is small
+    assert [args[:4] for args in made] == [
+        ("cpu group", 8, 128, 512),
+        ("cpu group", symm.largest_batch(2, 64, 512, torch.bfloat16), 64, 512),
+    ]
+    assert large.layout.max_tokens * large.layout.token_bytes <= symm._MAX_BYTES
+    assert prepare(None, 32).max_tokens == symm.largest_batch(2, 32, 512, torch.bfloat16)
+
+
+class Phase:
+    """A rank's prepared exchange in the interpreter: sends, or receives."""
+
+    def __init__(self, workspace: Any) -> None:
+        self.workspace, self.phase = workspace, SEND
+        self.max_tokens = workspace.layout.max_tokens
+
+    def reduce(self, out: Any, lse: Any, **options: Any) -> Reduced:
+        return symm.exchange(self.workspace, (out, lse), phase=self.phase, **options)
+
+    def reduce_splits(self, splits: Splits, **options: Any) -> Reduced:
+        return symm.exchange(self.workspace, splits, phase=self.phase, **options)
+
+
+class Ranks:
+    """All ranks of a group, one after the other in each phase."""
+
+    def __init__(self, size: int, heads: int, width: int, dtype: torch.dtype) -> None:
+        self.kernels = [
+            Phase(workspace)
+            for workspace in Workspaces(plan(size, heads, width, dtype, 6), "cpu").apart
+        ]
+        self.groups = [
+            SimpleNamespace(unique_name=f"dcp:{rank}", world_size=size, rank_in_group=rank)
+            for rank in range(size)
+        ]
+        for group, kernel in zip(self.groups, self.kernels, strict=True):
+            exchange._prepared[group.unique_name] = {(heads, width, dtype): kernel}  # type: ignore
+
+    def play(self, step: Callable[[int, Any], torch.Tensor]) -> list[torch.Tensor]:
+        """What step(rank, group) returns on each rank, once all have sent."""
+        for phase in (SEND, RECEIVE):
+            for kernel in self.kernels:
+                kernel.phase = phase
+            results = [step(rank, group) for rank, group in enumerate(self.groups)]
+        return results
+
+
+@interpreted
+@pytest.mark.parametrize("size", [2, 4])
+def test_latents_come_heads_first(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """MLA's merge function: base 2 or natural, any strides, [own heads, B, D] in one piece."""
+    monkeypatch.setattr(comm, "get_parallel", lambda: SimpleNamespace(dcp_comm_backend="symm"))
+    B, H, D = 3, 8, 64
+    ranks = Ranks(size, H, D, torch.float32)
+    x, lse = torch.randn(H, size * B, D).transpose(0, 1), torch.randn(size * B, H) * 3
+    poison(x, lse)
+    want, _ = expected(x, lse, size)
+    for base_e in (True, False):
+        own = lse if base_e else lse / torch.tensor(2.0).log()
+        results = ranks.play(
+            lambda rank, group, own=own, base_e=base_e: comm.cp_lse_ag_out_rs_mla(
+                x.chunk(size)[rank], own.chunk(size)[rank], group, is_lse_base_on_e=base_e
+            )
+        )
+        assert all(result.is_contiguous() for result in results)
+        assert relative_error(torch.cat(results).transpose(0, 1), want) < 2e-6
+
+
+LENGTHS = (0, 1, 33, 200)
+
+
+class Cache:
+    """Keys and values of a few requests, of which a rank holds every size-th token."""
+
+    def __init__(self, size: int, kv_heads: int, width: int) -> None:
+        self.k = [torch.randn(length, kv_heads, width) for length in LENGTHS]
+        self.v = [torch.randn(length, kv_heads, width) for length in LENGTHS]
+        self.size = size
+
+    def attended(self, q: torch.Tensor) -> torch.Tensor:
+        """[B, H, D] in float64; zero for a request without tokens."""
+        rows = []
+        for query, k, v in zip(q.double(), self.k, self.v, strict=True):
+            group = q.shape[1] // k.shape[1]
+            keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
+            logits = torch.einsum("hd,thd->ht", query, keys) * q.shape[-1] ** -0.5
+            rows.append(torch.einsum("ht,thd->hd", logits.softmax(-1), values))
+        return torch.stack(rows)
+
+    def backend(self, rank: int, group: Any, heads: int, splits: int) -> ShardedTritonAttnBackend:
+        own_k, own_v = ([t[rank :: self.size] for t in part] for part in (self.k, self.v))
+        lens = torch.tensor([len(part) for part in own_k])
+        B, _, D = len(lens), heads, self.k[0].shape[-1]
+        adapter = object.__new__(ShardedTritonAttnBackend)
+        adapter.shard, adapter.kvp_group, adapter.heads = KVShard(self.size, rank), group, heads
+        adapter.comm_backend, adapter.mla, adapter.use_mla = "symm", False, False
+        adapter.max_kv_splits = splits
+        keys, values = torch.cat(own_k), torch.cat(own_v)
+        adapter.token_to_kv_pool = SimpleNamespace(
+            get_key_buffer=lambda layer: keys, get_value_buffer=lambda layer: values
+        )
+        indptr = torch.zeros(B + 1, dtype=torch.int32)
+        indptr[1:] = lens.cumsum(0)
+        adapter.forward_metadata = SimpleNamespace(
+            # NaN where no split is written: nothing of it may reach the result.
+            attn_logits=torch.full((B, heads, splits, D), float("nan")),
+            attn_lse=torch.full((B, heads, splits), -torch.inf),
+            kv_indptr=indptr,
+            kv_indices=torch.arange(len(keys)),
+            num_kv_splits=torch.tensor([1, splits, 2, splits], dtype=torch.int32),
+        )
+        return adapter
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4)])
+@pytest.mark.parametrize("v_scale", [1.0, 0.5])
+def test_splits_leave_for_their_owners(heads: int, kv_heads: int, v_scale: float) -> None:
+    """The adapter's whole decode step: its first stage, then one launch, and it is attention."""
+    size, width, splits = 2, 16, 4
+    ranks = Ranks(size, heads, width, torch.float32)
+    cache = Cache(size, kv_heads, width)
+    q = torch.randn(len(LENGTHS), heads, width)
+    layer = SimpleNamespace(
+        tp_q_head_num=heads,
+        qk_head_dim=width,
+        v_head_dim=width,
+        scaling=width**-0.5,
+        logit_cap=0.0,
+        logit_capping_method="tanh",
+        layer_id=0,
+        k_scale=torch.tensor(1.0),
+        v_scale=torch.tensor(v_scale),
+        k_scale_float=1.0,
+        v_scale_float=v_scale,
+        xai_temperature_len=-1,
+    )
+
+    def step(rank: int, group: Any) -> torch.Tensor:
+        backend = cache.backend(rank, group, heads, splits)
+        out = backend.forward_decode(
+            q.flatten(1), None, None, layer, SimpleNamespace(), save_kv_cache=False
+        )
+        return out.view(len(q), heads // size, width)
+
+    want = cache.attended(q) * v_scale
+    results = torch.cat(ranks.play(step), dim=1)
+    assert not results[0].any()
+    assert relative_error(results, want) < 5e-6
+
+    # The same through the merge that other exchanges take.
+    partials = [
+        cache.backend(rank, group, heads, splits)
+        .partial_decode(q, layer, SimpleNamespace())
+        .merged(torch.float32)
+        for rank, group in enumerate(ranks.groups)
+    ]
+    merged, _ = expected(
+        torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials]), 2
+    )
+    assert relative_error(results, merged) < 5e-6

@@ -1,0 +1,100 @@
+"""What is prepared for `symm` once a model is loaded: heads of a group, widths, largest batch."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang_helix.srt.layers.dcp import exchange
+from sglang_helix.srt.model_executor import model_runner
+
+
+class Attention(torch.nn.Module):
+    """Layers of two widths, as in models whose value heads differ between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            RadixAttention(8, 64, 1.0, num_kv_heads=2, layer_id=layer, v_head_dim=width)
+            for layer, width in enumerate((64, 128, 64))
+        )
+
+
+class Case:
+    """A rank of N = 8, K = 4, and what it is told about the server."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prepared: list[dict[str, Any]] = []
+        self.group = object()
+        self.parallel = SimpleNamespace(
+            dcp_comm_backend="symm", tp_size=8, attn_dcp_size=4, dcp_group=self.group
+        )
+        self.decode = SimpleNamespace(bs=[1, 2, 160])
+        self.schedule = SimpleNamespace(max_running_requests=None)
+        graph = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=self.decode))
+        bags = {
+            "get_parallel": self.parallel,
+            "get_exec": SimpleNamespace(graph=graph),
+            "get_schedule": self.schedule,
+            "get_device": SimpleNamespace(watchdog_timeout=77.0),
+        }
+        for name, bag in bags.items():
+            monkeypatch.setattr(model_runner, name, lambda bag=bag: bag)
+        monkeypatch.setattr(model_runner, "prepare_symm", self._prepare)
+        self.runner = SimpleNamespace(
+            model=Attention(),
+            use_mla_backend=False,
+            dtype=torch.bfloat16,
+            model_config=SimpleNamespace(get_max_num_attention_heads=lambda: 64, kv_lora_rank=512),
+        )
+
+    def _prepare(self, group: object, **shape: Any) -> None:
+        assert group is self.group
+        self.prepared.append(shape)
+
+    def load(self) -> list[dict[str, Any]]:
+        model_runner.prepare_exchange(None, self.runner)
+        return self.prepared
+
+
+@pytest.fixture
+def case(monkeypatch: pytest.MonkeyPatch) -> Case:
+    return Case(monkeypatch)
+
+
+COMMON = {"num_heads": 32, "dtype": torch.bfloat16, "timeout": 77.0, "max_tokens": 160}
+
+
+def test_every_width_once_in_one_order(case: Case) -> None:
+    assert case.load() == [{**COMMON, "head_dim": 64}, {**COMMON, "head_dim": 128}]
+
+
+def test_mla_exchanges_latents(case: Case) -> None:
+    case.runner.use_mla_backend = True
+    assert case.load() == [{**COMMON, "head_dim": 512}]
+
+
+@pytest.mark.parametrize(
+    ("captured", "running", "largest"),
+    [([1, 8], 48, 48), ([1, 64], 48, 64), (None, 48, 48), (None, None, None), ([], None, None)],
+)
+def test_the_larger_of_what_is_captured_and_what_may_run(
+    case: Case, captured: list[int] | None, running: int | None, largest: int | None
+) -> None:
+    case.decode.bs, case.schedule.max_running_requests = captured, running
+    assert {shape["max_tokens"] for shape in case.load()} == {largest}
+
+
+def test_layers_are_noted_as_they_run(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_layer", 0)
+    monkeypatch.setattr(RadixAttention, "forward", lambda self: exchange._layer)
+    case.load()
+    assert [layer() for layer in case.runner.model.layers] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("backend", ["a2a", "ag_rs", "fi_a2a"])
+def test_other_exchanges_need_nothing(case: Case, backend: str) -> None:
+    case.parallel.dcp_comm_backend = backend
+    assert case.load() == []
+    assert not case.runner.model.layers[0]._forward_pre_hooks
