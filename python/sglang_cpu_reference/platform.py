@@ -70,4 +70,7 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             create_torch_native_backend,
         )
 
+        from sglang_cpu_reference import kv_transfer
+
+        kv_transfer.install()
         register_attention_backend("torch_native")(create_torch_native_backend)

@@ -14,6 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang_cpu_reference import forkserver, selected
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
+_HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
 
 
@@ -25,10 +26,12 @@ def register() -> None:
 
     register_resolution_hook("handle_missing_default_values")(_serve_on_the_cpu)
     register_resolution_hook("handle_cpu_backends")(_plain_torch_backends)
+    register_resolution_hook("handle_hicache")(_plain_torch_transfers)
     if multiprocessing.parent_process() is None:
         HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
+    HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
     collectives_on_cpu_tensors()
 
 
@@ -73,6 +76,14 @@ def _plain_torch_backends(server_args: Any, previous: Callable[[Any], None]) -> 
     declare_resolution(server_args, "cpu_reference", sampling_backend="pytorch")
 
 
+def _plain_torch_transfers(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """The hierarchical cache's default is a kernel; `kv_transfer` has the other way."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(server_args, "cpu_reference", hicache_io_backend="direct")
+    previous(server_args)
+
+
 def _bind_threads(*, device: str) -> None:
     """Upstream wants one NUMA node per rank here; ours share the cores, one thread each."""
     torch.set_num_threads(1)
@@ -93,6 +104,11 @@ def _read_mla_rows(
     """``MLATokenToKVPool.get_mla_kv_buffer``, upstream a Triton kernel: rows in two parts."""
     rows = pool.get_key_buffer(layer.layer_id)[loc.long()].to(dst_dtype or pool.dtype)
     return rows[..., : pool.kv_lora_rank], rows[..., pool.kv_lora_rank :]
+
+
+def _unpinned(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Host copies of the KV pool in plain memory; there is no device to pin it for."""
+    return args, {**kwargs, "pin_memory": False}
 
 
 def _add_gated(
@@ -120,7 +136,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 def verify() -> None:
     """Stop the process unless every hook took; called in each rank before it builds a group."""
-    missing = sorted(set(_REPLACED) - HookRegistry._patched)
+    missing = sorted({*_REPLACED, _HOST_POOL} - HookRegistry._patched)
     if missing:
         raise SystemExit(
             f"SGLANG_PLATFORM=cpu_reference: hooks not applied: {', '.join(missing)}; install the "
