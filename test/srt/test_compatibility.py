@@ -39,7 +39,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "speculative decoding": {"args": {"speculative_algorithm": "NGRAM"}},
     "diffusion language models": {"args": {"dllm_algorithm": "LowConfidence"}},
     "prefill-decode disaggregation": {"args": {"disaggregation_mode": "decode"}},
-    "hierarchical cache": {"args": {"enable_hierarchical_cache": True}},
+    "storage behind the hierarchical cache, but for MLA in files": {
+        "args": {"hicache_storage_backend": "file"}
+    },
     "LMCache": {"args": {"enable_lmcache": True}},
     "HiSparse": {"args": {"enable_hisparse": True}},
     "FlexKV": {"args": {"enable_flexkv": True}},
@@ -165,7 +167,11 @@ TYPED = {
     "--enable-two-batch-overlap": ("--enable-two-batch-overlap",),
     "--speculative-algorithm": ("--speculative-algorithm", "NGRAM"),
     "--chunked-prefill-size": ("--chunked-prefill-size", "16", "--page-size", "16"),
-    "--enable-hierarchical-cache": ("--enable-hierarchical-cache",),
+    "--hicache-storage-backend": (
+        "--enable-hierarchical-cache",
+        "--hicache-storage-backend",
+        "file",
+    ),
     "--disaggregation-mode": ("--disaggregation-mode", "prefill"),
 }
 

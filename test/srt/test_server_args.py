@@ -324,7 +324,10 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "speculative decoding": ({"speculative_algorithm": "NGRAM", "page_size": 1}, ""),
     "diffusion language models": ({"dllm_algorithm": "LowConfidence"}, UPSTREAM),
     "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, ""),
-    "hierarchical cache": ({"enable_hierarchical_cache": True}, ""),
+    "storage behind the hierarchical cache, but for MLA in files": (
+        {"hicache_storage_backend": "mooncake", "enable_hierarchical_cache": True},
+        "",
+    ),
     "LMCache": ({"enable_lmcache": True}, UPSTREAM),
     "HiSparse": ({"enable_hisparse": True}, ""),
     "FlexKV": ({"enable_flexkv": True}, ""),
@@ -355,7 +358,7 @@ GQA_ALONE = {
     "bitsandbytes weights of GQA and MHA models",
     "weights saved in shards, of GQA and MHA models",
 }
-MLA_ALONE = {"unified memory pool", "hierarchical cache"}  # of GQA, SGLang refuses them
+MLA_ALONE = {"unified memory pool"}  # of GQA, SGLang refuses them
 # Rows that are no arguments: what the machine, the environment or the model brings.
 ELSEWHERE = {"other accelerators than CUDA", "head-major cache layout"}
 ASKABLE = {row.feature: row for row in TABLE if row.status == "refused" and row.flag}

@@ -130,6 +130,11 @@ def _bitsandbytes(situation: Situation) -> object | None:
     return "bitsandbytes" if "bitsandbytes" in asked and not situation.mla else None
 
 
+def _untried_storage(situation: Situation) -> object | None:
+    asked = situation.args.hicache_storage_backend
+    return None if situation.mla and asked == "file" else asked
+
+
 def _sharded_weights(situation: Situation) -> object | None:
     asked = situation.args.load_format
     shards = ("sharded_state", "presharded", "remote", "remote_instance")
@@ -183,6 +188,12 @@ TABLE: tuple[Row, ...] = (
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
     Row("data-parallel replicas", "--dp-size", "works", "two replicas of two ranks, MLA"),
+    Row(
+        "hierarchical cache",
+        "--enable-hierarchical-cache",
+        "works",
+        "answers from host copies are transformers', GQA and MLA, hits asserted",
+    ),
     Row("no prefix cache", "--disable-radix-cache", "works", "answers are transformers', MLA"),
     Row(
         "other accelerators than CUDA",
@@ -273,12 +284,12 @@ TABLE: tuple[Row, ...] = (
         _unlike("disaggregation_mode", "null", None),
     ),
     Row(
-        "hierarchical cache",
-        "--enable-hierarchical-cache",
+        "storage behind the hierarchical cache, but for MLA in files",
+        "--hicache-storage-backend",
         "refused",
-        "the host pool of GQA has no sharded layout, and MLA's is not verified with the series",
-        _WITHOUT,
-        _flag("enable_hierarchical_cache"),
+        "K and V have no page format by owner, and no other store has been tried with MLA",
+        "Leave the flag out, copies on the host work; for MLA, file works too",
+        _untried_storage,
     ),
     Row(
         "LMCache",
