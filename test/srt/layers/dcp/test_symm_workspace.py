@@ -43,6 +43,31 @@ def test_without_gpus_the_error_names_what_to_use(group: torch.distributed.Proce
         SymmExchange(group, 8, 8, 128, torch.bfloat16, torch.device("cpu"))
 
 
+def test_memory_that_one_rank_cannot_have_is_an_error_on_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def empty(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    def make() -> None:
+        with pytest.raises(RuntimeError, match="use --dcp-comm-backend a2a instead of symm") as no:
+            SymmExchange(Group(), 8, 8, 128, torch.bfloat16, torch.device("cpu"))
+        said.append(str(no.value))
+
+    said: list[str] = []
+    monkeypatch.setattr(symm_workspace, "is_available", lambda group: None)
+    monkeypatch.setattr(symm_workspace, "_gather", lambda group, value: [value, None])
+    with monkeypatch.context() as broken:
+        broken.setattr(symm_workspace.symm_mem, "empty", empty)
+        make()
+    assert "no symmetric memory on rank 0 of the KVP group (CUDA out of memory)" in said[0]
+    # The other rank has its own, and learns of it.
+    monkeypatch.setattr(symm_workspace, "_gather", lambda group, value: [said[0], value])
+    monkeypatch.setattr(symm_workspace.symm_mem, "empty", torch.empty)
+    make()
+    assert "CUDA out of memory" in said[1]
+
+
 class Group:
     """As much of a process group as is_available asks for."""
 

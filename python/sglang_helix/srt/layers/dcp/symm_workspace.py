@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from sglang_helix.srt.layers.dcp.symm import (
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _INSTEAD = "use --dcp-comm-backend a2a instead of symm"
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own switch, for tests
 _WATCH_INTERVAL = 1.0  # seconds; a waiting program reports several times in it
@@ -145,7 +146,7 @@ class SymmExchange:
     Construction is collective, allocates the workspace once, and synchronises.
 
     Args:
-        group: the KVP group (NCCL).
+        group: the KVP group; a gloo group of the same ranks does.
         max_tokens: the largest batch. Takes `symm.Layout.nbytes` of memory.
         num_heads: H, query heads of a partial output.
         head_dim: D of the output; D * itemsize must be a multiple of 16.
@@ -155,7 +156,8 @@ class SymmExchange:
         on_stall: called from a thread then; by default logs and aborts the process.
 
     Raises:
-        RuntimeError: the group has no peer access; the message names the backend to use instead.
+        RuntimeError: the group has no peer access, or a rank no memory; raised on every rank, and
+            names the backend to use instead.
     """
 
     def __init__(
@@ -173,15 +175,10 @@ class SymmExchange:
         if reason := is_available(group):
             raise RuntimeError(f"{reason}: {_INSTEAD}")
         self.layout = plan(group.size(), num_heads, head_dim, dtype, max_tokens)
-        try:
-            buffer = symm_mem.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
-            handle = symm_mem.rendezvous(buffer, group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"no symmetric memory in the KVP group ({error}): {_INSTEAD}"
-            ) from error
-        if 0 in handle.buffer_ptrs:
-            raise RuntimeError(f"torch did not map all of the KVP group's memory: {_INSTEAD}")
+        buffer = _on_every_rank(
+            group, lambda: symm_mem.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
+        )
+        handle = _on_every_rank(group, lambda: _mapped(symm_mem.rendezvous(buffer, group)))
         # Peers' addresses are those of what torch allocated there; a buffer may lie inside of it.
         offsets = _gather(group, getattr(handle, "offset", 0))  # absent where torch has no pools
         pointers = [base + at for base, at in zip(handle.buffer_ptrs, offsets, strict=True)]
@@ -249,6 +246,24 @@ def is_available(group: dist.ProcessGroup) -> str | None:
     else:
         reason = _no_access(probes[group.rank()], probes)
     return next(filter(None, _gather(group, reason)), None)
+
+
+def _on_every_rank(group: dist.ProcessGroup, step: Callable[[], _T]) -> _T:
+    """What a step returns; a RuntimeError of any rank's step becomes one on all. Collective."""
+    problem = None
+    try:
+        result = step()
+    except RuntimeError as error:
+        problem = f"no symmetric memory on rank {group.rank()} of the KVP group ({error})"
+    for failed in filter(None, _gather(group, problem)):
+        raise RuntimeError(f"{failed}: {_INSTEAD}")
+    return result
+
+
+def _mapped(handle: Any) -> Any:
+    if 0 in handle.buffer_ptrs:
+        raise RuntimeError("torch did not map the memory of all ranks")
+    return handle
 
 
 class _Probe(NamedTuple):
