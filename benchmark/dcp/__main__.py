@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 
 COMMANDS = {
@@ -18,11 +17,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.dcp")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in COMMANDS.items():
-        if importlib.util.find_spec(f"benchmark.dcp.{name}"):
-            # Options, --help among them, belong to the module, loaded only when it is chosen.
-            commands.add_parser(name, help=help_text, add_help=False)
-    chosen, rest = parser.parse_known_args(argv)
-    return importlib.import_module(f"benchmark.dcp.{chosen.command}").main(rest)
+        # Options, --help among them, belong to the module, loaded only when it is chosen.
+        commands.add_parser(name, help=help_text, add_help=False)
+    command = parser.parse_args(argv[:1]).command
+    return importlib.import_module(f"benchmark.dcp.{command}").main(argv[1:])
 
 
 if __name__ == "__main__":

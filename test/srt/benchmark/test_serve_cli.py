@@ -1,0 +1,167 @@
+"""`python -m benchmark.dcp serve` on the CPU platform: a tiny model, contexts of some dozens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sglang_cpu_reference.server import Server
+
+from benchmark.dcp import report, serve
+from benchmark.dcp.serve import Answer, Load, Row, parse_layout
+
+ROOT = Path(__file__).parents[3]
+NEW_TOKENS = 8
+# What the pool of plain TP holds for two requests, what only the sharded one does, and neither.
+FITS, FITS_SHARDED, FITS_NOWHERE = 48, 160, 600
+
+
+def benchmark(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmark.dcp", "serve", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+    )
+
+
+def check_figures(row: Row) -> None:
+    assert 0 < row.tpot_p10_ms <= row.tpot_median_ms <= row.tpot_p90_ms
+    assert row.ttft_median_ms > 0
+    assert row.output_tokens == row.concurrency * NEW_TOKENS
+    # No request waits for its first token longer than the whole run takes, nor is it as fast as
+    # all its gaps at the lowest.
+    seconds = row.output_tokens / row.tokens_per_s
+    assert 1e3 * seconds > max(row.ttft_median_ms, (NEW_TOKENS - 1) * row.tpot_p10_ms)
+    assert 0 <= row.cached_tokens < row.context
+
+
+@pytest.mark.server
+@pytest.mark.timeout(420)
+def test_layouts(tmp_path: Path) -> None:
+    path, plot = tmp_path / "figures.csv", tmp_path / "figures.png"
+    ran = benchmark("--cpu", "--layouts", "tp", "a2a", "--intervals", "2", "--csv", path)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    rows = report.read_csv(path, Row)
+    contexts = (FITS, FITS_SHARDED, FITS_NOWHERE)
+    assert [(row.layout, row.context) for row in rows] == [
+        (layout, context) for layout in ("tp", "a2a") for context in contexts
+    ]
+    measured = {(row.layout, row.context) for row in rows if row.status == serve.MEASURED}
+    assert measured == {("tp", FITS), ("a2a", FITS), ("a2a", FITS_SHARDED)}
+    for row in rows:
+        assert (row.concurrency, row.prefix, row.device) == (2, "shared", "CPU")
+        assert row.prefill_decode_interval == 2  # as the server itself says
+        if row.status == serve.MEASURED:
+            check_figures(row)
+            # One prefill served all: what fills units of the cache was found there.
+            assert row.cached_tokens == (row.context - 1) // (8 * row.dcp_size) * (8 * row.dcp_size)
+        else:
+            assert row.status == serve.DOES_NOT_FIT
+            assert row.tpot_median_ms is None
+            assert row.tokens_per_s is None
+            assert row.needed_tokens > row.kv_tokens
+    # The same bytes on each rank, and twice the tokens.
+    tp, a2a = rows[0], rows[-1]
+    assert (tp.kv_tokens, a2a.kv_tokens) == (256, 512)
+    assert a2a.kv_bytes == pytest.approx(tp.kv_bytes, rel=0.1)
+
+    lines = [line for line in ran.stdout.splitlines() if line.split()[:1] in LINE_STARTS]
+    assert len(lines) == len(rows) + len(contexts) + 2  # figures, time per token, capacity
+    assert all(line.endswith(serve.MARK) for line in lines)
+    assert serve.DOES_NOT_FIT in ran.stdout
+    assert "one prefill, which all requests share" in ran.stdout
+
+    again = benchmark("--from-csv", path, "--plot", plot)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [line for line in lines if line in again.stdout.splitlines()] == lines
+    assert plot.exists() or "matplotlib is not installed" in again.stdout
+
+
+LINE_STARTS = [[word] for word in ("tp", "a2a", str(FITS), str(FITS_SHARDED), str(FITS_NOWHERE))]
+
+
+@pytest.mark.server
+@pytest.mark.timeout(420)
+def test_a_running_server(tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    model = serve.tiny_model(str(tmp_path))
+    flags = ["--tp", "2", "--dcp-size", "2", "--dcp-comm-backend", "a2a"]
+    with Server(model, *flags, "--max-total-tokens", "256", "--page-size", "8") as server:
+        ran = benchmark(
+            *("--url", f"http://127.0.0.1:{server.port}", "--prefix", "cold"),
+            *("--contexts", FITS_NOWHERE, FITS, "--concurrency", "1", "3"),
+            *("--new-tokens", NEW_TOKENS, "--csv", path),
+        )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    rows = report.read_csv(path, Row)
+    assert [(row.context, row.concurrency) for row in rows] == [
+        (FITS, 1), (FITS, 3), (FITS_NOWHERE, 1), (FITS_NOWHERE, 3),
+    ]  # fmt: skip
+    for row in rows:
+        assert (row.layout, row.comm, row.dcp_size, row.tp_size) == ("a2a:2", "a2a", 2, 2)
+        assert (row.mark, row.prefix) == (serve.MARK, "cold")
+    for row in rows[:2]:
+        check_figures(row)
+        assert row.cached_tokens == 0
+    assert {row.status for row in rows[2:]} == {serve.DOES_NOT_FIT}
+
+
+def test_gaps_between_tokens() -> None:
+    answer = Answer(1.0, [(2.0, 1), (2.5, 2), (3.5, 4)], 0)
+    assert answer.gaps == [0.5, 0.5, 0.5]
+    waits = Answer(1.0, [(4.0, 1), (5.0, 2)], 0)
+    assert not serve.ran_together([answer, waits])
+    assert serve.ran_together([answer, Answer(1.0, [(3.0, 1), (5.0, 2)], 0)])
+
+
+@pytest.mark.parametrize("prefix", serve.PREFIXES)
+def test_prompts(prefix: str) -> None:
+    shorter, longer = (Load(n, 3, NEW_TOKENS, prefix).prompts() for n in (20, 50))
+    assert [len(prompt) for prompt in shorter] == [20] * 3
+    assert all(long[:19] == short[:19] for short, long in zip(shorter, longer, strict=True))
+    assert len({tuple(prompt) for prompt in longer}) == 3
+    assert len({tuple(prompt[:-1]) for prompt in longer}) == (1 if prefix == "shared" else 3)
+
+
+def test_capacity_is_counted_for_contexts_of_their_own() -> None:
+    # 20 + 8 tokens are two units of 16, and one stays free: 3 requests of 48 tokens.
+    for prefix in serve.PREFIXES:
+        assert Load(20, 3, NEW_TOKENS, prefix).needed_tokens(16) == 144
+
+
+def test_layouts_by_name() -> None:
+    assert parse_layout("tp", 8).flags == ()
+    assert parse_layout("ag_rs", 8).flags == ("--dcp-size", "8", "--dcp-comm-backend", "ag_rs")
+    assert parse_layout("symm:4", 8).flags == ("--dcp-size", "4", "--dcp-comm-backend", "symm")
+    assert parse_layout("attn-tp:2", 8).flags[:2] == ("--attn-tp-size", "2")
+    info = {"tp_size": 8, "dcp_size": 4, "dcp_comm_backend": "symm", "dcp_replicate_q_proj": None}
+    assert serve.name_of(info) == "symm:4"
+    assert serve.name_of({**info, "dcp_replicate_q_proj": True}) == "attn-tp:2"
+    assert serve.name_of({**info, "dcp_size": 1}) == "tp"
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--cpu", "--layouts", "attn-tp"], "--layouts attn-tp: use tp, ag_rs[:K]"),
+        (["--cpu", "--layouts", "a2a:x"], "--layouts a2a:x: 'x' is not a number"),
+        (["--cpu", "--contexts", "1"], "--contexts 1: at least 2"),
+        (["--cpu", "--new-tokens", "2"], "--new-tokens 2: at least 3"),
+        (["--url", "http://127.0.0.1:1", "--tp", "2"], "--url drives a server as it is"),
+    ],
+)
+def test_refuses_what_it_cannot_measure(
+    args: list[str], names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        serve.main(args)
+    assert stopped.value.code == 2
+    assert names in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start() -> None:
+    reason = "the server exited\nINFO: hello\nValueError: --dcp-size 3 does not divide\n\n"
+    assert serve.reason_of(RuntimeError(reason)) == "ValueError: --dcp-size 3 does not divide"
