@@ -278,7 +278,8 @@ def nothing_left_of(server: Server) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "tp"),
     # Four ranks share two key-value heads: SGLang replicates those, and the platform lets it.
-    [("llama", 1), ("llama", 4), ("qwen3", 2), ("deepseek_v2", 2)],
+    # One rank, and more families, serve in test_end_to_end.py.
+    [("llama", 4), ("deepseek_v2", 2)],
 )
 def test_plain_tp_equals_transformers(name: str, tp: int, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(name, tmp_path)
@@ -323,19 +324,6 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
         Server(checkpoint, "--device", "cuda", progress=False),
     ):
         pytest.fail("served")
-
-
-@pytest.mark.server
-def test_a_lost_rank_ends_the_server(tmp_path: Path) -> None:
-    server = Server(make_checkpoint("llama", tmp_path), "--tp", "2", progress=False)
-    with server:
-        assert server._process is not None
-        family = psutil.Process(server._process.pid).children(recursive=True)
-        # The launcher's child is the fork server, whose children are the ranks and the detokenizer.
-        next(process for process in family if process.ppid() != server._process.pid).kill()
-        server._process.wait(30)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        assert alive == []
 
 
 @pytest.mark.server
