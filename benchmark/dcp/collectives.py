@@ -19,12 +19,11 @@ exchanged is the same, its speed says nothing, and every line is marked "functio
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from benchmark.dcp import measure, report
 from benchmark.dcp.kernels import BOUND, DTYPE, SHAPES, device_name, relative_error, software
 
 SETS = 4  # of buffers; few, so that they stay in the cache
+SYMM = f"{report.OURS} symm"
 MARK = "function only"
 # Ranks that share a GPU: NCCL lets them from this version on, with a few blocks each, or they
 # fill it and wait for each other.
@@ -102,6 +102,8 @@ class Candidate(NamedTuple):
     """(out [B, H, D], lse [B, H]) -> [B, H/N, D]"""
     takes: torch.dtype = DTYPE
     """What it asks attention for."""
+    most: int | None = None
+    """The largest batch; the series takes another exchange above it."""
 
 
 # --- in each rank -------------------------------------------------------------------------------
@@ -166,69 +168,67 @@ class Bench:
         rows = []
         for shape in self.options.shape:
             heads, head_dim = SHAPES[shape]
-            with self.candidates(shape, heads, head_dim) as candidates:
-                for batch in self.options.batch:
-                    started = time.monotonic()
-                    problem = Problem(shape, heads, head_dim, self.ranks, batch)
-                    found = self.measure(problem, candidates)
-                    for row in found:
-                        self.say(table_line(row))
-                    rows += found
-                    if self.rank == 0:
-                        spent = time.monotonic() - started
-                        print(f"{shape} N={self.ranks} B={batch}: {spent:.1f} s", file=sys.stderr)
+            candidates = self.candidates(shape, heads, head_dim)
+            for batch in self.options.batch:
+                started = time.monotonic()
+                problem = Problem(shape, heads, head_dim, self.ranks, batch)
+                found = self.measure(problem, candidates)
+                for row in found:
+                    self.say(table_line(row))
+                rows += found
+                if self.rank == 0:
+                    spent = time.monotonic() - started
+                    print(f"{shape} N={self.ranks} B={batch}: {spent:.1f} s", file=sys.stderr)
         return rows
 
-    @contextlib.contextmanager
-    def candidates(self, shape: str, heads: int, head_dim: int) -> Iterator[list[Candidate]]:
-        from sglang_helix.srt.layers.dcp.exchange import a2a, ag_rs
+    def candidates(self, shape: str, heads: int, head_dim: int) -> list[Candidate]:
+        from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
 
         def helix(exchange: Any, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
             return exchange(x, lse, self.ours)[0]
 
-        ours = {"a2a": a2a, "ag_rs": ag_rs}
-        with self.symm(heads, head_dim) as symm:
-            if symm:
-                ours["symm"] = symm
-            yield [
-                *(
-                    Candidate(f"{report.OURS} {name}", self.ours, partial(helix, exchange))
-                    for name, exchange in ours.items()
-                ),
-                *sglang_candidates(shape, self.peers),
-            ]
+        most = {"symm": self.prepare_symm(heads, head_dim)}
+        ours = [
+            Candidate(
+                f"{report.OURS} {name}", self.ours, partial(helix, exchange), most=most.get(name)
+            )
+            for name, exchange in EXCHANGES.items()
+        ]
+        return [*ours, *sglang_candidates(shape, self.peers)]
 
-    @contextlib.contextmanager
-    def symm(self, heads: int, head_dim: int) -> Iterator[Any]:
-        """The exchange through symmetric memory, or None where there is none."""
+    def prepare_symm(self, heads: int, head_dim: int) -> int:
+        """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
+
+        Its workspaces stay until the process ends.
+        """
         if self.device.type != "cuda":
-            self.not_measured("helix symm", "it needs GPUs with access to each other's memory")
-            yield None
-            return
-        from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, close_symm, prepare_symm
+            self.not_measured(SYMM, "it needs GPUs with access to each other's memory")
+            return 0
+        from sglang_helix.srt.layers.dcp.exchange import prepare_symm
 
         try:
-            prepare_symm(
+            kernel = prepare_symm(
                 self.ours,
                 max_tokens=max(self.options.batch),
                 num_heads=heads,
                 head_dim=head_dim,
                 dtype=DTYPE,
+                timeout=self.options.timeout,
             )
         except RuntimeError as error:  # on every rank
-            self.not_measured("helix symm", str(error))
-            yield None
-            return
-        yield EXCHANGES["symm"]
-        torch.cuda.synchronize()
-        self.of_all_ranks(None)  # no rank may be using the memory of another
-        close_symm(self.ours)
+            self.not_measured(SYMM, str(error))
+            return 0
+        return kernel.max_tokens
 
     def measure(self, p: Problem, candidates: list[Candidate]) -> list[Row]:
         x, lse, want = self.partials(p)
         rotations: dict[str, measure.Rotation] = {}
         errors: dict[str, float] = {}
         for candidate in candidates:
+            if candidate.most is not None and p.batch > candidate.most:
+                if candidate.most:
+                    self.not_measured(candidate.name, f"above batch {candidate.most} it is a2a")
+                continue
             sources = x.to(candidate.takes), lse
             inputs = [tuple(source.clone() for source in sources) for _ in range(SETS)]
             rotation = self.rotation(candidate, [partial(candidate.run, *i) for i in inputs])

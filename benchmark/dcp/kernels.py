@@ -422,7 +422,9 @@ def measure_problem(
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    """Norm of the difference over the norm; infinite where it is NaN, which max() would lose."""
+    error = float((got.double() - want).norm() / want.norm())
+    return math.inf if math.isnan(error) else error
 
 
 def device_name(device: torch.device) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmark.dcp import kernels, report
 
@@ -77,6 +79,13 @@ def test_summary_compares_with_the_fastest_peer() -> None:
     text = report.summary([row("helix", 2.0, 0.5), row("slow", 9.0, 0.1), row("fast", 3.0, 0.3)])
     assert "1.50 at worst [mla, N 2, B 1] (fast / helix)" in text
     assert "at least 50% of the copy's bandwidth" in text
+
+
+def test_nan_is_an_infinite_error() -> None:
+    want = torch.ones(2, dtype=torch.float64)
+    nan = torch.tensor([1.0, math.nan])
+    assert kernels.relative_error(want, want) == 0
+    assert max(kernels.relative_error(out, want) for out in (want, nan)) == math.inf
 
 
 @pytest.mark.parametrize(
