@@ -28,7 +28,8 @@ without --prefill-decode-interval and with it (--intervals; it tells most with -
 a layout whose cache cannot hold the contexts of all requests is not slow: it says "does not fit",
 and shows no time, also where a shared context would fit.
 
-Without a GPU a tiny model is served on the CPU and every line is marked "function only".
+Without a GPU a tiny model is served on the CPU. There, and where --launcher lets more ranks than
+GPUs share them, every line is marked "function only".
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ MEASURED, DOES_NOT_FIT = "measured", "does not fit"
 DID_NOT_START, FAILED = "did not start", "failed"
 TOO_LONG, TOO_MANY = "beyond --context-length", "beyond --max-running-requests"
 PREFIXES = ("shared", "own", "cold")
+_WARM_UP = 16  # tokens of a prompt
 _SPARE = 6  # tokens that SGLang keeps of its pool beside a prompt
 _CPU_SERVER = ("--max-total-tokens", "256", "--page-size", "8")
 
@@ -269,6 +271,8 @@ def obstacle(client: Client, load: Load) -> str | None:
 def measure(client: Client, load: Load) -> dict[str, Any]:
     """Make the contexts, send the load, and return the figures of a Row."""
     prompts = load.prompts()
+    # What a batch of this size compiles or connects at its first time.
+    client.complete_together([prompt[:_WARM_UP] for prompt in prompts], 4)
     if load.prefix == "cold":
         client.flush_cache()
     else:
@@ -305,10 +309,7 @@ def measure_server(client: Client, name: str, options: argparse.Namespace) -> It
     if prefix != "cold" and info["disable_radix_cache"]:
         print(f"{name}: the prefix cache is off, so contexts are prefilled on the clock: cold")
         prefix = "cold"
-    if info["device"] == "cpu":
-        device, mark = "CPU", MARK
-    else:
-        device, mark = options.device, ""
+    on_cpu = info["device"] == "cpu"
     dcp_size = int(info.get("dcp_size") or 1)
     for context in sorted(options.contexts):
         for concurrency in options.concurrency:
@@ -335,9 +336,9 @@ def measure_server(client: Client, name: str, options: argparse.Namespace) -> It
                 kv_tokens=client.kv_tokens,
                 kv_bytes=client.kv_bytes,
                 needed_tokens=load.needed_tokens(client.unit),
-                mark=mark,
+                mark=MARK if on_cpu else options.mark,
                 model=str(info["model_path"]),
-                device=device,
+                device="CPU" if on_cpu else options.device,
             )
             found = row.cached_tokens
             # The token that differs, and what does not fill a unit, is prefilled by each request.
@@ -373,7 +374,7 @@ def started(layout: Layout, interval: int, options: argparse.Namespace) -> Itera
     if interval:
         flags += ["--prefill-decode-interval", str(interval)]
     environment = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
-    with Server(
+    server = Server(
         options.model,
         *flags,
         *(_CPU_SERVER if options.cpu else ()),
@@ -381,7 +382,9 @@ def started(layout: Layout, interval: int, options: argparse.Namespace) -> Itera
         platform=PLATFORM_NAME if options.cpu else None,
         env=environment,
         start_timeout=options.start_timeout,
-    ) as server:
+    )
+    server.command[server.command.index("sglang.launch_server")] = options.launcher
+    with server:
         yield f"http://127.0.0.1:{server.port}"
 
 
@@ -432,7 +435,7 @@ def not_started(
         "context": context,
         "concurrency": concurrency,
         "status": DID_NOT_START,
-        "mark": MARK if options.cpu else "",
+        "mark": options.mark,
         "model": str(options.model),
         "device": options.device,
     }
@@ -617,6 +620,13 @@ def main(argv: list[str]) -> int:
         help="a server for each --prefill-decode-interval; 0: without; default: 0 8",
     )
     parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument(
+        "--launcher",
+        default="sglang.launch_server",
+        metavar="MODULE",
+        help="what starts a server in place of sglang.launch_server, for example so that ranks "
+        "share a GPU",
+    )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one request")
     parser.add_argument("--start-timeout", type=float, default=3600, help="seconds for one server")
     parser.add_argument("--csv", type=Path, help="write the figures here")
@@ -637,8 +647,9 @@ def main(argv: list[str]) -> int:
             if options.cpu and not options.url and not options.model:
                 options.model = tiny_model(folder)
             print(_ABOUT[options.prefix])
-            if options.cpu:
-                print(f"{MARK}: a model on the CPU, whose times say nothing of GPUs")
+            if options.mark:
+                where = "on the CPU" if options.cpu else "whose ranks share GPUs"
+                print(f"{options.mark}: servers {where}; these times say nothing of GPUs")
             rows = run(options)
     print(time_per_token(rows))
     print(capacity(rows))
@@ -667,6 +678,7 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, gpus:
         parser.error("--model is needed to start servers (or --url, or --cpu)")
     small = options.cpu and not options.url
     options.tp = options.tp or (2 if small else gpus)
+    options.mark = MARK if small or (not options.url and options.tp > gpus) else ""
     options.contexts = options.contexts or (
         [48, 160, 600] if small else [1 << 18, 1 << 19, 1 << 20]
     )
