@@ -352,6 +352,10 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "deterministic inference": ({"enable_deterministic_inference": True}, ""),
     "elastic expert parallelism": ({"elastic_ep_backend": "mooncake"}, ""),
     "Ray": ({"use_ray": True}, ""),
+    "one-kernel exchange of the reference backend": (
+        {"dcp_comm_backend": "symm", "attention_backend": "torch_native"},
+        "",
+    ),
 }
 # SGLang's words where it refuses the combination itself, and for which family.
 GQA_ALONE = {
@@ -360,7 +364,12 @@ GQA_ALONE = {
 }
 MLA_ALONE = {"unified memory pool"}  # of GQA, SGLang refuses them
 # Rows that are no arguments: what the machine, the environment or the model brings.
-ELSEWHERE = {"other accelerators than CUDA", "head-major cache layout"}
+ELSEWHERE = {
+    "other accelerators than CUDA",
+    "head-major cache layout",
+    "one-kernel exchange without NVIDIA GPUs",
+    "one-kernel exchange of heads that are not whole 16-byte vectors",
+}
 ASKABLE = {row.feature: row for row in TABLE if row.status == "refused" and row.flag}
 
 
