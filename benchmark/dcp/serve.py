@@ -84,6 +84,8 @@ class Row:
     tpot_p10_ms: float | None
     tpot_median_ms: float | None
     tpot_p90_ms: float | None
+    longest_gap_ms: float | None
+    """Between two tokens of one request: where prefill starves decode, it shows here first."""
     ttft_median_ms: float | None
     tokens_per_s: float | None
     """Output tokens of all requests, from the first request to the last token."""
@@ -288,6 +290,7 @@ def measure(client: Client, load: Load) -> dict[str, Any]:
         "tpot_p10_ms": gaps.p10,
         "tpot_median_ms": gaps.median,
         "tpot_p90_ms": gaps.p90,
+        "longest_gap_ms": max(gaps.samples),
         "ttft_median_ms": 1e3 * median(a.arrivals[0][0] - a.sent for a in answers),
         "tokens_per_s": tokens / (last - first),
         "output_tokens": tokens,
@@ -354,6 +357,7 @@ _FIGURES = (
     "tpot_p10_ms",
     "tpot_median_ms",
     "tpot_p90_ms",
+    "longest_gap_ms",
     "ttft_median_ms",
     "tokens_per_s",
     "output_tokens",
@@ -462,7 +466,7 @@ def name_of(info: dict[str, Any]) -> str:
 
 _HEAD = (
     f"{'layout':<12}{'interval':>9} {'prefix':<7}{'context':>8}{'requests':>9}{'ms/token':>10}"
-    f"{'p10':>9}{'p90':>9}{'TTFT ms':>10}{'tokens/s':>10}{'cached':>9}"
+    f"{'p10':>9}{'p90':>9}{'longest':>10}{'TTFT ms':>10}{'tokens/s':>10}{'cached':>9}"
     f"{'KV tokens':>11}{'KV size':>10}"
 )
 
@@ -483,10 +487,11 @@ def table_line(row: Row) -> str:
     if row.status == MEASURED:
         what = (
             f"{row.tpot_median_ms:>10.2f}{row.tpot_p10_ms:>9.2f}{row.tpot_p90_ms:>9.2f}"
+            f"{row.longest_gap_ms:>10.2f}"
             f"{row.ttft_median_ms:>10.1f}{row.tokens_per_s:>10.1f}{row.cached_tokens:>9}"
         )
     else:
-        what = f"  {row.status:<55}"
+        what = f"  {row.status:<65}"
     tokens = "-" if row.kv_tokens is None else row.kv_tokens
     return f"{where}{what}{tokens:>11}{_bytes(row.kv_bytes):>10}  {row.mark}".rstrip()
 
