@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from benchmark.dcp import collectives, kernels, report
 
@@ -75,6 +80,66 @@ def test_groups_fit_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
             "" if gpus >= N else collectives.MARK for N in groups
         ]
     assert collectives.groups_that_exist("cpu", ["mla"]) == [2]
+
+
+class OneRank(collectives.Bench):
+    """A rank with a GPU and no process group, whose peer reports as it is told to."""
+
+    def __init__(self, peer_fails: bool = False) -> None:
+        self.rank, self.ranks, self.said = 0, 2, set()
+        self.device, self.options = torch.device("cuda", 0), SimpleNamespace(eager=False)
+        self.peer = "ValueError: the peer's" if peer_fails else None
+
+    def of_all_ranks(self, value: Any) -> list[Any]:
+        return [value, self.peer]
+
+
+class FakeRotation:
+    captures = True
+
+    def __init__(
+        self, calls: Any, device: Any, *, capture: bool = True, stream: Any = None
+    ) -> None:
+        self.graph = "graph" if capture else None
+        if capture and not self.captures:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        for call in calls:
+            call()
+
+
+class FakeGroup:
+    @contextlib.contextmanager
+    def graph_capture(self) -> Iterator[Any]:
+        yield SimpleNamespace(stream=None)
+
+
+def broken() -> torch.Tensor:
+    raise ValueError("no such kernel")
+
+
+def candidate(name: str) -> collectives.Candidate:
+    return collectives.Candidate(name, FakeGroup(), lambda x, lse: x)
+
+
+def test_what_runs_is_decided_by_all_ranks_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("benchmark.dcp.measure.Rotation", FakeRotation)
+    calls = [lambda: torch.zeros(1)]
+    assert OneRank().rotation(candidate("helix a2a"), calls).graph == "graph"
+    # The peer cannot: neither does this rank, though it could.
+    assert OneRank(peer_fails=True).rotation(candidate("sglang a2a"), calls) is None
+    assert "not measured: sglang a2a (ValueError: the peer's)" in capsys.readouterr().out
+
+    monkeypatch.setattr(FakeRotation, "captures", False)
+    assert OneRank().rotation(candidate("sglang a2a"), calls).graph is None
+    told = capsys.readouterr().out
+    assert "not captured in a CUDA graph: sglang a2a (RuntimeError: operation not" in told
+
+    assert OneRank().rotation(candidate("sglang a2a"), [broken]) is None
+    with pytest.raises(RuntimeError, match="helix a2a does not run: ValueError: no such kernel"):
+        OneRank().rotation(candidate("helix a2a"), [broken])
 
 
 @pytest.mark.parametrize(
