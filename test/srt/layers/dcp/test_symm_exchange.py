@@ -18,12 +18,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
 from sglang_helix.srt.layers.dcp import comm, exchange, symm, symm_workspace
 from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits, note_layer
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Reduced, plan
+from srt.distributed.ranks import run_ranks
 from srt.layers.dcp.symm_ranks import Ranks as Workspaces
 from srt.layers.dcp.symm_ranks import expected, poison, relative_error
 
@@ -191,6 +193,27 @@ def test_prepared_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, group: An
     ]
     assert large.layout.max_tokens * large.layout.token_bytes <= symm._MAX_BYTES
     assert prepare(None, 32).max_tokens == symm.largest_batch(2, 32, 512, torch.bfloat16)
+
+
+def refused_on_rank(rank: int, world_size: int) -> str:
+    with pytest.raises(RuntimeError) as refused:
+        exchange.prepare_symm(
+            parallel_state.get_world_group(),
+            max_tokens=8,
+            num_heads=8,
+            head_dim=64,
+            dtype=torch.bfloat16,
+            timeout=7.0,
+        )
+    return str(refused.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+@pytest.mark.skipif(INTERPRETED, reason="starts ranks")
+def test_sglangs_groups_without_gpus_are_refused_on_every_rank() -> None:
+    for message in run_ranks(refused_on_rank, 2):
+        assert "symm needs CUDA devices" in message
+        assert message.endswith("use --dcp-comm-backend a2a instead of symm")
 
 
 class Phase:
