@@ -4,12 +4,15 @@ Selected by ``SGLANG_PLATFORM=cpu_reference`` and by nothing else. It is a refer
 not for speed: one thread a rank, no compiled kernels, no graphs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_cpu_reference import speculative
 
 #: What the reference serves with when the user said nothing. Weights and the KV pool of every
 #: rank come out of one machine's memory, so the pool is bounded by tokens, not by a fraction.
@@ -54,6 +57,10 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             server_args.mem_fraction_static = _DEFAULT_MEM_FRACTION
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = _DEFAULT_MAX_TOTAL_TOKENS
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        """Slots of the draft tokens, upstream a Triton kernel."""
+        return speculative.extend_cache_locs
 
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         """The CPU, for every rank; asked once SGLang's plugins are loaded, before any group."""

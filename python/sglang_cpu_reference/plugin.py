@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_cpu_reference import forkserver, selected
+from sglang_cpu_reference import forkserver, selected, speculative
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
@@ -32,6 +32,7 @@ def register() -> None:
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
+    speculative.install()
     collectives_on_cpu_tensors()
 
 
@@ -131,6 +132,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
+    **speculative.REPLACED,
 }
 
 

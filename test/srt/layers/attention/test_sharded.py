@@ -13,6 +13,7 @@ import pytest
 import torch
 from sglang.srt.layers.dcp import comm as upstream_comm
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.torch_native_backend import ShardedTorchReferenceAttnBackend
 from sglang_helix.srt.layers.dcp import comm, planner
@@ -175,6 +176,7 @@ def forward_batch(step: Step, slots: Slots) -> tuple[Any, list[tuple[int, int]]]
         out_cache_loc_is_physical=False,
         seq_lens=torch.tensor(lens),
         req_pool_indices=torch.tensor(list(step.tokens)),
+        forward_mode=ForwardMode.EXTEND,
         extend_prefix_lens_cpu=list(prefixes.values()),
         extend_seq_lens_cpu=list(step.tokens.values()),
         spec_info=None,

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.spec_info import SpecInputType
 from sglang_helix.srt.layers.attention.torch_native_backend import (
     Partial,
     TorchReferenceAttnBackend,
@@ -171,6 +173,7 @@ class Conversation:
             req_pool_indices=torch.tensor([i + 1 for i in live]),
             out_cache_loc=self.rows[index],
             seq_lens=torch.tensor([old[i] + new[i] for i in live]),
+            forward_mode=ForwardMode.EXTEND,
             extend_seq_lens_cpu=[new[i] for i in live],
             extend_prefix_lens_cpu=[old[i] for i in live],
             spec_info=None,
@@ -251,6 +254,7 @@ def test_a_layer_without_keys_of_its_own_reads_the_cache() -> None:
     batch = SimpleNamespace(
         req_pool_indices=torch.tensor([1, 2, 3]),
         out_cache_loc=talk.rows[index],
+        forward_mode=ForwardMode.EXTEND,
         extend_seq_lens_cpu=[9, 2, 4],
         extend_prefix_lens_cpu=[0, 0, 0],
         spec_info=None,
@@ -279,6 +283,7 @@ def test_what_it_would_get_wrong_is_refused(name: str, value: Any) -> None:
         refuse_unsupported(layer, batch)
 
 
-def test_speculative_batches_are_refused() -> None:
+def test_drafts_of_a_model_are_refused() -> None:
+    drafts = SimpleNamespace(spec_input_type=SpecInputType.EAGLE_VERIFY)
     with pytest.raises(NotImplementedError, match="speculative"):
-        refuse_unsupported(make_layer(4, 2, 16, 16), SimpleNamespace(spec_info=object()))
+        refuse_unsupported(make_layer(4, 2, 16, 16), SimpleNamespace(spec_info=drafts))

@@ -16,6 +16,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.speculative.spec_info import SpecInputType
 
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 
@@ -75,6 +76,31 @@ def causal(queries: int, keys: int) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
+def chunk_lens(forward_batch: Any) -> tuple[list[int], list[int]]:
+    """How many new tokens each request brings, and how many cached ones stand before them.
+
+    What a prefill brings is its chunk; what a verify pass brings are the draft tokens.
+    """
+    if forward_batch.forward_mode.is_target_verify():
+        cached_lens = forward_batch.seq_lens.tolist()
+        return [forward_batch.spec_info.draft_token_num] * len(cached_lens), cached_lens
+    return list(forward_batch.extend_seq_lens_cpu), list(forward_batch.extend_prefix_lens_cpu)
+
+
+def chunk_masks(forward_batch: Any) -> list[torch.Tensor]:
+    """For each request bool [new, new]: which of the new tokens each new token sees.
+
+    Draft tokens are a tree: a token sees its ancestors and itself. SGLang's mask of a request has
+    a row for each draft token, over the cached tokens, all of them visible, and the draft tokens.
+    """
+    lens, cached_lens = chunk_lens(forward_batch)
+    if not forward_batch.forward_mode.is_target_verify():
+        return [causal(length, length) for length in lens]
+    sizes = [length * (cached + length) for length, cached in zip(lens, cached_lens, strict=True)]
+    masks = forward_batch.spec_info.custom_mask[: sum(sizes)].split(sizes)
+    return [mask.view(length, -1)[:, -length:] for mask, length in zip(masks, lens, strict=True)]
+
+
 class TorchReferenceAttnBackend(AttentionBackend):
     """``torch_native``: decode, extend, chunked prefill and prefix-cache hits on any device."""
 
@@ -132,27 +158,23 @@ class TorchReferenceAttnBackend(AttentionBackend):
         if k is None or v is None:
             k, v = (buffer[forward_batch.out_cache_loc] for buffer in self._buffers(layer))
         partial = self.chunk_partial(q, k, v, layer, forward_batch)
-        if any(forward_batch.extend_prefix_lens_cpu):
-            prefix = self.cached_partial(
-                q,
-                layer,
-                forward_batch,
-                forward_batch.extend_seq_lens_cpu,
-                forward_batch.extend_prefix_lens_cpu,
-            )
+        lens, cached_lens = chunk_lens(forward_batch)
+        if any(cached_lens):
+            prefix = self.cached_partial(q, layer, forward_batch, lens, cached_lens)
             partial = merge(prefix, partial)
         return partial.out.flatten(1).to(q.dtype)
 
     def chunk_partial(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
     ) -> Partial:
-        """Each request's new tokens over its own new tokens up to themselves."""
-        lens = list(forward_batch.extend_seq_lens_cpu)
+        """Each request's new tokens over those of its own new tokens that they may see."""
+        lens, _ = chunk_lens(forward_batch)
         k = k.view(len(q), -1, layer.qk_head_dim)
         v = v.view(len(q), -1, layer.v_head_dim)
+        chunks = zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
         parts = (
-            self._partial(layer, q_r, k_r, v_r, causal(len(q_r), len(k_r)).to(q.device))
-            for q_r, k_r, v_r in zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
+            self._partial(layer, q_r, k_r, v_r, visible.to(q.device))
+            for (q_r, k_r, v_r), visible in zip(chunks, chunk_masks(forward_batch), strict=True)
         )
         return _concatenate(parts)
 
@@ -232,8 +254,7 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
         gathered: torch.Tensor | None = None,
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
-        chunks = list(forward_batch.extend_seq_lens_cpu)
-        prefixes = list(forward_batch.extend_prefix_lens_cpu)
+        chunks, prefixes = chunk_lens(forward_batch)
         if gathered is None:
             return self.cached_partial(q, layer, forward_batch, chunks, prefixes)
         return _concatenate(
@@ -251,7 +272,8 @@ def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
         "temperature scaling by position": layer.xai_temperature_len > 0,
         f"logit capping by {layer.logit_capping_method}": layer.logit_cap > 0
         and layer.logit_capping_method != "tanh",
-        "speculative decoding": forward_batch.spec_info is not None,
+        "speculative decoding but with n-gram drafts": forward_batch.spec_info is not None
+        and forward_batch.spec_info.spec_input_type != SpecInputType.NGRAM_VERIFY,
     }
     for reason, applies in reasons.items():
         if applies:
