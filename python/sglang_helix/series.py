@@ -260,6 +260,18 @@ A2A = Patch(
             until="upstream's write path is the same on every platform",
         ),
         Hook(
+            target="sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.move_kv_cache",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.memory_pool:mha_move_kv_cache",
+            signature="self, tgt_loc, src_loc",
+            why="accepted draft tokens move to slots that another rank may own, and widened slots "
+            "are beyond the end of a sharded pool",
+            how="gathers the rows from their owners and writes them to the new owners",
+            upstream="none",
+            until="upstream moves rows under DCP",
+        ),
+        Hook(
             target="sglang.srt.arg_groups.hicache_hook.resolve_hicache_dcp_compatibility",
             kind="around",
             stage="launch",

@@ -1,4 +1,4 @@
-"""Writing to a sharded MLA pool by combined rows. Extends `mem_cache/memory_pool.py`."""
+"""Writing to sharded pools, and moving rows in them. Extends `mem_cache/memory_pool.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_helix.srt.layers.dcp.ownership import KVShard
 
 
 def mla_set_kv_buffer(
@@ -30,3 +33,22 @@ def mla_set_kv_buffer(
     pool.set_mla_kv_buffer(
         layer, loc_info, cache_k[..., :rank], cache_k[..., rank:], layer_id_override
     )
+
+
+def mha_move_kv_cache(pool: Any, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+    """Copy keys and values of every layer from slots src_loc to slots tgt_loc, as if at once.
+
+    int64 [N], widened, the same on every rank of the KVP group: all of them must call it. A token
+    whose two slots have different owners crosses the group, so the owners' rows are gathered.
+    """
+    parallel = get_parallel()
+    shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+    buffers = (*pool.k_buffer, *pool.v_buffer)
+    # What stands in a row that another rank owns is not looked at.
+    rows = torch.cat([buffer[src_loc // shard.size].flatten(1) for buffer in buffers], dim=1)
+    everyones = parallel.dcp_group.all_gather(rows, dim=0).view(shard.size, *rows.shape)
+    moved = everyones[src_loc % shard.size, torch.arange(len(src_loc), device=rows.device)]
+    to = shard.write_rows(tgt_loc, pool.page_size)
+    widths = [buffer[0].numel() for buffer in buffers]
+    for buffer, values in zip(buffers, moved.split(widths, dim=1), strict=True):
+        buffer[to] = values.view(-1, *buffer.shape[1:])

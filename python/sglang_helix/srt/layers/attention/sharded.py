@@ -75,7 +75,11 @@ class ShardedAttention(AttentionBackend):
     def partial_current(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
-        """The current chunk on itself, causal: q [T, h, Dk], k [T, g, Dk], v [T, g, Dv]."""
+        """The current chunk on itself, causal: q [T, h, Dk], k [T, g, Dk], v [T, g, Dv].
+
+        In a verify pass the chunk is a tree of draft tokens, and `spec_info.custom_mask` says
+        which of them each one sees.
+        """
         raise NotImplementedError
 
     def partial_prefix(

@@ -101,6 +101,24 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             q, layer, k, v, keys, values, self.forward_metadata.kv_indices[:0], None, (1.0, 1.0)
         )
 
+    def _fill_kv_indptr_and_indices(
+        self,
+        plan: Any,
+        bs: int,
+        seq_lens: Tensor,
+        req_pool_indices: Tensor,
+        kv_indices: Tensor,
+        kv_indptr: Tensor | None = None,
+    ) -> Tensor:
+        """For a verify pass, the rows of this rank's cached tokens; upstream's are the slots."""
+        kv_indptr, _, _ = self._dcp_kv_indices(
+            req_pool_indices[:bs],
+            seq_lens[:bs],
+            self.kv_indptr if kv_indptr is None else kv_indptr,
+            kv_indices,
+        )
+        return kv_indptr
+
     def partial_prefix(
         self,
         q: Tensor,
@@ -145,6 +163,9 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Upstream's extend kernel over the current chunk (indptr None) or over cached rows."""
         metadata = self.forward_metadata
         current = indptr is None
+        mask = metadata.custom_mask if current else None
+        if indptr is None:
+            indptr = self._mask_columns_before(metadata)
         out = q.new_zeros((*q.shape[:2], layer.v_head_dim), dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         self.extend_attention_fwd(
@@ -155,11 +176,11 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             keys,
             values,
             metadata.qo_indptr,
-            torch.zeros_like(metadata.qo_indptr) if indptr is None else indptr,
+            indptr,
             indices,
-            None,
+            mask,
             current,
-            None,
+            metadata.mask_indptr if mask is not None else None,
             metadata.max_extend_len,
             *scales,
             sm_scale=layer.scaling,
@@ -170,6 +191,18 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             skip_extend=not current,
         )
         return out, lse
+
+    @staticmethod
+    def _mask_columns_before(metadata: Any) -> Tensor:
+        """Where the chunk's own columns of each request's mask start, summed up as an indptr.
+
+        A tree of draft tokens brings a mask, a row per draft, that begins with the cached tokens;
+        the kernel finds the rest of them by the number of cached tokens. A chunk has no mask.
+        """
+        drafts = metadata.qo_indptr
+        if metadata.custom_mask is None:
+            return torch.zeros_like(drafts)
+        return (metadata.mask_indptr // metadata.max_extend_len - drafts).to(drafts.dtype)
 
     def _buffers(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
         pool = self.token_to_kv_pool
