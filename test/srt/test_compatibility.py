@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.configs.model_config import AttentionArch
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.srt.compatibility import TABLE, Row, Situation, refusals
 from srt.fresh import Fresh
@@ -36,7 +37,20 @@ ASKED: dict[str, dict[str, Any]] = {
     "attention data parallelism": {"args": {"attn_dp_size": 2}},
     "prefill context parallelism": {"args": {"attn_cp_size": 2}},
     "upstream's KV cache sharding": {"args": {"enable_kv_cache_sharding": True}},
-    "speculative decoding": {"args": {"speculative_algorithm": "NGRAM"}},
+    "speculative decoding, but with n-gram drafts": {"args": {"speculative_algorithm": "EAGLE"}},
+    "n-gram drafts of MLA models": {
+        "args": {"speculative_algorithm": "NGRAM"},
+        "model": {"attention_arch": AttentionArch.MLA, "kv_lora_rank": 512},
+    },
+    "n-gram drafts verified in CUDA graphs": {
+        "args": {
+            "speculative_algorithm": "NGRAM",
+            "cuda_graph_config": SimpleNamespace(
+                prefill=SimpleNamespace(backend="disabled"),
+                decode=SimpleNamespace(backend="full"),
+            ),
+        }
+    },
     "diffusion language models": {"args": {"dllm_algorithm": "LowConfidence"}},
     "prefill-decode disaggregation": {"args": {"disaggregation_mode": "decode"}},
     "storage behind the hierarchical cache, but for MLA in files": {
@@ -165,7 +179,10 @@ TYPED = {
     "--dcp-comm-backend": ("--dcp-comm-backend", "symm"),
     "--enable-lora": ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all"),
     "--enable-two-batch-overlap": ("--enable-two-batch-overlap",),
-    "--speculative-algorithm": ("--speculative-algorithm", "NGRAM"),
+    "--cuda-graph-backend-decode": (
+        *("--speculative-algorithm", "NGRAM", "--cuda-graph-backend-decode", "full"),
+        *("--attention-backend", "triton"),
+    ),
     "--chunked-prefill-size": ("--chunked-prefill-size", "16", "--page-size", "16"),
     "--hicache-storage-backend": (
         "--enable-hierarchical-cache",

@@ -105,6 +105,25 @@ def _prefill_graph(situation: Situation) -> object | None:
     return None if backend == Backend.DISABLED else str(getattr(backend, "value", backend))
 
 
+def _draft_model(situation: Situation) -> object | None:
+    asked = situation.args.speculative_algorithm
+    return None if asked == "NGRAM" else asked
+
+
+def _ngram_of_mla(situation: Situation) -> object | None:
+    asked = situation.args.speculative_algorithm
+    return asked if asked == "NGRAM" and situation.mla else None
+
+
+def _ngram_graph(situation: Situation) -> object | None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    if situation.args.speculative_algorithm != "NGRAM":
+        return None
+    backend = situation.args.cuda_graph_config.decode.backend
+    return None if backend == Backend.DISABLED else str(getattr(backend, "value", backend))
+
+
 def _short_chunk(situation: Situation) -> object | None:
     size = situation.args.chunked_prefill_size
     page = situation.args.page_size * situation.args.dcp_size
@@ -194,6 +213,12 @@ TABLE: tuple[Row, ...] = (
         "works",
         "answers from host copies are transformers', GQA and MLA, hits asserted",
     ),
+    Row(
+        "n-gram drafts",
+        "--speculative-algorithm NGRAM",
+        "works",
+        "answers are transformers', GQA, accepted drafts asserted; without CUDA graphs",
+    ),
     Row("no prefix cache", "--disable-radix-cache", "works", "answers are transformers', MLA"),
     Row(
         "other accelerators than CUDA",
@@ -260,12 +285,28 @@ TABLE: tuple[Row, ...] = (
         _flag("enable_kv_cache_sharding"),
     ),
     Row(
-        "speculative decoding",
+        "speculative decoding, but with n-gram drafts",
         "--speculative-algorithm",
         "refused",
-        "the verify pass attends several queries a request, and its metadata is not sharded",
+        "draft models attend with caches and metadata of their own, none of them by owner",
+        "Use NGRAM, or leave the flag or --dcp-size out",
+        _draft_model,
+    ),
+    Row(
+        "n-gram drafts of MLA models",
+        "--speculative-algorithm",
+        "refused",
+        "a verify pass of MLA has no plan to gather the latent prefix",
         _WITHOUT,
-        _flag("speculative_algorithm"),
+        _ngram_of_mla,
+    ),
+    Row(
+        "n-gram drafts verified in CUDA graphs",
+        "--cuda-graph-backend-decode",
+        "refused",
+        "a captured verify pass has not been tried",
+        "Use --cuda-graph-backend-decode disabled with --speculative-algorithm NGRAM",
+        _ngram_graph,
     ),
     Row(
         "diffusion language models",
@@ -279,7 +320,8 @@ TABLE: tuple[Row, ...] = (
         "prefill-decode disaggregation",
         "--disaggregation-mode",
         "refused",
-        "the transfer of sharded pages is not verified with the series",
+        "SGLang's transfer of K and V knows neither owners nor the heads of a group, and refuses; "
+        "MLA's, by Mooncake, NIXL or Mori, has not been tried",
         _WITHOUT,
         _unlike("disaggregation_mode", "null", None),
     ),
@@ -423,7 +465,7 @@ TABLE: tuple[Row, ...] = (
         "switching disaggregation roles",
         "--enable-pd-role-switch",
         "refused",
-        "the transfer of sharded pages is not verified with the series",
+        "it is prefill-decode disaggregation, which is refused itself",
         _WITHOUT,
         _flag("enable_pd_role_switch"),
     ),
