@@ -139,12 +139,13 @@ def test_a_hook_that_did_not_take_stops_the_rank(monkeypatch: pytest.MonkeyPatch
     from sglang_cpu_reference.platform import CpuReferencePlatform
 
     platform = CpuReferencePlatform()
-    monkeypatch.setattr(HookRegistry, "_patched", set(plugin._REPLACED))
+    hooked = {*plugin._REPLACED, plugin._HOST_POOL}
+    monkeypatch.setattr(HookRegistry, "_patched", hooked)
     assert platform.get_group_coordinator_device(0) == torch.device("cpu")
-    lost = sorted(plugin._REPLACED)[0]
-    monkeypatch.setattr(HookRegistry, "_patched", set(plugin._REPLACED) - {lost})
-    with pytest.raises(SystemExit, match=f"hooks not applied: {lost}"):
-        platform.get_group_coordinator_device(0)
+    for lost in hooked:
+        monkeypatch.setattr(HookRegistry, "_patched", hooked - {lost})
+        with pytest.raises(SystemExit, match=f"hooks not applied: {lost}"):
+            platform.get_group_coordinator_device(0)
 
 
 def test_compilation_is_refused() -> None:
