@@ -15,10 +15,18 @@ Status = Literal["works", "refused"]
 
 @dataclass(frozen=True)
 class Situation:
-    """What a row looks at: resolved server arguments and the model's configuration."""
+    """What a row looks at: resolved arguments, the model's configuration, `--attn-tp-size`."""
 
     args: Any
     model: Any
+    attn_tp_size: int | None = None
+
+    @property
+    def sharded_by(self) -> tuple[str, int]:
+        """The flag by which the user has the cache sharded, and its value."""
+        if self.attn_tp_size is not None:
+            return "--attn-tp-size", self.attn_tp_size
+        return "--dcp-size", self.args.dcp_size
 
     @property
     def mla(self) -> bool:
@@ -53,8 +61,9 @@ class Row:
             return None
         asked = f"{self.flag} {value}" if self.flag and value is not True else self.flag
         subject = asked or f"{self.feature} ({' '.join(situation.model.hf_config.architectures)})"
-        size = situation.args.dcp_size
-        return f"{subject} is not supported with --dcp-size {size}: {self.why}. {self.instead}."
+        flag, size = situation.sharded_by
+        instead = self.instead.replace("--dcp-size", flag)
+        return f"{subject} is not supported with {flag} {size}: {self.why}. {instead}."
 
 
 def _flag(name: str) -> Callable[[Situation], object | None]:
@@ -206,6 +215,8 @@ TABLE: tuple[Row, ...] = (
     Row("health and metrics", "--enable-metrics", "works", "served, GQA and MLA"),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
+    Row("graceful shutdown", "", "works", "what runs at SIGTERM is answered; no process is left"),
+    Row("overlap schedule", "--disable-overlap-schedule off", "works", "servers on a GPU"),
     Row("data-parallel replicas", "--dp-size", "works", "two replicas of two ranks, MLA"),
     Row(
         "hierarchical cache",

@@ -180,14 +180,14 @@ def validate(server_args: Any, previous: Step) -> None:
         return
     situation = _situation(server_args)
     reasons = refusals(situation)
-    working = _working_backends(situation)
+    working, (flag, size) = _working_backends(situation), situation.sharded_by
     backends = attention_backends_of(view)
     halves = zip(("prefill-attention", "decode-attention"), backends, strict=True)
     for half, backend in halves if len(set(backends)) > 1 else [("attention", backends[0])]:
         if backend not in working:
             reasons.append(
                 f"--{half}-backend {backend} does not serve "
-                f"{'MLA' if situation.mla else 'GQA or MHA'} with --dcp-size {view.dcp_size}: "
+                f"{'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}: "
                 f"use one of {', '.join(working)}."
             )
     if reasons:
@@ -197,7 +197,9 @@ def validate(server_args: Any, previous: Step) -> None:
 def _situation(server_args: Any) -> Situation:
     from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
 
-    return Situation(resolved_view(server_args), model_config_of(server_args))
+    return Situation(
+        resolved_view(server_args), model_config_of(server_args), attn_tp_size_of(server_args)
+    )
 
 
 def _working_backends(situation: Situation) -> tuple[str, ...]:
