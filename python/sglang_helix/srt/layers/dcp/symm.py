@@ -76,15 +76,16 @@ _FP8_FLOOR: tl.constexpr = tl.constexpr(1e-10)  # of a group's largest magnitude
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _VECTOR = VECTOR_BYTES  # the widest access; rows start on multiples of it
-# Figures of docs/figures/symm-h200.csv and its making: 8 ranks on one H200, no link in between.
+# Virtual ranks on one H200, no link in between; the two choices of the tile were tried by hand.
 # A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
-# What a rank sends (MLA / GQA): at 1 MiB lamport takes 1.03 / 0.89 of push's time, at 4 MiB 1.09
-# (GQA), at 8 MiB 1.24 (MLA). Over a link push waits for one trip more, which these do not show.
+# docs/figures/exchange-h200.csv, by what a rank sends: up to 2 MiB lamport takes 0.66 to 1.00 of
+# push's time (once 1.22), from 3 to 30 MiB 0.79 to 1.19, and over 1 in most cases. Over a link push
+# waits for one trip more, which these do not show.
 _LAMPORT_MAX_BYTES = 2 << 20
-# What a rank sends at most: the largest measured is 28 MiB (MLA, 256 tokens), in 0.62 of the time
-# of SGLang's pack, a copy in place of NCCL, and combine. Beyond it nothing is known.
+# What a rank sends at most: up to 30 MiB (MLA, 256 tokens, 16 ranks), the largest measured, the
+# kernel takes 0.79 to 0.93 of the time of SGLang's pack, a copy in place of NCCL, and combine.
 _MAX_BYTES = 32 << 20
 _MAX_REGISTERS = 128  # per thread
 _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
