@@ -80,7 +80,8 @@ def _collectives(layout: Layout) -> dict[str, int]:
     reduce = int(layout.tp_size > 1)
     if layout.kvp_size == 1:
         return dict.fromkeys(("a2a", "a2a+q", "ag_rs", "ag_rs+q"), reduce)
-    # "+q": queries projected by every rank, not gathered.
+    # "+q": queries projected by every rank, not gathered. symm's one kernel stands for a2a's
+    # collective, and sends the same rows but for the padding of their LSEs.
     return {"a2a": reduce + 2, "a2a+q": reduce + 1, "ag_rs": reduce + 3, "ag_rs+q": reduce + 2}
 
 
@@ -104,8 +105,8 @@ def table(shape: Shape, tp_size: int, memory_gib: float, cache_dtype: str) -> st
     lines = [
         "| --attn-tp-size | --dcp-size | query heads: attended, own | K/V heads | KV KiB per token "
         f"and rank | KV tokens in {memory_gib:g} GiB a rank | beside plain TP | collectives per "
-        "layer: a2a, ag_rs (queries gathered / replicated) | KiB sent per rank, layer and token: "
-        "a2a, ag_rs (gathered / replicated) |",
+        "layer: a2a or symm, ag_rs (queries gathered / replicated) | KiB sent per rank, layer and "
+        "token: a2a or symm, ag_rs (gathered / replicated) |",
         "|" + "---|" * 9,
     ]
     for row in rows(shape, tp_size, memory_gib * 2**30, CACHE_BYTES[cache_dtype]):
