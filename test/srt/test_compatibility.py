@@ -30,6 +30,12 @@ ASKED: dict[str, dict[str, Any]] = {
     "LMCache": {"args": {"enable_lmcache": True}},
     "other accelerators than CUDA": {"platform": {"is_hip": True}},
     "head-major cache layout": {"env": {"SGLANG_USE_HND_KVCACHE": "1"}},
+    "skipped softmax in decode": {
+        "env": {"SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR": "0.5"},
+        "beside": {"attention_backend": "trtllm_mla"},
+    },
+    "sequence-parallel norms": {"args": {"enable_layernorm_sp": True}},
+    "beam search": {"args": {"beam_width": 2}},
 }
 
 

@@ -334,6 +334,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"cuda_graph_backend_decode": "full", "speculative_algorithm": "NGRAM", "page_size": 1},
         "",
     ),
+    "decode CUDA graphs in pieces": ({"cuda_graph_backend_decode": "breakable"}, ""),
     "diffusion language models": ({"dllm_algorithm": "LowConfidence"}, UPSTREAM),
     "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, ""),
     "storage behind the hierarchical cache, but for MLA in files": (
@@ -358,6 +359,8 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "multi-item scoring": ({"enable_mis": True, "attention_backend": "flashinfer"}, ""),
     "switching disaggregation roles": ({"enable_pd_role_switch": True}, ""),
     "two-batch overlap": ({"enable_two_batch_overlap": True}, ""),
+    "sequence-parallel norms": ({"enable_layernorm_sp": True}, UPSTREAM),
+    "NVIDIA megakernel": ({"enable_nvidia_megakernel": True}, ""),
     "prefill-decode multiplexing": ({"enable_pdmux": True}, ""),
     "torch.compile of the model": ({"enable_torch_compile": True}, ""),
     "prefill CUDA graphs": ({"cuda_graph_backend_prefill": "breakable"}, ""),
@@ -376,10 +379,12 @@ GQA_ALONE = {
 }
 MLA_ALONE = {"unified memory pool"}  # of GQA, SGLang refuses them
 WORKS_FOR_GQA = {"n-gram drafts of MLA models"}
-# Rows that are no arguments: what the machine, the environment or the model brings.
+# Rows that are no arguments: what the machine, the environment, the model or a request brings.
 ELSEWHERE = {
     "other accelerators than CUDA",
     "head-major cache layout",
+    "skipped softmax in decode",
+    "beam search",
     "one-kernel exchange without NVIDIA GPUs",
     "one-kernel exchange of heads that are not whole 16-byte vectors",
 }
@@ -410,6 +415,14 @@ def test_flag_is_refused(resolved: Resolve, feature: str) -> None:
         assert asked.endswith(f"{row.instead}.")
         value = next(iter(flags.values()))
         assert value is True or f"{row.flag} {value} " in asked
+
+
+def test_lora_by_its_paths_alone(resolved: Resolve, tmp_path: Path) -> None:
+    flags = {"lora_paths": [f"some={tmp_path}"]}
+    refused = resolved("Hopper", "llama", tp_size=4, dcp_size=2, **flags).error
+    assert "--enable-lora is not supported with --dcp-size 2: " in refused
+    ignored = resolved("Hopper", "llama", tp_size=4, dcp_size=2, enable_lora=False, **flags)
+    assert ignored.error == ""
 
 
 @pytest.mark.parametrize(

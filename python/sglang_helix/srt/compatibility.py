@@ -107,11 +107,20 @@ def _dual_chunk(situation: Situation) -> object | None:
     return hasattr(situation.model.hf_config, "dual_chunk_attention_config") or None
 
 
-def _prefill_graph(situation: Situation) -> object | None:
+def _graph(situation: Situation, phase: str) -> str | None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    backend = situation.args.cuda_graph_config.prefill.backend
+    backend = getattr(situation.args.cuda_graph_config, phase).backend
     return None if backend == Backend.DISABLED else str(getattr(backend, "value", backend))
+
+
+def _prefill_graph(situation: Situation) -> object | None:
+    return _graph(situation, "prefill")
+
+
+def _decode_graph_in_pieces(situation: Situation) -> object | None:
+    backend = _graph(situation, "decode")
+    return None if backend == "full" else backend
 
 
 def _draft_model(situation: Situation) -> object | None:
@@ -125,12 +134,8 @@ def _ngram_of_mla(situation: Situation) -> object | None:
 
 
 def _ngram_graph(situation: Situation) -> object | None:
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
-    if situation.args.speculative_algorithm != "NGRAM":
-        return None
-    backend = situation.args.cuda_graph_config.decode.backend
-    return None if backend == Backend.DISABLED else str(getattr(backend, "value", backend))
+    ngram = situation.args.speculative_algorithm == "NGRAM"
+    return _graph(situation, "decode") if ngram else None
 
 
 def _short_chunk(situation: Situation) -> object | None:
@@ -143,6 +148,26 @@ def _hnd_layout(situation: Situation) -> object | None:
     from sglang.srt.environ import envs
 
     return bool(envs.SGLANG_USE_HND_KVCACHE.get()) or None
+
+
+def _skipped_softmax(situation: Situation) -> object | None:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+    from sglang.srt.environ import envs
+
+    heeded = attention_backends_of(situation.args)[1] in ("trtllm_mla", "cutedsl_mla")
+    return envs.SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR.get() if heeded else None
+
+
+def _lora(situation: Situation) -> object | None:
+    args = situation.args
+    # SGLang turns the flag on for the paths, but only after resolution.
+    return bool(args.lora_paths if args.enable_lora is None else args.enable_lora) or None
+
+
+def _beams(situation: Situation) -> object | None:
+    """Of a request: there `args` has the request's `beam_width`; a server's has none."""
+    width = getattr(situation.args, "beam_width", None)
+    return width if width and width > 1 else None
 
 
 def _untried_platform(situation: Situation) -> object | None:
@@ -200,6 +225,16 @@ _ONE_GROUP = "use --tp-size and --dcp-size alone"
 _WITHOUT = "Leave the flag out, or leave --dcp-size out"
 _A2A = "Use --dcp-comm-backend a2a"
 _PLAIN = "Serve this model without --dcp-size"
+
+# Asked for by a request, so it is refused by request: `beam_search/coordinator.py`.
+BEAM_SEARCH = Row(
+    "beam search",
+    "beam_width",
+    "refused",
+    "beams continue one prompt token by token, in slots of a page that all of them would share",
+    "Ask for no beams, or serve without --dcp-size",
+    _beams,
+)
 
 TABLE: tuple[Row, ...] = (
     Row("chunked prefill", "--chunked-prefill-size", "works", "end-to-end matrix, odd sizes"),
@@ -320,6 +355,15 @@ TABLE: tuple[Row, ...] = (
         _ngram_graph,
     ),
     Row(
+        "decode CUDA graphs in pieces",
+        "--cuda-graph-backend-decode",
+        "refused",
+        "it has not been tried, and with --debug-cuda-graph would write to an earlier pass's rows",
+        "Use --cuda-graph-backend-decode full",
+        _decode_graph_in_pieces,
+    ),
+    BEAM_SEARCH,
+    Row(
         "diffusion language models",
         "--dllm-algorithm",
         "refused",
@@ -430,7 +474,7 @@ TABLE: tuple[Row, ...] = (
         "refused",
         "its buffers are sized by tp size, not by the heads of a group",
         _WITHOUT,
-        _flag("enable_lora"),
+        _lora,
     ),
     Row(
         "bitsandbytes weights of GQA and MHA models",
@@ -489,6 +533,22 @@ TABLE: tuple[Row, ...] = (
         _flag("enable_two_batch_overlap"),
     ),
     Row(
+        "sequence-parallel norms",
+        "--enable-layernorm-sp",
+        "refused",
+        "a QKV projection that every rank holds whole would not gather its input",
+        _WITHOUT,
+        _flag("enable_layernorm_sp"),
+    ),
+    Row(
+        "NVIDIA megakernel",
+        "--enable-nvidia-megakernel",
+        "refused",
+        "it replaces the model's forward pass, and with it the exchange",
+        _WITHOUT,
+        _flag("enable_nvidia_megakernel"),
+    ),
+    Row(
         "prefill-decode multiplexing",
         "--enable-pdmux",
         "refused",
@@ -543,6 +603,14 @@ TABLE: tuple[Row, ...] = (
         "the owner's rows are written token by token",
         "Unset the variable",
         _hnd_layout,
+    ),
+    Row(
+        "skipped softmax in decode",
+        "SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR",
+        "refused",
+        "each rank would skip by the scores of its own tokens",
+        "Unset the variable",
+        _skipped_softmax,
     ),
     Row(
         "sliding-window attention",
