@@ -295,6 +295,18 @@ A2A = Patch(
             until="upstream has a host pool for sharded K and V",
         ),
         Hook(
+            target="sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.beam_search.coordinator:validate_and_init",
+            signature="self, req, recv_req",
+            why="lets beams through at pages of one token, though a sharded pool's are K times as "
+            "long: all beams would write to the same slots",
+            how="refuses the request",
+            upstream="none",
+            until="upstream asks for the allocator's page size",
+        ),
+        Hook(
             target="sglang.srt.managers.schedule_policy.PrefillAdder.__init__",
             kind="before",
             stage="serve",

@@ -155,6 +155,16 @@ def test_mixed_chunks_answer_the_same(servers: tuple[Server, Server]) -> None:
 
 
 @pytest.mark.server
+def test_beams_are_refused(servers: tuple[Server, Server]) -> None:
+    """By request, since nothing at the start says that they will come."""
+    plain, sharded = servers
+    assert generate(plain, prompt(9), beam_width=2)["output_ids"]
+    with pytest.raises(ServerError, match="beam_width 2 is not supported with --attn-tp-size 1: "):
+        generate(sharded, prompt(9), beam_width=2)
+    assert generate(sharded, prompt(9), beam_width=1)["output_ids"]
+
+
+@pytest.mark.server
 def test_server_info_reports_the_layout(servers: tuple[Server, Server]) -> None:
     plain, sharded = (server.server_info() for server in servers)
     assert (plain["attn_tp_size"], plain["kvp_size"]) == (2, 1)
