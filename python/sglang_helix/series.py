@@ -408,6 +408,7 @@ QPROJ = Patch(
                 ("load_weights_from_distributed", "self, named_tensors"),
                 ("update_weights_from_tensor", "self, named_tensors, load_format="),
                 ("update_weights_from_ipc", "self, recv_req"),
+                ("end_weight_update", "self, run_post_load"),
             )
         ),
     ),

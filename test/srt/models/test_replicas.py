@@ -81,6 +81,36 @@ def test_weight_update_renews_replicas(
                 check(checkpoint, tokens, got, NEW_TOKENS)
 
 
+def written_in_place(rank: int, argv: list[str]) -> list[str]:
+    """A session of updates that writes to the weights themselves: layers with old replicas."""
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, EndWeightUpdateReqInput
+
+    scheduler = scheduler_of(rank, argv)
+    before = {
+        name: (layer.q_b_proj_qrep_weight.clone(), layer.w_kc_qrep.clone())
+        for name, layer in mla_layers(scheduler)
+    }
+    scheduler.weight_updater.begin_weight_update(BeginWeightUpdateReqInput())
+    for _, layer in mla_layers(scheduler):
+        layer.q_b_proj.weight.data *= 2
+        layer.kv_b_proj.weight.data *= 2
+    scheduler.weight_updater.end_weight_update(EndWeightUpdateReqInput())
+    return [
+        name
+        for name, layer in mla_layers(scheduler)
+        for old, new in zip(
+            before[name], (layer.q_b_proj_qrep_weight, layer.w_kc_qrep), strict=True
+        )
+        if not torch.equal(new, 2 * old)
+    ]
+
+
+def test_end_of_an_update_in_place_renews_replicas(ready: Fresh, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("deepseek_v2", tmp_path, num_hidden_layers=2)
+    argv = command_line(checkpoint, N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
+    assert ready.ranks(written_in_place, N, argv) == [[]] * N
+
+
 def refused(rank: int, argv: list[str]) -> tuple[str, bool]:
     """What replicating one quantized projection says, and whether asking softly leaves it out."""
     from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod

@@ -75,9 +75,15 @@ def prepare_replicated_q_proj(original: Callable[[Any], None], runner: Any) -> N
     """Upstream's later call: nothing is left to do."""
 
 
-def refresh_replicas(result: tuple[bool, str], updater: Any, *args: Any, **kwargs: Any) -> None:
-    """After a weight update: gather the replicas again. Every rank takes part in the update."""
-    succeeded, _ = result
+def refresh_replicas(
+    result: tuple[bool, str] | None, updater: Any, *args: Any, **kwargs: Any
+) -> None:
+    """After a weight update: gather the replicas again. Every rank takes part in the update.
+
+    Also at the end of a session of updates, which has no result: there weights that were written
+    in place are absorbed, and quantized ones packed.
+    """
+    succeeded = result is None or result[0]
     if succeeded and get_parallel().dcp_replicate_q_proj:
         replicate_q_proj(updater.get_model(), required=False)
 
