@@ -30,6 +30,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "LMCache": {"args": {"enable_lmcache": True}},
     "other accelerators than CUDA": {"platform": {"is_hip": True}},
     "head-major cache layout": {"env": {"SGLANG_USE_HND_KVCACHE": "1"}},
+    "captured preparation of decode graphs": {"env": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"}},
     "skipped softmax in decode": {
         "env": {"SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR": "0.5"},
         "beside": {"attention_backend": "trtllm_mla"},

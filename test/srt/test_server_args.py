@@ -383,6 +383,7 @@ WORKS_FOR_GQA = {"n-gram drafts of MLA models"}
 ELSEWHERE = {
     "other accelerators than CUDA",
     "head-major cache layout",
+    "captured preparation of decode graphs",
     "skipped softmax in decode",
     "beam search",
     "one-kernel exchange without NVIDIA GPUs",

@@ -150,6 +150,12 @@ def _hnd_layout(situation: Situation) -> object | None:
     return bool(envs.SGLANG_USE_HND_KVCACHE.get()) or None
 
 
+def _glue_graph(situation: Situation) -> object | None:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get()) or None
+
+
 def _skipped_softmax(situation: Situation) -> object | None:
     from sglang.srt.arg_groups.overrides import attention_backends_of
     from sglang.srt.environ import envs
@@ -603,6 +609,14 @@ TABLE: tuple[Row, ...] = (
         "the owner's rows are written token by token",
         "Unset the variable",
         _hnd_layout,
+    ),
+    Row(
+        "captured preparation of decode graphs",
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "refused",
+        "it would read the slots of an earlier batch, and rows to write depend on the slots",
+        "Unset the variable",
+        _glue_graph,
     ),
     Row(
         "skipped softmax in decode",
