@@ -315,6 +315,7 @@ UPSTREAM = "SGLang refuses it first"
 # Feature: flags, and how the error begins where it is not the row's own.
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "prefill chunk shorter than a widened page": ({"chunked_prefill_size": 1}, ""),
+    "prefill chunks of changing size": ({"enable_dynamic_chunking": True}, ""),
     "attention data parallelism": ({"attn_dp_size": 2}, ""),
     "prefill context parallelism": ({"attn_cp_size": 2}, ""),
     "upstream's KV cache sharding": (

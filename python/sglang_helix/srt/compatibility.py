@@ -289,6 +289,14 @@ TABLE: tuple[Row, ...] = (
         _short_chunk,
     ),
     Row(
+        "prefill chunks of changing size",
+        "--enable-dynamic-chunking",
+        "refused",
+        "it has not been tried, and chunks may get shorter than a page of the whole group",
+        _WITHOUT,
+        _flag("enable_dynamic_chunking"),
+    ),
+    Row(
         "one-kernel exchange without NVIDIA GPUs",
         "--dcp-comm-backend",
         "refused",
