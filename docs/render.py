@@ -25,8 +25,8 @@ def compatibility() -> str:
 
 "Sharded" means `--dcp-size` > 1, given or through `--attn-tp-size`. Generated from the table that
 start-up validates against (`python -m sglang_helix compatibility`); every row has its test. What is
-refused stops the start with this reason. What it would take to serve three of them is in
-[refused.md](refused.md).
+refused stops the start with this reason; beams, which a request asks for, stop the request. What it
+would take to serve three of them is in [refused.md](refused.md).
 
 {rows.getvalue()}"""
 
