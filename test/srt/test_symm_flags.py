@@ -37,7 +37,7 @@ def test_command_line(fresh: Fresh, model: str) -> None:
 
 def test_yaml_file(fresh: Fresh, model: str, tmp_path: Path) -> None:
     config = tmp_path / "server.yaml"
-    config.write_text(f"model-path: {model}\ntp-size: 2\nattn-tp-size: 1\ndcp-comm-backend: symm\n")
+    config.write_text(f"model-path: {model}\ntp-size: 2\ndcp-size: 2\ndcp-comm-backend: symm\n")
     assert REFUSED in fresh.outcome(command_line, "--config", str(config)).output
 
 
