@@ -355,6 +355,8 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA": ({"enable_lora": True}, ""),
     "bitsandbytes weights of GQA and MHA models": ({"load_format": "bitsandbytes"}, ""),
     "weights saved in shards, of GQA and MHA models": ({"load_format": "sharded_state"}, ""),
+    "weights of MLA models kept on the CPU": ({"cpu_offload_gb": 4}, ""),
+    "groups of layers of MLA models kept on the CPU": ({"offload_group_size": 2}, ""),
     "weight cache": ({"weight_cache_mode": "daemon"}, ""),
     "NCCL symmetric memory": ({"enable_symm_mem": True}, ""),
     "multi-item scoring": ({"enable_mis": True, "attention_backend": "flashinfer"}, ""),
@@ -379,7 +381,11 @@ GQA_ALONE = {
     "weights saved in shards, of GQA and MHA models",
 }
 MLA_ALONE = {"unified memory pool"}  # of GQA, SGLang refuses them
-WORKS_FOR_GQA = {"n-gram drafts of MLA models"}
+WORKS_FOR_GQA = {
+    "n-gram drafts of MLA models",
+    "weights of MLA models kept on the CPU",
+    "groups of layers of MLA models kept on the CPU",
+}
 # Rows that are no arguments: what the machine, the environment, the model or a request brings.
 ELSEWHERE = {
     "other accelerators than CUDA",

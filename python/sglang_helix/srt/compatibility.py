@@ -138,6 +138,12 @@ def _ngram_graph(situation: Situation) -> object | None:
     return _graph(situation, "decode") if ngram else None
 
 
+def _positive_of_mla(name: str) -> Callable[[Situation], object | None]:
+    return lambda situation: (
+        value if (value := getattr(situation.args, name)) > 0 and situation.mla else None
+    )
+
+
 def _short_chunk(situation: Situation) -> object | None:
     size = situation.args.chunked_prefill_size
     page = situation.args.page_size * situation.args.dcp_size
@@ -505,6 +511,22 @@ TABLE: tuple[Row, ...] = (
         "the shards were cut for another division of the key-value heads",
         "Load the original checkpoint",
         _sharded_weights,
+    ),
+    Row(
+        "weights of MLA models kept on the CPU",
+        "--cpu-offload-gb",
+        "refused",
+        "query weights are gathered from the GPU, and it has not been tried",
+        _WITHOUT,
+        _positive_of_mla("cpu_offload_gb"),
+    ),
+    Row(
+        "groups of layers of MLA models kept on the CPU",
+        "--offload-group-size",
+        "refused",
+        "query weights are gathered from the GPU, and it has not been tried",
+        _WITHOUT,
+        _positive_of_mla("offload_group_size"),
     ),
     Row(
         "weight cache",
