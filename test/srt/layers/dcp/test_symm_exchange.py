@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang.srt.distributed import parallel_state
+from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
 from sglang_helix.srt.layers.dcp import comm, exchange, symm, symm_workspace
 from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits, note_layer
@@ -280,13 +281,18 @@ LENGTHS = (0, 1, 33, 200)
 
 
 class Cache:
-    """Keys and values of a few requests, of which a rank holds every size-th token."""
+    """Keys and values of a few requests, of which a rank holds every size-th token.
 
-    def __init__(self, size: int, kv_heads: int, width: int) -> None:
+    With a rope it is MLA's: one head, whose keys end with the rope and begin with the values.
+    """
+
+    def __init__(self, size: int, kv_heads: int, width: int, rope: int = 0) -> None:
         self.k, self.v = (
-            [torch.randn(length, kv_heads, width, device=DEVICE) for length in LENGTHS]
+            [torch.randn(length, kv_heads, width + rope, device=DEVICE) for length in LENGTHS]
             for _ in range(2)
         )
+        if rope:
+            self.v = [k[..., :width] for k in self.k]
         self.size = size
 
     def attended(self, q: torch.Tensor) -> torch.Tensor:
@@ -302,10 +308,11 @@ class Cache:
     def backend(self, rank: int, group: Any, heads: int, splits: int) -> ShardedTritonAttnBackend:
         own_k, own_v = ([t[rank :: self.size] for t in part] for part in (self.k, self.v))
         lens = torch.tensor([len(part) for part in own_k])
-        B, D = len(lens), self.k[0].shape[-1]
+        B, D = len(lens), self.v[0].shape[-1]
         adapter = object.__new__(ShardedTritonAttnBackend)
         adapter.shard, adapter.kvp_group, adapter.heads = KVShard(self.size, rank), group, heads
-        adapter.comm_backend, adapter.mla, adapter.use_mla = "symm", False, False
+        adapter.comm_backend = "symm"
+        adapter.mla = adapter.use_mla = self.k[0].shape != self.v[0].shape
         adapter.max_kv_splits = splits
         keys, values = torch.cat(own_k), torch.cat(own_v)
         adapter.token_to_kv_pool = SimpleNamespace(
@@ -324,19 +331,12 @@ class Cache:
         return adapter
 
 
-@kernels
-@pytest.mark.parametrize(("heads", "kv_heads", "v_scale"), [(8, 2, 1.0), (4, 4, 0.5)])
-def test_splits_leave_for_their_owners(heads: int, kv_heads: int, v_scale: float) -> None:
-    """The adapter's whole decode step: its first stage, then one launch, and it is attention."""
-    size, width, splits = 2, 16, 4
-    ranks = Ranks(size, heads, width, torch.float32)
-    cache = Cache(size, kv_heads, width)
-    q = torch.randn(len(LENGTHS), heads, width, device=DEVICE)
-    layer = SimpleNamespace(
+def attention_layer(heads: int, width: int, rope: int, v_scale: float) -> Any:
+    return SimpleNamespace(
         tp_q_head_num=heads,
-        qk_head_dim=width,
+        qk_head_dim=width + rope,
         v_head_dim=width,
-        scaling=width**-0.5,
+        scaling=(width + rope) ** -0.5,
         logit_cap=0.0,
         logit_capping_method="tanh",
         layer_id=0,
@@ -347,12 +347,39 @@ def test_splits_leave_for_their_owners(heads: int, kv_heads: int, v_scale: float
         xai_temperature_len=-1,
     )
 
+
+@kernels
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "rope", "v_scale"),
+    [(8, 2, 16, 0, 1.0), (4, 4, 16, 0, 0.5), (8, 1, 512, 64, 1.0)],
+)
+def test_splits_leave_for_their_owners(
+    heads: int, kv_heads: int, width: int, rope: int, v_scale: float
+) -> None:
+    """A whole decode step: attention's first stage, then one launch, and it is attention."""
+    size, splits = 2, 4
+    ranks = Ranks(size, heads, width, torch.float32)
+    cache = Cache(size, kv_heads, width, rope)
+    q = torch.randn(len(LENGTHS), heads, width + rope, device=DEVICE)
+    layer = attention_layer(heads, width, rope, v_scale)
+
     def step(rank: int, group: Any) -> torch.Tensor:
         backend = cache.backend(rank, group, heads, splits)
-        out = backend.forward_decode(
-            q.flatten(1), None, None, layer, SimpleNamespace(), save_kv_cache=False
+
+        def decode(q: torch.Tensor, **parts: torch.Tensor | None) -> Any:
+            return backend.forward_decode(
+                q, None, None, layer, SimpleNamespace(), save_kv_cache=False, **parts
+            )
+
+        if not rope:
+            return decode(q.flatten(1)).view(len(q), heads // size, width)
+        # As the model does: it shapes the output, passes on the LSE, and multiplies heads first.
+        out, lse = decode(q[..., :width], q_rope=q[..., width:], k_rope=None)
+        merged = comm.cp_lse_ag_out_rs_mla(
+            out.view(-1, heads, width), lse, group, is_lse_base_on_e=True
         )
-        return out.view(len(q), heads // size, width)
+        assert merged.is_contiguous()
+        return merged.transpose(0, 1).view(-1, heads // size, width)
 
     want = cache.attended(q) * v_scale
     results = torch.cat(ranks.play(step), dim=1)
@@ -362,7 +389,8 @@ def test_splits_leave_for_their_owners(heads: int, kv_heads: int, v_scale: float
     if DEVICE == "cuda":
         ranks.kernels[0].phase = SEND  # no rank answers now
         launches = measure.launches(lambda: step(0, ranks.groups[0]))
-        assert launches == 2, "attention's first stage, and one launch after it"
+        joined = 1 if rope else 0  # the two parts of MLA's query
+        assert launches - joined == 2, "attention's first stage, and one launch after it"
 
     # The same through the merge that other exchanges take.
     partials = [
@@ -375,3 +403,19 @@ def test_splits_leave_for_their_owners(heads: int, kv_heads: int, v_scale: float
         torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials]), 2
     )
     assert relative_error(results, merged) < 5e-6
+
+
+@pytest.mark.parametrize(("backend", "autotune"), [("a2a", False), ("symm", True)])
+def test_splits_are_merged_where_the_model_reads_the_output(
+    monkeypatch: pytest.MonkeyPatch, backend: str, autotune: bool
+) -> None:
+    adapter = object.__new__(ShardedTritonAttnBackend)
+    adapter.comm_backend = backend
+    monkeypatch.setattr(adapter, "partial_decode", lambda *args: some_splits(2))
+    monkeypatch.setattr(sharded, "get_in_autotune_dummy_run", lambda: autotune)
+    monkeypatch.setattr(Splits, "merged", lambda splits, dtype: ("out", "lse", dtype))
+    q = torch.zeros(2, 8, 16, dtype=torch.bfloat16)
+    parts = {"q_rope": q[..., :4], "k_rope": None}
+    layer, batch = attention_layer(8, 16, 4, 1.0), SimpleNamespace()
+    got = adapter.forward_decode(q, None, None, layer, batch, save_kv_cache=False, **parts)
+    assert got == ("out", "lse", torch.bfloat16)

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.logits_processor import get_in_autotune_dummy_run
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
+from sglang_helix.srt.layers.dcp.comm import deferred
 from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.ownership import KVShard
@@ -118,14 +120,21 @@ class ShardedAttention(AttentionBackend):
     ) -> Any:
         """Attention of one new token per request.
 
-        Returns [T, own heads * Dv], or for MLA the (out, LSE) of the whole group's heads.
+        Returns [T, own heads * Dv], or for MLA the (out, LSE) of the whole group's heads, or what
+        `deferred` makes of their splits.
         """
         q_rope, k_rope = _rope_parts(kwargs)
         if q_rope is not None:
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
-            partial = self.partial_decode(_joined(q, q_rope, layer), layer, forward_batch)
-            return partial.merged(q.dtype) if isinstance(partial, Splits) else partial
+            queries = _joined(q, q_rope, layer)
+            partial = self.partial_decode(queries, layer, forward_batch)
+            if not isinstance(partial, Splits):
+                return partial
+            # In FlashInfer's autotune pass the model goes on with the output, not exchanged.
+            if self.comm_backend == "symm" and not get_in_autotune_dummy_run():
+                return deferred(partial, queries)
+            return partial.merged(q.dtype)
         if save_kv_cache:
             self._store(layer, forward_batch, k, v)
         partial = self.partial_decode(self._group_heads(q, layer), layer, forward_batch)

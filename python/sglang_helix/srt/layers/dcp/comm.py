@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_helix.srt.layers.dcp.exchange import Group, a2a, ag_rs, symm
+from sglang_helix.srt.layers.dcp.exchange import Group, a2a, ag_rs, exchange_splits, symm
+from sglang_helix.srt.layers.dcp.partial import Splits
 
 # Attention backends whose LSE is a natural logarithm; the others of SGLang speak base 2.
 _NATURAL_LSE = frozenset(
@@ -59,7 +60,7 @@ def cp_lse_ag_out_rs_mha(
 
 def cp_lse_ag_out_rs_mla(
     cp_attn_out: torch.Tensor,
-    cp_attn_lse: torch.Tensor,
+    cp_attn_lse: torch.Tensor | Splits,
     cp_group: Group,
     ctx: Any = None,
     is_lse_base_on_e: bool = False,
@@ -67,11 +68,23 @@ def cp_lse_ag_out_rs_mla(
     """Out [B, H, D] and lse [B, H] -> this rank's heads, heads first: [H/K, B, D].
 
     The model calls this for every backend that it does not know by name, so for `symm` too, whose
-    kernel writes the heads first: what the value up-projection reads.
+    kernel writes the heads first: what the value up-projection reads. `deferred` explains the form
+    in which splits come here.
     """
     base2 = not is_lse_base_on_e
-    if get_parallel().dcp_comm_backend == "symm":
+    if isinstance(cp_attn_lse, Splits):
+        out, _ = exchange_splits("symm", cp_attn_lse, cp_attn_out.dtype, cp_group, head_major=True)
+    elif get_parallel().dcp_comm_backend == "symm":
         out, _ = symm(cp_attn_out, cp_attn_lse, cp_group, base2=base2, head_major=True)
     else:
         out, _ = ag_rs(cp_attn_out, cp_attn_lse, cp_group, base2=base2)
     return out.transpose(0, 1)
+
+
+def deferred(splits: Splits, q: torch.Tensor) -> tuple[torch.Tensor, Splits]:
+    """Splits in the place of (out, lse), on their way through MLA's model code to the exchange.
+
+    The model passes the second on as it is, and of the first needs shape [B, H, D] and dtype, which
+    the queries [B, H, at least D] have. Whoever took the second for an LSE would fail at once.
+    """
+    return q[..., : splits.out.shape[-1]], splits

@@ -85,14 +85,22 @@ def symm(
 EXCHANGES: dict[str, Exchange] = {"a2a": a2a, "ag_rs": ag_rs, "symm": symm}
 
 
-def exchange_splits(backend: str, splits: Splits, dtype: torch.dtype, group: Group) -> Partial:
+def exchange_splits(
+    backend: str,
+    splits: Splits,
+    dtype: torch.dtype,
+    group: Group,
+    *,
+    head_major: bool = False,
+) -> Partial:
     """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
 
-    `symm` reduces the splits where it sends them; for the others they are merged first.
+    `symm` reduces the splits where it sends them, and lays the result out as [H/K, B, D] where
+    `head_major` asks for it; for the others they are merged first.
     """
     B, H, _, D = splits.out.shape
     if backend == "symm" and (kernel := _prepared_for(group, B, H, D, dtype)):
-        reduced = kernel.reduce_splits(splits, return_lse=True, layer=_layer)
+        reduced = kernel.reduce_splits(splits, head_major=head_major, return_lse=True, layer=_layer)
         assert reduced.lse is not None
         return reduced.out, reduced.lse
     return EXCHANGES[backend](*splits.merged(dtype), group)
