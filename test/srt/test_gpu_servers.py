@@ -5,6 +5,7 @@ choice is clear. A cache row lost or read twice moves log-probabilities by far m
 """
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,18 +52,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.timeout(540)
-@pytest.mark.parametrize(("family", "layout", "attention"), CASES)
-def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attention: str) -> None:
-    ranks, *flags = LAYOUTS[layout]
-    checkpoint = checkpoints[family]
+def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "triton") -> Server:
+    ranks, *layout_flags = LAYOUTS[layout]
     server = Server(
         checkpoint,
-        *("--tp", str(ranks), *map(str, flags)),
+        *("--tp", str(ranks), *map(str, layout_flags)),
         *("--attention-backend", attention, "--dtype", "bfloat16"),
-        *("--mem-fraction-static", "0.1", "--max-total-tokens", "16384"),
-        *("--chunked-prefill-size", str(CHUNK), "--cuda-graph-max-bs-decode", "16"),
+        *("--mem-fraction-static", "0.1", "--cuda-graph-max-bs-decode", "16"),
         *share_gpu.FLAGS,
+        *flags,
         platform=None,
         env=share_gpu.ENVIRONMENT,
         start_timeout=480,
@@ -70,6 +68,19 @@ def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attentio
     if int(ranks) > torch.cuda.device_count():
         server.command[1:3] = ["-m", "srt.share_gpu"]
         server.env["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{server.env.get('PYTHONPATH', '')}"
+    return server
+
+
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize(("family", "layout", "attention"), CASES)
+def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attention: str) -> None:
+    checkpoint = checkpoints[family]
+    server = gpu_server(
+        checkpoint,
+        layout,
+        *("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK)),
+        attention=attention,
+    )
     oracle = Oracle(checkpoint)
     clear = 0
     with server:
@@ -91,6 +102,83 @@ def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attentio
         log = server.log()
         assert "cuda graph: True" in log
         everything_is_free(server)
+
+
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize(("family", "layout"), [("llama", "symm"), ("deepseek_v2", "a2a")])
+def test_prefixes_come_back_from_the_host(
+    checkpoints: dict[str, Path], family: str, layout: str
+) -> None:
+    """HiCache with the transfers that SGLang takes on CUDA: its kernels, on a stream beside."""
+    page, rows, ranks, prompts = 16, 512, 2, 6
+    flags = ("--page-size", str(page), "--max-total-tokens", str(rows), "--enable-cache-report")
+    flags += ("--chunked-prefill-size", "96", "--max-running-requests", "4")
+    flags += ("--enable-hierarchical-cache", "--hicache-ratio", "8")
+    length = 2 * rows * ranks // prompts
+    prefixes = [prompt(length + number, seed=number) for number in range(prompts)]
+    oracle = Oracle(checkpoints[family])
+    clear = 0
+    with gpu_server(checkpoints[family], layout, *flags) as server:
+        for prefix in prefixes:
+            answer = server.generate(prefix, NEW_TOKENS)
+            clear += compared(answer.completion, oracle.generate(prefix, NEW_TOKENS))
+        continued = [prefix + prompt(9, seed=number) for number, prefix in enumerate(prefixes)]
+        answers = [server.generate(tokens, NEW_TOKENS) for tokens in continued[:2]]
+        answers += server.generate_batch(continued[2:4], NEW_TOKENS)
+        answers += server.generate_batch(continued[4:], NEW_TOKENS)
+        from_host = 0
+        for tokens, answer in zip(continued, answers, strict=True):
+            clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
+            from_host += int((answer.meta_info["cached_tokens_details"] or {}).get("host", 0))
+        assert from_host > prompts * length // 2
+        assert clear > 30
+        everything_is_free(server)
+
+
+@pytest.mark.timeout(540)
+@pytest.mark.skipif(
+    not (shutil.which("ninja") and shutil.which("c++")),
+    reason="SGLang compiles its n-gram corpus, with ninja and a C++ compiler",
+)
+def test_drafts_from_earlier_answers(checkpoints: dict[str, Path]) -> None:
+    flags = ("--cuda-graph-backend-decode", "disabled", "--speculative-algorithm", "NGRAM")
+    flags += ("--speculative-num-draft-tokens", "6", "--speculative-ngram-max-bfs-breadth", "4")
+    flags += ("--speculative-ngram-capacity", "10000", "--page-size", "1")
+    flags += ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
+    oracle = Oracle(checkpoints["llama"])
+    prompts = [prompt(length) for length in (1, 19, 65, CHUNK + 3)]
+    clear = 0
+    with gpu_server(checkpoints["llama"], "a2a", *flags) as server:
+        answers = [server.generate(tokens, NEW_TOKENS) for tokens in prompts]
+        again = [server.generate(prompts[0], NEW_TOKENS)]
+        again += server.generate_batch(prompts[1:], NEW_TOKENS)
+        for tokens, answer in zip(prompts * 2, answers + again, strict=True):
+            clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
+        assert sum(answer.meta_info["spec_num_correct_drafts"] for answer in again) > NEW_TOKENS
+        assert clear > 20
+        everything_is_free(server)
+
+
+@pytest.mark.timeout(1080)
+@pytest.mark.parametrize("layout", ["a2a", "symm"])
+def test_an_fp8_cache_is_read_as_by_one_rank(checkpoints: dict[str, Path], layout: str) -> None:
+    """Quantized keys and values differ from the oracle's, but not between layouts."""
+    flags = ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
+    flags += ("--kv-cache-dtype", "fp8_e4m3")
+    prompts = [prompt(length) for length in (1, 63, 65, 2 * CHUNK + 3)]
+    answers = {}
+    for name in ("tp 1", layout):
+        with gpu_server(checkpoints["llama"], name, *flags) as server:
+            assert "kv_cache_dtype='fp8_e4m3'" in server.log()
+            answers[name] = [server.generate(tokens, NEW_TOKENS).completion for tokens in prompts]
+    same = 0
+    for one, other in zip(*answers.values(), strict=True):
+        for position, token in enumerate(one.token_ids):
+            if other.token_ids[position] != token:  # a close choice
+                break
+            assert abs(one.logprobs[position] - other.logprobs[position]) < TOLERANCE
+            same += 1
+    assert same > len(prompts) * NEW_TOKENS // 2
 
 
 def compared(got: Completion, want: Completion) -> int:

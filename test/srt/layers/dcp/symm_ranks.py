@@ -20,11 +20,11 @@ class Ranks:
     interpreter runs one program at a time, so a program that waits would wait for ever.
     """
 
-    def __init__(self, layout: Layout, device: str, programs: int | None = None, seed: int = 0):
+    def __init__(self, layout: Layout, device: str, warps: int | None = None, seed: int = 0):
         self.layout, self.random = layout, random.Random(seed)
         if device == "cpu":
-            programs = programs or 5  # fewer than rows, as a rule: then programs carry several
-        self.together = one_device(layout, torch.device(device), programs)
+            warps = warps or 5  # fewer than rows, as a rule: then programs carry several
+        self.together = one_device(layout, torch.device(device), warps)
         self.apart = [
             replace(self.together, rank=rank, local_ranks=1, epochs=self.together.epochs[rank])
             for rank in range(layout.ranks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def layouts(draw) -> Layout:
 @given(data=st.data())
 def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> None:
     layout = data.draw(layouts())
-    ranks = Ranks(layout, DEVICE, programs=data.draw(st.integers(1, 4)))
+    ranks = Ranks(layout, DEVICE, warps=data.draw(st.integers(1, 4)))
     for call in range(data.draw(st.integers(1, 4))):
         B = data.draw(st.integers(0, 5), label=f"batch of call {call}")
         protocol = data.draw(st.sampled_from(PROTOCOLS if B <= 3 else PROTOCOLS[1:]))
@@ -366,13 +367,13 @@ def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     layout = small()
     x = torch.empty(change.pop("x", (6, 6, 128)), dtype=layout.wire)
     lse = torch.empty(change.pop("lse", (6, 6)))
-    workspace = Ranks(layout, "cpu", programs=1).together
+    workspace = Ranks(layout, "cpu", warps=1).together
     with pytest.raises(ValueError, match=message):
         symm.exchange(workspace, (x, lse), **change)
 
 
 def test_dtypes_that_do_not_fit_are_refused() -> None:
-    workspace = Ranks(small(), "cpu", programs=1).together
+    workspace = Ranks(small(), "cpu", warps=1).together
     x, lse = torch.empty(6, 6, 128, dtype=torch.bfloat16), torch.empty(6, 6)
     with pytest.raises(TypeError, match="bfloat16 with an fp32 lse"):
         symm.exchange(workspace, (x.half(), lse))
@@ -384,3 +385,30 @@ def test_dtypes_that_do_not_fit_are_refused() -> None:
         small(wire=torch.float64)
     with pytest.raises(ValueError, match=r"whole 16-byte vectors.*a2a"):
         small(head_dim=4)
+
+
+@pytest.mark.parametrize(("splits", "programs"), [(False, 64), (True, 16)])
+def test_a_launch_fills_what_is_resident(
+    monkeypatch: pytest.MonkeyPatch, splits: bool, programs: int
+) -> None:
+    """The limit is in warps: kernels of few warps get more programs of the same device."""
+    layout = Layout(8, 128, 512, torch.bfloat16, 0, 64)
+    assert (layout.warps(False), layout.warps(True)) == (1, 4)
+    workspace = replace(Ranks(layout, "cpu").apart[0], warps=64)
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(symm, "exchange_kernel", Kernel())
+    for B in (1, 64):
+        x, lse = torch.zeros(B, 128, 512), torch.zeros(B, 128)
+        if splits:
+            lengths = torch.zeros(B + 1, dtype=torch.int32)
+            partial = Splits(x[:, :, None], lse[..., None], lengths, lengths[1:], 32)
+        else:
+            partial = x.bfloat16(), lse
+        symm.exchange(workspace, partial)
+    assert grids == [(16, 1), (programs, 1)]

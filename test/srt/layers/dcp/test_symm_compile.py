@@ -91,7 +91,7 @@ def test_machine_code(layout: Layout, kind: str, sm: int, tmp_path: Path) -> Non
     assert re.findall(r"STACK:(\d+)", report) == ["0"]
     assert not matching(counts, r"(LDL|STL).*")  # nothing is spilled
     [registers] = re.findall(r"REG:(\d+)", report)
-    assert int(registers) <= symm._MAX_REGISTERS  # what `resident_programs` counts on
+    assert int(registers) <= symm._MAX_REGISTERS  # what `resident_warps` counts on
 
     # One 16-byte access per vector of the N pieces: sent, received, and put back.
     vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(splits))

@@ -26,7 +26,7 @@ from sglang_helix.srt.layers.dcp.symm import (
     Workspace,
     exchange,
     plan,
-    resident_programs,
+    resident_warps,
 )
 
 logger = logging.getLogger(__name__)
@@ -188,8 +188,8 @@ class SymmExchange:
         torch.cuda.synchronize(device)
 
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        programs = resident_programs(self.layout, multiprocessors)
-        status = torch.zeros(programs, dtype=torch.int64, pin_memory=True)
+        warps = resident_warps(multiprocessors)
+        status = torch.zeros(warps, dtype=torch.int64, pin_memory=True)
         peers = torch.tensor(pointers, dtype=torch.int64, device=device)
         self._workspace = Workspace(
             self.layout,
@@ -197,7 +197,7 @@ class SymmExchange:
             _first_epochs(self.layout, device, 1),
             status,
             group.rank(),
-            programs,
+            warps,
             memory=(buffer, handle),
         )
         self._watchdog = Watchdog(status, group.rank(), timeout, on_stall)
@@ -304,7 +304,7 @@ def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
     return values
 
 
-def one_device(layout: Layout, device: torch.device, programs: int | None = None) -> Workspace:
+def one_device(layout: Layout, device: torch.device, warps: int | None = None) -> Workspace:
     """All ranks of an exchange on one device, for proofs and measurements without a group.
 
     `symm.exchange` then plays all ranks in one launch and takes their batches stacked:
@@ -313,13 +313,13 @@ def one_device(layout: Layout, device: torch.device, programs: int | None = None
     buffers = torch.empty((layout.ranks, layout.nbytes), dtype=torch.uint8, device=device)
     for buffer in buffers:
         layout.initialise(buffer)
-    if programs is None:
+    if warps is None:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        programs = resident_programs(layout, multiprocessors, layout.ranks)
+        warps = resident_warps(multiprocessors, layout.ranks)
     peers = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=device)
     epochs = _first_epochs(layout, device, layout.ranks)
-    status = torch.zeros(layout.ranks * programs, dtype=torch.int64, pin_memory=peers.is_cuda)
-    return Workspace(layout, peers, epochs, status, 0, programs, buffers, layout.ranks)
+    status = torch.zeros(layout.ranks * warps, dtype=torch.int64, pin_memory=peers.is_cuda)
+    return Workspace(layout, peers, epochs, status, 0, warps, buffers, layout.ranks)
 
 
 def _first_epochs(layout: Layout, device: torch.device, local_ranks: int) -> torch.Tensor:
