@@ -131,7 +131,7 @@ def test_prefixes_come_back_from_the_host(
             clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
             from_host += int((answer.meta_info["cached_tokens_details"] or {}).get("host", 0))
         assert from_host > prompts * length // 2
-        assert clear > 30
+        assert clear > 2 * prompts  # every answer's first token, on average
         everything_is_free(server)
 
 
@@ -169,7 +169,7 @@ def test_an_fp8_cache_is_read_as_by_one_rank(checkpoints: dict[str, Path], layou
     answers = {}
     for name in ("tp 1", layout):
         with gpu_server(checkpoints["llama"], name, *flags) as server:
-            assert "kv_cache_dtype='fp8_e4m3'" in server.log()
+            assert "dtype: torch.float8_e4m3fn" in server.log()
             answers[name] = [server.generate(tokens, NEW_TOKENS).completion for tokens in prompts]
     same = 0
     for one, other in zip(*answers.values(), strict=True):

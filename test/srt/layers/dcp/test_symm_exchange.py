@@ -362,12 +362,13 @@ def test_splits_leave_for_their_owners(
     cache = Cache(size, kv_heads, width, rope)
     q = torch.randn(len(LENGTHS), heads, width + rope, device=DEVICE)
     layer = attention_layer(heads, width, rope, v_scale)
+    backends = [
+        cache.backend(rank, group, heads, splits) for rank, group in enumerate(ranks.groups)
+    ]
 
     def step(rank: int, group: Any) -> torch.Tensor:
-        backend = cache.backend(rank, group, heads, splits)
-
         def decode(q: torch.Tensor, **parts: torch.Tensor | None) -> Any:
-            return backend.forward_decode(
+            return backends[rank].forward_decode(
                 q, None, None, layer, SimpleNamespace(), save_kv_cache=False, **parts
             )
 
@@ -394,10 +395,8 @@ def test_splits_leave_for_their_owners(
 
     # The same through the merge that other exchanges take.
     partials = [
-        cache.backend(rank, group, heads, splits)
-        .partial_decode(q, layer, SimpleNamespace())
-        .merged(torch.float32)
-        for rank, group in enumerate(ranks.groups)
+        backend.partial_decode(q, layer, SimpleNamespace()).merged(torch.float32)
+        for backend in backends
     ]
     merged, _ = expected(
         torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials]), 2

@@ -81,12 +81,12 @@ _LINE_BYTES = 128  # of a GPU's caches
 # A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
-# docs/figures/exchange-h200.csv, by what a rank sends: up to 2 MiB lamport takes 0.66 to 1.00 of
-# push's time (once 1.22), from 3 to 30 MiB 0.79 to 1.19, and over 1 in most cases. Over a link push
-# waits for one trip more, which these do not show.
-_LAMPORT_MAX_BYTES = 2 << 20
-# What a rank sends at most: up to 30 MiB (MLA, 256 tokens, 16 ranks), the largest measured, the
-# kernel takes 0.79 to 0.93 of the time of SGLang's pack, a copy in place of NCCL, and combine.
+# docs/figures/exchange-h200.csv, by what a rank sends: up to 4 MiB lamport takes 0.49 to 1.01 of
+# push's time (once 1.27), at 8 MiB 0.77 to 1.23, at 32 MiB 0.91 to 1.22. It loses where all ranks'
+# traffic meets in one memory, as here; over a link push waits for one trip more.
+_LAMPORT_MAX_BYTES = 4 << 20
+# What a rank sends at most: up to 32 MiB, the largest measured, the kernel takes 0.31 to 0.81 of
+# the time of SGLang's pack, a copy in place of NCCL, and combine.
 _MAX_BYTES = 32 << 20
 _MAX_REGISTERS = 128  # per thread
 _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
