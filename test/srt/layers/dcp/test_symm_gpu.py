@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from multiprocessing.connection import Connection
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -174,13 +175,17 @@ def _ranks_sharing_a_gpu(function: Any, world_size: int, timeout: float) -> list
             processes.append(process)
             pipes.append(ours)
         deadline = time.monotonic() + timeout
-        outcomes = []
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} did not finish"
-            outcomes.append(pipe.recv())
-        stories = [story for succeeded, story in outcomes if not succeeded]
-        assert not stories, "\n".join(stories)
-        return [result for _, result in outcomes]
+        results: dict[int, Any] = {}
+        while len(results) < world_size:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            assert ready, f"only ranks {sorted(results)} finished"
+            for pipe in ready:
+                # A rank that failed leaves the others waiting for it.
+                succeeded, result = pipe.recv()
+                assert succeeded, result
+                results[pipes.index(pipe)] = result
+        return [results[rank] for rank in range(world_size)]
     finally:
         for process in processes:
             process.kill()
@@ -257,7 +262,11 @@ def _one_rank_never_calls(rank: int, group: torch.distributed.ProcessGroup) -> S
         deadline = time.monotonic() + 40
         while not stalls and time.monotonic() < deadline:
             time.sleep(0.2)
-    group.barrier().wait()
+    # Over TCP: nothing here may wait for a device whose kernel will never end.
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set("seen", "")
+    store.wait(["seen"], timedelta(seconds=60))
     return stalls[0] if stalls else None
 
 
