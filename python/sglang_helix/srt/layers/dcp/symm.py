@@ -81,7 +81,7 @@ _LINE_BYTES = 128  # of a GPU's caches
 # A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
-# docs/figures/exchange-h200.csv, by what a rank sends: up to 4 MiB lamport takes 0.49 to 1.01 of
+# docs/figures/kernels-h200.csv, by what a rank sends: up to 4 MiB lamport takes 0.49 to 1.01 of
 # push's time (once 1.27), at 8 MiB 0.77 to 1.23, at 32 MiB 0.91 to 1.22. It loses where all ranks'
 # traffic meets in one memory, as here; over a link push waits for one trip more.
 _LAMPORT_MAX_BYTES = 4 << 20
