@@ -370,6 +370,10 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "deterministic inference": ({"enable_deterministic_inference": True}, ""),
     "elastic expert parallelism": ({"elastic_ep_backend": "mooncake"}, ""),
     "Ray": ({"use_ray": True}, ""),
+    "one-kernel exchange in pipeline stages": (
+        {"dcp_comm_backend": "symm", "pp_size": 2, "attention_backend": "triton"},
+        "",
+    ),
     "one-kernel exchange of the reference backend": (
         {"dcp_comm_backend": "symm", "attention_backend": "torch_native"},
         "",

@@ -233,6 +233,10 @@ def _symm_reference(situation: Situation) -> object | None:
     return _symm(situation, reference and get_platform().is_cuda)
 
 
+def _symm_stages(situation: Situation) -> object | None:
+    return _symm(situation, situation.args.pp_size > 1)
+
+
 _ONE_GROUP = "use --tp-size and --dcp-size alone"
 _WITHOUT = "Leave the flag out, or leave --dcp-size out"
 _A2A = "Use --dcp-comm-backend a2a"
@@ -325,6 +329,15 @@ TABLE: tuple[Row, ...] = (
         "torch_native decodes in fp32, and symm carries the dtype of the model",
         "Use --dcp-comm-backend a2a, or another --attention-backend",
         _symm_reference,
+    ),
+    Row(
+        "one-kernel exchange in pipeline stages",
+        "--dcp-comm-backend",
+        "refused",
+        "its programs wait while they fill the GPU, and could keep out NCCL's, which send to the "
+        "next stage meanwhile and which peers wait for",
+        _A2A,
+        _symm_stages,
     ),
     Row(
         "attention data parallelism",

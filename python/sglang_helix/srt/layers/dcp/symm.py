@@ -31,7 +31,8 @@ no reset, so batch sizes may vary. Flags carry the epoch and are compared by equ
 never come round.
 
 What the caller owes: every rank makes the same calls (batch size, order), and calls on one
-workspace never overlap in time: one workspace per stream that runs concurrently with others.
+workspace never overlap in time: one workspace per stream that runs concurrently with others. And a
+call may fill the device, so nothing that peers wait for may run beside it, such as NCCL elsewhere.
 
 Memory order. `.wt` stores compile to STG.STRONG.SYS and volatile loads to LDG.STRONG.SYS, the
 instructions of PTX's relaxed.sys accesses (test_symm_compile.py looks). Words are 4 bytes and
