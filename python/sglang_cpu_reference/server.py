@@ -7,6 +7,7 @@ with Server(checkpoint, "--tp", "2") as server:
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -244,10 +245,16 @@ class Server:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that was free a moment ago.
+
+    Servers bind it many seconds later, so it is none of those that systems hand out meanwhile, to
+    outgoing connections for example: these begin at 32768.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 31_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("none of 100 ports between 20000 and 31000 is free")
 
 
 def _generation(answer: Mapping[str, Any]) -> Generation:
