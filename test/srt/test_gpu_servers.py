@@ -5,7 +5,6 @@ choice is clear. A cache row lost or read twice moves log-probabilities by far m
 """
 
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server
 from srt import share_gpu
+from srt.mem_cache.test_hierarchical_cache import cached
+from srt.speculative.test_ngram import needs_compiler
 from srt.test_end_to_end import everything_is_free, prompt
 
 pytestmark = [
@@ -129,17 +130,14 @@ def test_prefixes_come_back_from_the_host(
         from_host = 0
         for tokens, answer in zip(continued, answers, strict=True):
             clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
-            from_host += int((answer.meta_info["cached_tokens_details"] or {}).get("host", 0))
+            from_host += cached(answer, "host")
         assert from_host > prompts * length // 2
         assert clear > 2 * prompts  # every answer's first token, on average
         everything_is_free(server)
 
 
 @pytest.mark.timeout(540)
-@pytest.mark.skipif(
-    not (shutil.which("ninja") and shutil.which("c++")),
-    reason="SGLang compiles its n-gram corpus, with ninja and a C++ compiler",
-)
+@needs_compiler
 def test_drafts_from_earlier_answers(checkpoints: dict[str, Path]) -> None:
     flags = ("--cuda-graph-backend-decode", "disabled", "--speculative-algorithm", "NGRAM")
     flags += ("--speculative-num-draft-tokens", "6", "--speculative-ngram-max-bfs-breadth", "4")

@@ -11,11 +11,14 @@ NEW_TOKENS = 6
 LENGTHS = (1, 19, 33)
 
 
-@pytest.mark.server
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     not (shutil.which("ninja") and shutil.which("c++")),
     reason="SGLang compiles its n-gram corpus, with ninja and a C++ compiler",
 )
+
+
+@pytest.mark.server
+@needs_compiler
 def test_drafts_from_earlier_answers(tmp_path: Path) -> None:
     """The corpus learns each answer; asked again, it drafts it, in trees of several branches."""
     checkpoint = make_checkpoint("llama", tmp_path / "llama", num_hidden_layers=2)

@@ -79,7 +79,8 @@ _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 _VECTOR = VECTOR_BYTES  # the widest access; rows start on multiples of it
 _LINE_BYTES = 128  # of a GPU's caches
 # Virtual ranks on one H200, no link in between; the two choices of the tile were tried by hand.
-# A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four.
+# A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four, in an earlier
+# form of the kernel.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
 # docs/figures/kernels-h200.csv, by what a rank sends: up to 4 MiB lamport takes 0.49 to 1.01 of
@@ -187,9 +188,9 @@ class Layout:
         """Words set aside for a row's N LSEs, or N flags: whole cache lines of its own.
 
         Programs that polled the same lines held up each other and the senders: 8 virtual ranks,
-        GQA, 8 tokens took 5.6 us on an H200 where they shared them, and 4.0 apart.
+        GQA, 8 tokens took 6.2 us on an H200 where they shared them, and 4.1 apart.
         """
-        return -(-self.ranks * 4 // _LINE_BYTES) * _LINE_BYTES // 4
+        return _align(4 * self.ranks) // 4
 
     @property
     def nbytes(self) -> int:
@@ -246,7 +247,7 @@ class Layout:
 
 
 def _align(size: int) -> int:
-    return -(-size // 128) * 128
+    return -(-size // _LINE_BYTES) * _LINE_BYTES
 
 
 class Reduced(NamedTuple):
