@@ -248,11 +248,17 @@ def test_processes_share_a_gpu(world_size: int) -> None:
     assert max(errors) < BOUND
 
 
+#: Kept until the process ends: freeing symmetric memory waits for the device, so it would never
+#: return beside a stuck kernel.
+_stuck: list[SymmExchange] = []
+
+
 def _one_rank_never_calls(rank: int, group: torch.distributed.ProcessGroup) -> Stall | None:
     stalls: list[Stall] = []
     exchanger = SymmExchange(
         group, 4, 4, 128, torch.bfloat16, torch.device("cuda:0"), timeout=4, on_stall=stalls.append
     )
+    _stuck.append(exchanger)
     x, lse = _inputs(1, 2, 4, 128, seed=rank)
     for _ in range(3):
         exchanger.reduce(x, lse, layer=17)

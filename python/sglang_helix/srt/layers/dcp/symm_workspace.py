@@ -231,7 +231,11 @@ class SymmExchange:
         return exchange(self._workspace, splits, **options)
 
     def close(self) -> None:
-        """Stop the watchdog. The workspace goes with the object, once no peer uses it."""
+        """Stop the watchdog.
+
+        The workspace goes with the object, which must outlive its peers' calls. Freeing it waits
+        for the device, and so for ever while an exchange is stuck.
+        """
         self._watchdog.stop()
 
 
