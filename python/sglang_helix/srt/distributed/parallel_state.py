@@ -119,8 +119,8 @@ def get_attn_tp_rank() -> int:
 def _prewarm(group: Any) -> None:
     """Let NCCL allocate its point-to-point transports now, before memory is accounted for.
 
-    The first all-to-all of a captured graph would otherwise allocate them during capture. Not
-    seen on a GPU yet.
+    The first all-to-all of a captured graph would otherwise allocate them during capture. Ran
+    with ranks that share a GPU, not yet between GPUs.
     """
     comm = group.pynccl_comm
     if comm is None or not comm.available:
