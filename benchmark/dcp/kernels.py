@@ -39,7 +39,6 @@ from benchmark.dcp import measure, report
 
 DTYPE = torch.bfloat16
 BOUND = 4e-3  # relative error of bf16 results
-EXCHANGE_MAX_BATCH = 256  # all N ranks' buffers stand on one device
 SPLITS = 8  # of split-KV decoding, whose LSEs SGLang's GQA path reduces first
 
 
@@ -184,8 +183,6 @@ def layer_cases(p: Problem, peers: Peers) -> Cases:
 
 
 def exchange_cases(p: Problem, peers: Peers) -> Cases:
-    if p.batch > EXCHANGE_MAX_BATCH:
-        return
     x, lse = random_partials(p, p.ranks, p.heads)
     owners = zip(x.split(p.owned, 2), lse.split(p.owned, 2), strict=True)
     want = torch.cat([merged(*owned) for owned in owners])
@@ -237,6 +234,18 @@ def moved_bytes(op: str, p: Problem) -> int:
     # Read where attention left it, written where its owner reads it, read there, combined.
     one_rank = 3 * partials + result
     return p.ranks * one_rank if op == "exchange" else one_rank
+
+
+def fits(op: str, p: Problem) -> bool:
+    """Whether the device holds `exchange`'s buffers, all candidates' and all N ranks'.
+
+    In units of one rank's partials times N: 2 to copy from, 5 in the candidates' hands, 4 that the
+    chains allocate, 6 in workspaces, 3 to copy, 1 for what is left; a call moves 3.
+    """
+    if op != "exchange" or p.device.type != "cuda":
+        return True
+    memory = torch.cuda.get_device_properties(p.device).total_memory
+    return 7 * moved_bytes(op, p) < memory
 
 
 OPERATIONS = {
@@ -494,7 +503,11 @@ def run(options: argparse.Namespace) -> list[report.Row]:
                 for batch in options.batch:
                     started = time.monotonic()
                     problem = Problem(shape, *SHAPES[shape], ranks, batch, device)
+                    name = f"{op} {shape} N={ranks} B={batch}"
+                    if not fits(op, problem):
+                        print(f"not measured: {name} does not fit in the memory of the device")
+                        continue
                     rows += measure_problem(op, problem, peers, options.samples, launch_counts)
                     spent = time.monotonic() - started
-                    print(f"{op} {shape} N={ranks} B={batch}: {spent:.1f} s", file=sys.stderr)
+                    print(f"{name}: {spent:.1f} s", file=sys.stderr)
     return rows

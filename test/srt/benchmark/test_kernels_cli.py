@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_measures_every_operation(figures: Path) -> None:
         assert row.device == "CPU"
         assert (row.error is None) == (row.name == report.COPY)
         assert row.error is None or row.error <= kernels.BOUND
+
+
+def test_leaves_out_what_no_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = SimpleNamespace(total_memory=139 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    sizes = kernels.SHAPES["mla"]
+
+    def fits(op: str, ranks: int, device: str = "cuda") -> bool:
+        problem = kernels.Problem("mla", *sizes, ranks, 4096, torch.device(device))
+        return kernels.fits(op, problem)
+
+    assert fits("exchange", 8)
+    assert not fits("exchange", 16)
+    assert fits("layer", 16)
+    assert fits("exchange", 16, "cpu")
 
 
 def test_reports_on_earlier_figures(figures: Path, tmp_path: Path) -> None:
