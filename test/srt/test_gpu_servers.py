@@ -13,7 +13,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server
 from srt import share_gpu
-from srt.mem_cache.test_hierarchical_cache import cached
+from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
 from srt.speculative.test_ngram import needs_compiler
 from srt.test_end_to_end import everything_is_free, prompt
 
@@ -120,17 +120,10 @@ def test_prefixes_come_back_from_the_host(
     oracle = Oracle(checkpoints[family])
     clear = 0
     with gpu_server(checkpoints[family], layout, *flags) as server:
-        for prefix in prefixes:
-            answer = server.generate(prefix, NEW_TOKENS)
-            clear += compared(answer.completion, oracle.generate(prefix, NEW_TOKENS))
-        continued = [prefix + prompt(9, seed=number) for number, prefix in enumerate(prefixes)]
-        answers = [server.generate(tokens, NEW_TOKENS) for tokens in continued[:2]]
-        answers += server.generate_batch(continued[2:4], NEW_TOKENS)
-        answers += server.generate_batch(continued[4:], NEW_TOKENS)
-        from_host = 0
-        for tokens, answer in zip(continued, answers, strict=True):
+        first, continued = ask_and_continue(server, prefixes, NEW_TOKENS)
+        for tokens, answer in first + continued:
             clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
-            from_host += cached(answer, "host")
+        from_host = sum(cached(answer, "host") for _, answer in continued)
         assert from_host > prompts * length // 2
         assert clear > 2 * prompts  # every answer's first token, on average
         everything_is_free(server)

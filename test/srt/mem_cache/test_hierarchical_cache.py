@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from sglang_cpu_reference.server import Generation
+from sglang_cpu_reference.server import Generation, Server
 from srt.test_end_to_end import check, everything_is_free, prompt, serve
 
 NEW_TOKENS = 4
@@ -20,6 +20,25 @@ FILES += ("--hicache-storage-backend-extra-config", json.dumps({"prefetch_thresh
 def cached(answer: Generation, source: str) -> int:
     """Prompt tokens that were found on the device, on the host, or in storage."""
     return int((answer.meta_info["cached_tokens_details"] or {}).get(source, 0))
+
+
+Answers = list[tuple[list[int], Generation]]
+
+
+def ask_and_continue(
+    server: Server, prefixes: list[list[int]], new_tokens: int
+) -> tuple[Answers, Answers]:
+    """Prompts with their answers: the prefixes, then each continued, which meanwhile left the pool.
+
+    The first two continued prompts come alone, the others two at once, whose pages are loaded in
+    one transfer.
+    """
+    first = [server.generate(prefix, new_tokens) for prefix in prefixes]
+    continued = [prefix + prompt(9, seed=number) for number, prefix in enumerate(prefixes)]
+    answers = [server.generate(tokens, new_tokens) for tokens in continued[:2]]
+    for number in range(2, len(continued), 2):
+        answers += server.generate_batch(continued[number : number + 2], new_tokens)
+    return list(zip(prefixes, first, strict=True)), list(zip(continued, answers, strict=True))
 
 
 @pytest.mark.server
@@ -44,17 +63,11 @@ def test_prefixes_come_back_from_the_host(
     prefixes = [prompt(length + number, seed=number) for number in range(PROMPTS)]
     whole_pages = [len(prefix) // (PAGE * dcp) * PAGE * dcp for prefix in prefixes]
     with serve(checkpoint, tp, dcp, "a2a", *flags, **files) as server:
-        for prefix in prefixes:
-            answer = server.generate(prefix, NEW_TOKENS)
-            check(checkpoint, prefix, answer, NEW_TOKENS)
+        first, continued = ask_and_continue(server, prefixes, NEW_TOKENS)
+        for tokens, answer in first:
+            check(checkpoint, tokens, answer, NEW_TOKENS)
             assert answer.cached_tokens == 0
-
-        # One at a time, then two at once, whose pages are loaded in one transfer.
-        continued = [prefix + prompt(9, seed=number) for number, prefix in enumerate(prefixes)]
-        answers = [server.generate(tokens, NEW_TOKENS) for tokens in continued[:2]]
-        answers += server.generate_batch(continued[2:4], NEW_TOKENS)
-        answers += server.generate_batch(continued[4:], NEW_TOKENS)
-        for pages, tokens, answer in zip(whole_pages, continued, answers, strict=True):
+        for pages, (tokens, answer) in zip(whole_pages, continued, strict=True):
             check(checkpoint, tokens, answer, NEW_TOKENS)
             assert cached(answer, "host") == answer.cached_tokens == pages
         everything_is_free(server)

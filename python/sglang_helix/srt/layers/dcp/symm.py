@@ -706,8 +706,9 @@ def largest_batch(ranks: int, heads: int, head_dim: int, wire: torch.dtype) -> i
     return max(1, _MAX_BYTES // Layout(ranks, heads, head_dim, wire, 0, 0).token_bytes)
 
 
-def resident_warps(multiprocessors: int, local_ranks: int = 1) -> int:
-    """`Workspace.warps` for a device; a cooperative launch checks it again."""
+def resident_warps(device: torch.device, local_ranks: int = 1) -> int:
+    """`Workspace.warps` for a GPU; a cooperative launch checks it again."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return _WARPS_PER_SM * multiprocessors // local_ranks
 
 

@@ -187,8 +187,7 @@ class SymmExchange:
         handle.barrier()
         torch.cuda.synchronize(device)
 
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        warps = resident_warps(multiprocessors)
+        warps = resident_warps(device)
         status = torch.zeros(warps, dtype=torch.int64, pin_memory=True)
         peers = torch.tensor(pointers, dtype=torch.int64, device=device)
         self._workspace = Workspace(
@@ -318,8 +317,7 @@ def one_device(layout: Layout, device: torch.device, warps: int | None = None) -
     for buffer in buffers:
         layout.initialise(buffer)
     if warps is None:
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        warps = resident_warps(multiprocessors, layout.ranks)
+        warps = resident_warps(device, layout.ranks)
     peers = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=device)
     epochs = _first_epochs(layout, device, layout.ranks)
     status = torch.zeros(layout.ranks * warps, dtype=torch.int64, pin_memory=peers.is_cuda)
