@@ -87,9 +87,9 @@ _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 
 # push's time (once 1.27), at 8 MiB 0.77 to 1.23, at 32 MiB 0.91 to 1.22. It loses where all ranks'
 # traffic meets in one memory, as here; over a link push waits for one trip more.
 _LAMPORT_MAX_BYTES = 4 << 20
-# What a rank sends at most: up to 32 MiB the kernel takes 0.31 to 0.81 of the time of SGLang's
-# pack, a copy in place of NCCL, and combine. At 64 and 512 MiB push takes 0.39 to 0.94 of it, but
-# 0.66 to 2.7 of the time of our own three launches.
+# What a rank sends at most: up to 32 MiB the kernel, by the protocol that is chosen here, takes
+# 0.31 to 0.93 of the time of SGLang's pack, a copy in place of NCCL, and combine, and 0.60 to 1.10
+# of our own three launches; at 64 and 512 MiB 0.39 to 0.94 and 0.66 to 2.7.
 _MAX_BYTES = 32 << 20
 _MAX_REGISTERS = 128  # per thread
 _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
