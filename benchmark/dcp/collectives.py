@@ -34,7 +34,15 @@ from unittest import mock
 import torch
 
 from benchmark.dcp import measure, report
-from benchmark.dcp.kernels import BOUND, DTYPE, SHAPES, device_name, relative_error, software
+from benchmark.dcp.kernels import (
+    BOUND,
+    DTYPE,
+    SHAPES,
+    device_name,
+    layout_of_one,
+    relative_error,
+    software,
+)
 
 SETS = 4  # of buffers; few, so that they stay in the cache
 SYMM = f"{report.OURS} symm"
@@ -194,7 +202,23 @@ class Bench:
             )
             for name, exchange in EXCHANGES.items()
         ]
+        if self.options.protocols and most["symm"]:
+            from sglang_helix.srt.layers.dcp.symm import PROTOCOLS
+
+            ours += [self.by_protocol(protocol, heads, head_dim) for protocol in PROTOCOLS]
         return [*ours, *sglang_candidates(shape, self.peers)]
+
+    def by_protocol(self, protocol: Any, heads: int, head_dim: int) -> Candidate:
+        """`symm` with one protocol for all batches, where it would choose by their size."""
+        from sglang_helix.srt.layers.dcp import symm, symm_workspace
+
+        layout = layout_of_one(protocol, self.ranks, heads, head_dim, max(self.options.batch))
+        workspace = symm_workspace.between_ranks(self.ours.cpu_group, layout, self.device)
+
+        def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+            return symm.exchange(workspace, (x, lse), protocol=protocol).out
+
+        return Candidate(f"{SYMM} {protocol}", self.ours, run)
 
     def prepare_symm(self, heads: int, head_dim: int) -> int:
         """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
@@ -414,14 +438,14 @@ def groups_that_exist(device: str, shapes: list[str]) -> list[int]:
 # --- report -------------------------------------------------------------------------------------
 
 _HEAD = (
-    f"{'shape':<6}{'N':>3}{'B':>6}  {'candidate':<14}{'mode':<6}{'p10 us':>10}{'median':>10}"
+    f"{'shape':<6}{'N':>3}{'B':>6}  {'candidate':<20}{'mode':<6}{'p10 us':>10}{'median':>10}"
     f"{'p90 us':>10}{'link bytes':>12}{'error':>10}"
 )
 
 
 def table_line(row: Row) -> str:
     return (
-        f"{row.shape:<6}{row.ranks:>3}{row.batch:>6}  {row.name:<14}{row.mode:<6}"
+        f"{row.shape:<6}{row.ranks:>3}{row.batch:>6}  {row.name:<20}{row.mode:<6}"
         f"{row.p10_us:>10.1f}{row.median_us:>10.1f}{row.p90_us:>10.1f}{row.link_bytes:>12}"
         f"{row.error:>10.1e}  {row.mark}".rstrip()
     )
@@ -473,6 +497,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], metavar="B")
     parser.add_argument("--samples", type=int, default=20, help="per candidate and turn, 2 turns")
+    parser.add_argument(
+        "--protocols",
+        action="store_true",
+        help="symm by each of its protocols too: where its switch points belong",
+    )
     parser.add_argument("--eager", action="store_true", help="capture no CUDA graphs")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each group size")
     parser.add_argument("--csv", type=Path, help="write the figures here")

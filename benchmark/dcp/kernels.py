@@ -327,14 +327,21 @@ def one_kernel(p: Problem, protocol: str) -> Callable[..., torch.Tensor]:
     """The one-kernel exchange of [N * B, H, D] with all ranks on this device."""
     from sglang_helix.srt.layers.dcp import symm, symm_workspace
 
-    small = p.batch if protocol == "lamport" else 0
-    layout = symm.Layout(p.ranks, p.heads, p.head_dim, DTYPE, small, p.batch - small)
+    layout = layout_of_one(protocol, p.ranks, p.heads, p.head_dim, p.batch)
     workspace = symm_workspace.one_device(layout, p.device)
 
     def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         return symm.exchange(workspace, (x, lse), protocol=protocol).out  # type: ignore[arg-type]
 
     return run
+
+
+def layout_of_one(protocol: str, ranks: int, heads: int, head_dim: int, tokens: int) -> Any:
+    """The `symm.Layout` that has room for one protocol alone."""
+    from sglang_helix.srt.layers.dcp.symm import Layout
+
+    small = tokens if protocol == "lamport" else 0
+    return Layout(ranks, heads, head_dim, DTYPE, small, tokens - small)
 
 
 def random_partials(p: Problem, shards: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,17 +6,21 @@
     python -m benchmark.dcp serve --cpu                                          a small one
 
 Layouts: `tp`; `ag_rs[:K]`, `a2a[:K]`, `symm[:K]`, that exchange with --dcp-size K (default: all
-ranks); `attn-tp:A`, --attn-tp-size A with the a2a exchange. For each context length and
-concurrency, that many requests are sent at once and their tokens timed as the server streams them.
+ranks); `attn-tp:A[:COMM]`, --attn-tp-size A with that exchange (default: a2a). For each context
+length and concurrency, that many requests are sent at once and their tokens timed as the server
+streams them.
 
 Time per token is taken from the gaps between a request's tokens; TTFT is the wait for its first
-one. A context of n tokens is made in one of three ways, and the report says which:
+one. A context of n tokens comes about in one of four ways, and the report says which:
 
     shared   one request prefills it before the clock starts; all requests find it in the prefix
              cache. Attention then reads one context's rows for all of them, and what the L2 still
              holds of it comes for less than in a real load: a lower bound on time per token
     own      each request's own context is prefilled so, one after the other
     cold     each request's own context is prefilled on the clock
+    made     each request's own context is in the prefix cache, and nobody computed it: random
+             keys and values, so the tokens mean nothing and their times are those of a real load.
+             The server is started by `benchmark.dcp.made`, which puts it there
 
 Lengths rise, and a shorter context is the beginning of the longer one, so `shared` and `own`
 prefill each token once per server. SGLang can also decode over a cache that nobody computed
@@ -54,7 +58,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmark.dcp import report
+from benchmark.dcp import made, report
 from benchmark.dcp.kernels import device_name
 from benchmark.dcp.measure import Timing
 
@@ -62,9 +66,11 @@ MARK = "function only"
 MEASURED, DOES_NOT_FIT = "measured", "does not fit"
 DID_NOT_START, FAILED = "did not start", "failed"
 TOO_LONG, TOO_MANY = "beyond --context-length", "beyond --max-running-requests"
-PREFIXES = ("shared", "own", "cold")
-_WARM_UP = 16  # tokens of a prompt
+PREFIXES = ("shared", "own", "cold", "made")
+_WARM_UP = made.COMPUTED  # tokens of a prompt
 _SPARE = 6  # tokens that SGLang keeps of its pool beside a prompt
+_COMMS = ("ag_rs", "a2a", "symm")
+_LAUNCHER = "sglang.launch_server"
 _CPU_SERVER = ("--max-total-tokens", "256", "--page-size", "8")
 
 
@@ -110,16 +116,17 @@ class Layout(NamedTuple):
 
 def parse_layout(text: str, tp_size: int) -> Layout:
     """Flags of a layout by name; raises ValueError with what is allowed."""
-    name, _, size = text.partition(":")
+    name, *rest = text.split(":")
+    size, comm = [*rest, "", ""][:2]
     if size and not size.isdecimal():
         raise ValueError(f"--layouts {text}: {size!r} is not a number of ranks")
     if text == "tp":
         return Layout(text, ())
-    if name in ("ag_rs", "a2a", "symm"):
+    if name in _COMMS and len(rest) < 2:
         return Layout(text, ("--dcp-size", size or str(tp_size), "--dcp-comm-backend", name))
-    if name == "attn-tp" and size:
-        return Layout(text, ("--attn-tp-size", size, "--dcp-comm-backend", "a2a"))
-    raise ValueError(f"--layouts {text}: use tp, ag_rs[:K], a2a[:K], symm[:K] or attn-tp:A")
+    if name == "attn-tp" and size and len(rest) < 3 and comm in ("", *_COMMS):
+        return Layout(text, ("--attn-tp-size", size, "--dcp-comm-backend", comm or "a2a"))
+    raise ValueError(f"--layouts {text}: use tp, ag_rs[:K], a2a[:K], symm[:K] or attn-tp:A[:COMM]")
 
 
 # --- one server ---------------------------------------------------------------------------------
@@ -277,7 +284,7 @@ def measure(client: Client, load: Load) -> dict[str, Any]:
     client.complete_together([prompt[:_WARM_UP] for prompt in prompts], 4)
     if load.prefix == "cold":
         client.flush_cache()
-    else:
+    elif load.prefix != "made":
         for prompt in prompts[:1] if load.prefix == "shared" else prompts:
             client.complete(prompt, 1)
     answers = client.complete_together(prompts, load.new_tokens)
@@ -387,7 +394,8 @@ def started(layout: Layout, interval: int, options: argparse.Namespace) -> Itera
         env=environment,
         start_timeout=options.start_timeout,
     )
-    server.command[server.command.index("sglang.launch_server")] = options.launcher
+    launcher = made.__name__ if options.prefix == "made" else options.launcher
+    server.command[server.command.index(_LAUNCHER)] = launcher
     with server:
         yield f"http://127.0.0.1:{server.port}"
 
@@ -457,9 +465,10 @@ def name_of(info: dict[str, Any]) -> str:
     dcp_size = int(info.get("dcp_size") or 1)
     if dcp_size == 1:
         return "tp"
+    comm = info["dcp_comm_backend"]
     if info.get("dcp_replicate_q_proj"):
-        return f"attn-tp:{int(info['tp_size']) // dcp_size}"
-    return f"{info['dcp_comm_backend']}:{dcp_size}"
+        return f"attn-tp:{int(info['tp_size']) // dcp_size}:{comm}"
+    return f"{comm}:{dcp_size}"
 
 
 # --- report -------------------------------------------------------------------------------------
@@ -627,7 +636,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU")
     parser.add_argument(
         "--launcher",
-        default="sglang.launch_server",
+        default=_LAUNCHER,
         metavar="MODULE",
         help="what starts a server in place of sglang.launch_server, for example so that ranks "
         "share a GPU",
@@ -671,6 +680,7 @@ _ABOUT = {
     "common rows may come from the L2, so times per token are lower bounds",
     "own": "contexts: each request's own, prefilled before the clock starts",
     "cold": "contexts: each request's own, prefilled token by token on the clock",
+    "made": "contexts: each request's own, put into the prefix cache without being computed",
 }
 
 
@@ -681,6 +691,11 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, gpus:
             parser.error("--url drives a server as it is: leave out what starts one")
     elif not (options.model or options.cpu):
         parser.error("--model is needed to start servers (or --url, or --cpu)")
+    if options.prefix == "made" and (options.url or options.launcher != _LAUNCHER):
+        parser.error(
+            "--prefix made starts servers that put contexts into their cache: leave out --url and "
+            "--launcher, or use --prefix own"
+        )
     small = options.cpu and not options.url
     options.tp = options.tp or (2 if small else gpus)
     options.mark = MARK if small or (not options.url and options.tp > gpus) else ""

@@ -1,5 +1,7 @@
 """Whole servers on CUDA: graphs, the overlap schedule, Triton's kernels and NCCL, one rank or more.
 
+Each rank has a GPU of its own where there are enough.
+
 The oracle computes in fp32 and the servers in bf16, so a token counts only where the oracle's
 choice is clear. A cache row lost or read twice moves log-probabilities by far more.
 """
@@ -34,6 +36,7 @@ LAYOUTS = {
     "symm": (2, "--dcp-size", "2", "--dcp-comm-backend", "symm"),
     "attn-tp 1": (2, "--attn-tp-size", "1"),
     "attn-tp 2 of 4": (4, "--attn-tp-size", "2"),
+    "symm of 4": (4, "--attn-tp-size", "1", "--dcp-comm-backend", "symm"),
 }
 CASES = [
     *itertools.product(("llama", "deepseek_v2"), LAYOUTS, ("triton",)),
@@ -54,19 +57,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "triton") -> Server:
+    """Ranks share a GPU where there are fewer GPUs than ranks."""
     ranks, *layout_flags = LAYOUTS[layout]
+    sharing = int(ranks) > torch.cuda.device_count()
     server = Server(
         checkpoint,
         *("--tp", str(ranks), *map(str, layout_flags)),
         *("--attention-backend", attention, "--dtype", "bfloat16"),
         *("--mem-fraction-static", "0.1", "--cuda-graph-max-bs-decode", "16"),
-        *share_gpu.FLAGS,
+        *(share_gpu.FLAGS if sharing else ()),
         *flags,
         platform=None,
-        env=share_gpu.ENVIRONMENT,
+        env=share_gpu.ENVIRONMENT if sharing else None,
         start_timeout=480,
     )
-    if int(ranks) > torch.cuda.device_count():
+    if sharing:
         server.command[1:3] = ["-m", "srt.share_gpu"]
         server.env["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{server.env.get('PYTHONPATH', '')}"
     return server

@@ -42,7 +42,8 @@ def check_figures(row: Row) -> None:
 @pytest.mark.timeout(420)
 def test_layouts(tmp_path: Path) -> None:
     path, plot = tmp_path / "figures.csv", tmp_path / "figures.png"
-    ran = benchmark("--cpu", "--layouts", "tp", "a2a", "--intervals", "2", "--csv", path)
+    flags = ("--layouts", "tp", "a2a", "--intervals", "2", "--prefix", "made")
+    ran = benchmark("--cpu", *flags, "--csv", path)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     rows = report.read_csv(path, Row)
     contexts = (FITS, FITS_SHARDED, FITS_NOWHERE)
@@ -52,11 +53,11 @@ def test_layouts(tmp_path: Path) -> None:
     measured = {(row.layout, row.context) for row in rows if row.status == serve.MEASURED}
     assert measured == {("tp", FITS), ("a2a", FITS), ("a2a", FITS_SHARDED)}
     for row in rows:
-        assert (row.concurrency, row.prefix, row.device) == (2, "shared", "CPU")
+        assert (row.concurrency, row.prefix, row.device) == (2, "made", "CPU")
         assert row.prefill_decode_interval == 2  # as the server itself says
         if row.status == serve.MEASURED:
             check_figures(row)
-            # One prefill served all: what fills units of the cache was found there.
+            # What fills units of the cache was found there.
             assert row.cached_tokens == (row.context - 1) // (8 * row.dcp_size) * (8 * row.dcp_size)
         else:
             assert row.status == serve.DOES_NOT_FIT
@@ -77,7 +78,7 @@ def test_layouts(tmp_path: Path) -> None:
         assert len(lines) == len(rows) + len(contexts) + 2  # figures, time per token, capacity
         assert all(line.endswith(serve.MARK) for line in lines)
         assert said.count(serve.DOES_NOT_FIT) == 6
-    assert "one prefill, which all requests share" in ran.stdout
+    assert "put into the prefix cache without being computed" in ran.stdout
 
 
 LINE_STARTS = [[word] for word in ("tp", "a2a", str(FITS), str(FITS_SHARDED), str(FITS_NOWHERE))]
@@ -86,27 +87,31 @@ LINE_STARTS = [[word] for word in ("tp", "a2a", str(FITS), str(FITS_SHARDED), st
 @pytest.mark.server
 @pytest.mark.timeout(420)
 def test_a_running_server(tmp_path: Path) -> None:
-    path = tmp_path / "figures.csv"
     model = serve.tiny_model(str(tmp_path))
     flags = ["--tp", "2", "--dcp-size", "2", "--dcp-comm-backend", "a2a"]
+    rows = {}
     with Server(model, *flags, "--max-total-tokens", "256", "--page-size", "8") as server:
-        ran = benchmark(
-            *("--url", f"http://127.0.0.1:{server.port}", "--prefix", "cold"),
-            *("--contexts", FITS_NOWHERE, FITS, "--concurrency", "1", "3"),
-            *("--new-tokens", NEW_TOKENS, "--csv", path),
-        )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    rows = report.read_csv(path, Row)
-    assert [(row.context, row.concurrency) for row in rows] == [
-        (FITS, 1), (FITS, 3), (FITS_NOWHERE, 1), (FITS_NOWHERE, 3),
-    ]  # fmt: skip
-    for row in rows:
-        assert (row.layout, row.comm, row.dcp_size, row.tp_size) == ("a2a:2", "a2a", 2, 2)
-        assert (row.mark, row.prefix) == (serve.MARK, "cold")
-    for row in rows[:2]:
-        check_figures(row)
-        assert row.cached_tokens == 0
-    assert {row.status for row in rows[2:]} == {serve.DOES_NOT_FIT}
+        for prefix in ("shared", "cold"):
+            path = tmp_path / f"{prefix}.csv"
+            ran = benchmark(
+                *("--url", f"http://127.0.0.1:{server.port}", "--prefix", prefix),
+                *("--contexts", FITS_NOWHERE, FITS, "--concurrency", "1", "3"),
+                *("--new-tokens", NEW_TOKENS, "--csv", path),
+            )
+            assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+            rows[prefix] = report.read_csv(path, Row)
+    for prefix, found in rows.items():
+        assert [(row.context, row.concurrency) for row in found] == [
+            (FITS, 1), (FITS, 3), (FITS_NOWHERE, 1), (FITS_NOWHERE, 3),
+        ]  # fmt: skip
+        for row in found:
+            assert (row.layout, row.comm, row.dcp_size, row.tp_size) == ("a2a:2", "a2a", 2, 2)
+            assert (row.mark, row.prefix) == (serve.MARK, prefix)
+        for row in found[:2]:
+            check_figures(row)
+            # One prefill served all requests, but for what does not fill a unit of the cache.
+            assert row.cached_tokens == (0 if prefix == "cold" else (FITS - 1) // 16 * 16)
+        assert {row.status for row in found[2:]} == {serve.DOES_NOT_FIT}
 
 
 def test_gaps_between_tokens() -> None:
@@ -136,10 +141,13 @@ def test_layouts_by_name() -> None:
     assert parse_layout("tp", 8).flags == ()
     assert parse_layout("ag_rs", 8).flags == ("--dcp-size", "8", "--dcp-comm-backend", "ag_rs")
     assert parse_layout("symm:4", 8).flags == ("--dcp-size", "4", "--dcp-comm-backend", "symm")
-    assert parse_layout("attn-tp:2", 8).flags[:2] == ("--attn-tp-size", "2")
+    assert parse_layout("attn-tp:2", 8).flags == (
+        *("--attn-tp-size", "2"), *("--dcp-comm-backend", "a2a"),
+    )  # fmt: skip
+    assert parse_layout("attn-tp:2:symm", 8).flags[2:] == ("--dcp-comm-backend", "symm")
     info = {"tp_size": 8, "dcp_size": 4, "dcp_comm_backend": "symm", "dcp_replicate_q_proj": None}
     assert serve.name_of(info) == "symm:4"
-    assert serve.name_of({**info, "dcp_replicate_q_proj": True}) == "attn-tp:2"
+    assert serve.name_of({**info, "dcp_replicate_q_proj": True}) == "attn-tp:2:symm"
     assert serve.name_of({**info, "dcp_size": 1}) == "tp"
 
 
@@ -148,6 +156,9 @@ def test_layouts_by_name() -> None:
     [
         (["--cpu", "--layouts", "attn-tp"], "--layouts attn-tp: use tp, ag_rs[:K]"),
         (["--cpu", "--layouts", "a2a:x"], "--layouts a2a:x: 'x' is not a number"),
+        (["--cpu", "--layouts", "a2a:2:symm"], "--layouts a2a:2:symm: use tp"),
+        (["--cpu", "--layouts", "attn-tp:2:nccl"], "--layouts attn-tp:2:nccl: use tp"),
+        (["--cpu", "--prefix", "made", "--launcher", "mine"], "leave out --url and --launcher"),
         (["--cpu", "--contexts", "1"], "--contexts 1: at least 2"),
         (["--cpu", "--new-tokens", "2"], "--new-tokens 2: at least 3"),
         (["--url", "http://127.0.0.1:1", "--tp", "2"], "--url drives a server as it is"),

@@ -21,8 +21,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import triton
 import triton.language as tl
 from sglang_helix.srt.layers.dcp import symm
-from sglang_helix.srt.layers.dcp.symm import PROTOCOLS, Layout, exchange
-from sglang_helix.srt.layers.dcp.symm_workspace import Stall, SymmExchange
+from sglang_helix.srt.layers.dcp.symm import PROTOCOLS, Layout, Protocol, Workspace, exchange
+from sglang_helix.srt.layers.dcp.symm_workspace import Stall, SymmExchange, between_ranks
 from srt.layers.dcp.symm_ranks import Ranks, expected, poison, relative_error
 from torch.autograd import DeviceType
 
@@ -63,75 +63,140 @@ def _check(got_ptr, want_ptr, wrong_ptr, D: tl.constexpr, BOUND: tl.constexpr):
     tl.store(got_ptr + at, tl.full([D], float("nan"), tl.float32).to(got_ptr.dtype.element_ty))
 
 
-@pytest.mark.parametrize("protocol", [*PROTOCOLS, None])
-def test_ranks_out_of_step(protocol: str | None) -> None:
-    """Each rank replays a graph of its own on a stream of its own, with delays of its own.
+class Batches:
+    """Partial results of all ranks for each call of a graph, and what is to come of them."""
 
-    So ranks are in different calls, up to one apart, as they are in a server. Batch sizes vary
-    from call to call; with no protocol given, so does the protocol. Inputs are drawn anew between
-    blocks of replays, and every row of every call is compared on the device.
-    """
-    N, H, D = 8, 16, 128
-    layout = Layout(N, H, D, torch.bfloat16, lamport_tokens=6 if protocol else 3, staged_tokens=6)
-    ranks = Ranks(layout, "cuda")
-    batches = [1 + (5 * call) % 6 for call in range(CALLS)]
-    xs = [torch.empty(N * B, H, D, dtype=torch.bfloat16, device="cuda") for B in batches]
-    lses = [torch.empty(N * B, H, device="cuda") for B in batches]
-    wants = [torch.empty(N, B, H // N, D, device="cuda") for B in batches]
-    results = [torch.empty(N, B, H // N, D, dtype=torch.bfloat16, device="cuda") for B in batches]
-    # Rows, so that all ranks' addresses are aligned alike and one compiled kernel serves all.
-    wrong = torch.zeros(N, 32, dtype=torch.int32, device="cuda")
-    noise = torch.randint(1, 2**30, (N, 32), dtype=torch.int32, device="cuda")
+    def __init__(self, ranks: int, heads: int, width: int):
+        self.ranks = ranks
+        self.sizes = [1 + (5 * call) % 6 for call in range(CALLS)]
+        rows = [(ranks * B, heads) for B in self.sizes]
+        self.xs = [torch.empty(*r, width, dtype=torch.bfloat16, device="cuda") for r in rows]
+        self.lses = [torch.empty(r, device="cuda") for r in rows]
+        self.wants = [
+            torch.empty(ranks, B, heads // ranks, width, device="cuda") for B in self.sizes
+        ]
 
-    def check(rank: int, call: int) -> None:
-        result, want = results[call][rank], wants[call][rank]
-        _check[(want.numel() // D,)](result, want, wrong[rank], D=D, BOUND=BOUND, num_warps=1)
-
-    def do(rank: int, call: int) -> None:
-        _delay[(1,)](noise[rank], MOST=20_000, num_warps=1)
-        partial = xs[call].chunk(N)[rank], lses[call].chunk(N)[rank]
-        exchange(ranks.apart[rank], partial, into=results[call][rank], protocol=protocol)
-        check(rank, call)
-
-    def draw() -> None:
-        for x, lse, want in zip(xs, lses, wants, strict=True):
+    def draw(self) -> None:
+        """The same on every rank that has seeded torch alike."""
+        for x, lse, want in zip(self.xs, self.lses, self.wants, strict=True):
             x.normal_()
             lse.normal_().mul_(3)
             poison(x, lse)
-            combined, _ = expected(x, lse, N)
-            want.copy_(combined.unflatten(1, (N, -1)).movedim(1, 0))
+            combined, _ = expected(x, lse, self.ranks)
+            want.copy_(combined.unflatten(1, (self.ranks, -1)).movedim(1, 0))
 
-    streams = [torch.cuda.Stream() for _ in range(N)]
-    graphs = [torch.cuda.CUDAGraph() for _ in range(N)]
-    # Loading a kernel may wait for those that run, so none may be waiting for a rank then.
-    draw()
-    check(0, 0)
-    torch.cuda.synchronize()
-    wrong.zero_()
-    for call in range(CALLS):
-        for rank, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                do(rank, call)
-    torch.cuda.synchronize()
-    for rank, (stream, graph) in enumerate(zip(streams, graphs, strict=True)):
-        with torch.cuda.graph(graph, stream=stream):
+
+class OutOfStep:
+    """One rank: a graph of calls with delays of its own, every row compared on the device."""
+
+    def __init__(self, workspace: Workspace, batches: Batches, protocol: Protocol | None):
+        self.workspace, self.batches, self.protocol = workspace, batches, protocol
+        self.wants = [want[workspace.rank] for want in batches.wants]
+        self.results = [torch.empty_like(want, dtype=torch.bfloat16) for want in self.wants]
+        self.wrong = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self.noise = torch.full((1,), 1 + 7919 * workspace.rank, dtype=torch.int32, device="cuda")
+        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def check(self, call: int) -> None:
+        result, want = self.results[call], self.wants[call]
+        rows, D = want.numel() // want.shape[-1], want.shape[-1]
+        _check[(rows,)](result, want, self.wrong, D=D, BOUND=BOUND, num_warps=1)
+
+    def do(self, call: int) -> None:
+        """Tensors begin on 16 bytes, so one compiled kernel serves all calls and ranks."""
+        _delay[(1,)](self.noise, MOST=20_000, num_warps=1)
+        rank, ranks = self.workspace.rank, self.batches.ranks
+        partial = tuple(
+            part[call].chunk(ranks)[rank] for part in (self.batches.xs, self.batches.lses)
+        )
+        exchange(self.workspace, partial, into=self.results[call], protocol=self.protocol)
+        self.check(call)
+
+    def capture(self) -> None:
+        with torch.cuda.graph(self.graph, stream=self.stream):
             for call in range(CALLS):
-                do(rank, call)
+                self.do(call)
+
+    def replay(self) -> None:
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()
+
+
+def replays_out_of_step(ranks: list[OutOfStep], batches: Batches) -> int:
+    """Run the ranks of this process out of step, with inputs drawn anew; calls of each."""
+    # Loading a kernel may wait for those that run, so none may be waiting for a rank then.
+    batches.draw()
+    for rank in ranks:
+        rank.check(0)
+    torch.cuda.synchronize()
+    for rank in ranks:
+        rank.wrong.zero_()
+    torch.cuda.synchronize()
+    for call in range(CALLS):
+        for rank in ranks:
+            with torch.cuda.stream(rank.stream):
+                rank.do(call)
+    torch.cuda.synchronize()
+    for rank in ranks:
+        rank.capture()
     done = 1
     while done * CALLS < REPLAYS:
-        draw()
+        batches.draw()
         torch.cuda.synchronize()
         for _ in range(min(500, -(-REPLAYS // CALLS) - done)):
-            for stream, graph in zip(streams, graphs, strict=True):
-                with torch.cuda.stream(stream):
-                    graph.replay()
+            for rank in ranks:
+                rank.replay()
             done += 1
         torch.cuda.synchronize()
-    assert wrong.sum() == 0
-    for rank in range(N):  # every row went through each call that had it
-        epochs = ranks.together.epochs[rank].view(-1, layout.rows_per_token)[:, 0].tolist()
-        assert epochs == [1 + done * sum(b < B for B in batches) for b in range(6)]
-    print(f"{protocol or 'by size'}: {done * CALLS} calls by each of {N} ranks, none wrong")
+    for rank in ranks:
+        assert rank.wrong.item() == 0
+        # Every row went through each call that had it.
+        layout = rank.workspace.layout
+        epochs = rank.workspace.epochs.view(-1, layout.rows_per_token)[:, 0].tolist()
+        assert epochs == [1 + done * sum(b < B for B in batches.sizes) for b in range(6)]
+    return done * CALLS
+
+
+def out_of_step_layout(ranks: int, protocol: Protocol | None) -> Layout:
+    """For batches of up to 6; with no protocol given, both that are chosen by size."""
+    small = 6 if protocol == "lamport" else 0 if protocol else 3
+    return Layout(ranks, 16, 128, torch.bfloat16, small, 0 if small == 6 else 6)
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, None])
+def test_ranks_out_of_step(protocol: Protocol | None) -> None:
+    """Each rank replays a graph of its own on a stream of its own, with delays of its own.
+
+    So ranks are in different calls, up to one apart, as they are in a server. Batch sizes vary
+    from call to call; with no protocol given, so does the protocol.
+    """
+    N = 8
+    ranks = Ranks(out_of_step_layout(N, protocol), "cuda")
+    batches = Batches(N, ranks.layout.heads, ranks.layout.head_dim)
+    calls = replays_out_of_step([OutOfStep(w, batches, protocol) for w in ranks.apart], batches)
+    print(f"{protocol or 'by size'}: {calls} calls by each of {N} ranks, none wrong")
+
+
+def _gpu_out_of_step(
+    rank: int, group: torch.distributed.ProcessGroup, protocol: Protocol | None
+) -> int:
+    torch.manual_seed(0)
+    layout = out_of_step_layout(group.size(), protocol)
+    workspace = between_ranks(group, layout, torch.device("cuda", torch.cuda.current_device()))
+    batches = Batches(group.size(), layout.heads, layout.head_dim)
+    calls = replays_out_of_step([OutOfStep(workspace, batches, protocol)], batches)
+    group.barrier().wait()  # peers may still write to this rank's memory
+    return calls
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, None])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_gpus_out_of_step(world_size: int, protocol: Protocol | None) -> None:
+    """The same over the link: a process and a GPU for each rank."""
+    if world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} GPUs: ranks that share one take turns of milliseconds")
+    calls = _in_processes(_gpu_out_of_step, world_size, 400, protocol)
+    print(f"{protocol or 'by size'}: {calls} calls by {world_size} GPUs, none wrong")
 
 
 def test_one_launch_and_one_compilation_for_all_batch_sizes() -> None:
@@ -159,8 +224,11 @@ def test_one_launch_and_one_compilation_for_all_batch_sizes() -> None:
     assert on_device == ["exchange_kernel"]
 
 
-def _ranks_sharing_a_gpu(function: Any, world_size: int, timeout: float) -> list[Any]:
-    """Call function(rank, group) in processes that share GPU 0; a process's error is raised."""
+def _in_processes(function: Any, world_size: int, timeout: float, *args: Any) -> list[Any]:
+    """Call function(rank, group, *args) in processes; an error of any is raised.
+
+    Rank r uses GPU r modulo their number: ranks share GPUs where there are fewer.
+    """
     context = torch.multiprocessing.get_context("spawn")
     port = 20_000 + os.getpid() % 20_000
     processes, pipes = [], []
@@ -168,7 +236,7 @@ def _ranks_sharing_a_gpu(function: Any, world_size: int, timeout: float) -> list
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_rank, args=(function, rank, world_size, port, theirs), daemon=True
+                target=_rank, args=(rank, world_size, port, theirs, function, args), daemon=True
             )
             process.start()
             theirs.close()
@@ -192,14 +260,16 @@ def _ranks_sharing_a_gpu(function: Any, world_size: int, timeout: float) -> list
             process.join()
 
 
-def _rank(function: Any, rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, pipe: Connection, function: Any, args: tuple[Any, ...]
+) -> None:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     try:
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
         )
-        pipe.send((True, function(rank, torch.distributed.group.WORLD)))
+        pipe.send((True, function(rank, torch.distributed.group.WORLD, *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
@@ -217,7 +287,8 @@ def _inputs(ranks: int, B: int, H: int, D: int, seed: int) -> tuple[torch.Tensor
 def _replays_in_processes(rank: int, group: torch.distributed.ProcessGroup) -> float:
     N, H, D = group.size(), 10, 128  # uneven for four ranks
     symm._LAMPORT_MAX_BYTES = 64 << 10  # so that the largest batch takes flags
-    exchanger = SymmExchange(group, 40, H, D, torch.bfloat16, torch.device("cuda:0"), timeout=60)
+    device = torch.device("cuda", torch.cuda.current_device())
+    exchanger = SymmExchange(group, 40, H, D, torch.bfloat16, device, timeout=60)
     own = exchanger.layout.owned_by(rank)
     worst = 0.0
     for B in (1, 7, 40):
@@ -243,8 +314,8 @@ def _replays_in_processes(rank: int, group: torch.distributed.ProcessGroup) -> f
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_share_a_gpu(world_size: int) -> None:
-    errors = _ranks_sharing_a_gpu(_replays_in_processes, world_size, timeout=120)
+def test_processes(world_size: int) -> None:
+    errors = _in_processes(_replays_in_processes, world_size, 120)
     assert max(errors) < BOUND
 
 
@@ -255,8 +326,9 @@ _stuck: list[SymmExchange] = []
 
 def _one_rank_never_calls(rank: int, group: torch.distributed.ProcessGroup) -> Stall | None:
     stalls: list[Stall] = []
+    device = torch.device("cuda", torch.cuda.current_device())
     exchanger = SymmExchange(
-        group, 4, 4, 128, torch.bfloat16, torch.device("cuda:0"), timeout=4, on_stall=stalls.append
+        group, 4, 4, 128, torch.bfloat16, device, timeout=4, on_stall=stalls.append
     )
     _stuck.append(exchanger)
     x, lse = _inputs(1, 2, 4, 128, seed=rank)
@@ -277,6 +349,6 @@ def _one_rank_never_calls(rank: int, group: torch.distributed.ProcessGroup) -> S
 
 
 def test_a_stuck_exchange_is_reported() -> None:
-    stall, other = _ranks_sharing_a_gpu(_one_rank_never_calls, 2, timeout=100)
+    stall, other = _in_processes(_one_rank_never_calls, 2, 100)
     assert other is None
     assert stall == Stall(rank=0, peer=1, layer=23, epoch=4)

@@ -172,34 +172,9 @@ class SymmExchange:
         timeout: float = 300.0,
         on_stall: Callable[[Stall], None] = abort,
     ):
-        if reason := is_available(group):
-            raise RuntimeError(f"{reason}: {_INSTEAD}")
         self.layout = plan(group.size(), num_heads, head_dim, dtype, max_tokens)
-        buffer = _on_every_rank(
-            group, lambda: symm_mem.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
-        )
-        handle = _on_every_rank(group, lambda: _mapped(symm_mem.rendezvous(buffer, group)))
-        # Peers' addresses are those of what torch allocated there; a buffer may lie inside of it.
-        offsets = _gather(group, getattr(handle, "offset", 0))  # absent where torch has no pools
-        pointers = [base + at for base, at in zip(handle.buffer_ptrs, offsets, strict=True)]
-        pointers[group.rank()] = buffer.data_ptr()
-        self.layout.initialise(buffer)
-        handle.barrier()
-        torch.cuda.synchronize(device)
-
-        warps = resident_warps(device)
-        status = torch.zeros(warps, dtype=torch.int64, pin_memory=True)
-        peers = torch.tensor(pointers, dtype=torch.int64, device=device)
-        self._workspace = Workspace(
-            self.layout,
-            peers,
-            _first_epochs(self.layout, device, 1),
-            status,
-            group.rank(),
-            warps,
-            memory=(buffer, handle),
-        )
-        self._watchdog = Watchdog(status, group.rank(), timeout, on_stall)
+        self._workspace = between_ranks(group, self.layout, device)
+        self._watchdog = Watchdog(self._workspace.status, group.rank(), timeout, on_stall)
 
     @property
     def max_tokens(self) -> int:
@@ -305,6 +280,38 @@ def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
     values = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def between_ranks(group: dist.ProcessGroup, layout: Layout, device: torch.device) -> Workspace:
+    """This rank's end of an exchange with the other ranks of a group.
+
+    Collective, and synchronises; every rank may make its first call as soon as it returns. Nobody
+    watches over it: `SymmExchange` does. Raises RuntimeError on every rank where there is no peer
+    access inside the group, or a rank has no memory.
+    """
+    if reason := is_available(group):
+        raise RuntimeError(f"{reason}: {_INSTEAD}")
+    buffer = _on_every_rank(
+        group, lambda: symm_mem.empty(layout.nbytes, dtype=torch.uint8, device=device)
+    )
+    handle = _on_every_rank(group, lambda: _mapped(symm_mem.rendezvous(buffer, group)))
+    # Peers' addresses are those of what torch allocated there; a buffer may lie inside of it.
+    offsets = _gather(group, getattr(handle, "offset", 0))  # absent where torch has no pools
+    pointers = [base + at for base, at in zip(handle.buffer_ptrs, offsets, strict=True)]
+    pointers[group.rank()] = buffer.data_ptr()
+    layout.initialise(buffer)
+    handle.barrier()
+    torch.cuda.synchronize(device)
+    warps = resident_warps(device)
+    return Workspace(
+        layout,
+        peers=torch.tensor(pointers, dtype=torch.int64, device=device),
+        epochs=_first_epochs(layout, device, 1),
+        status=torch.zeros(warps, dtype=torch.int64, pin_memory=True),
+        rank=group.rank(),
+        warps=warps,
+        memory=(buffer, handle),
+    )
 
 
 def one_device(layout: Layout, device: torch.device, warps: int | None = None) -> Workspace:

@@ -1,0 +1,66 @@
+"""`sglang.launch_server` whose long prompts find a context in the cache that nobody computed.
+
+For `serve --prefix made`, whose --launcher this is. A request that arrives gets cache rows for all
+of its prompt but the end, as if an earlier request had prefilled it, and the cache is filled with
+random numbers once. Decode then reads and writes what it would in a real load, so its speed can be
+measured at a million tokens without hours of prefill; the tokens mean nothing.
+"""
+
+from __future__ import annotations
+
+import runpy
+from typing import Any
+
+COMPUTED = 16  # tokens: prompts up to here are prefilled, and so is the end of longer ones
+
+
+def make_context(scheduler: Any, req: Any, is_retracted: bool = False) -> None:
+    """Before `Scheduler._add_request_to_queue`: what it does is the same on every rank."""
+    import torch
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.common import evict_from_tree_cache
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
+    tokens = (len(req.origin_input_ids) - 1) // tree.page_size * tree.page_size
+    if tokens <= COMPUTED:
+        return
+    key = RadixKey(req.origin_input_ids[:tokens], req.extra_key)
+    found = tree.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
+    if found == tokens:
+        return
+    evict_from_tree_cache(tree, tokens - found)
+    slots = allocator.alloc(tokens - found)
+    if slots is None:  # then it is prefilled, and the benchmark says that it was
+        return
+    if not hasattr(scheduler, "_helix_filled"):
+        scheduler._helix_filled = True
+        fill(allocator.get_kvcache())
+    # The tree keeps its own slots of what it has, and is told not to free those given for it.
+    slots = torch.cat([slots.new_zeros(found), slots])
+    tree.insert(InsertParams(key=key, value=slots, prev_prefix_len=found))
+
+
+def fill(pool: Any) -> None:
+    """Random numbers into every row: zeros would take a GPU less time and power."""
+    import torch
+
+    for layer in range(pool.start_layer, pool.start_layer + pool.layer_num):
+        for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
+            for rows in buffer.split(1 << 18):
+                rows.copy_(torch.randn(rows.shape, dtype=torch.float32, device=rows.device))
+
+
+def register() -> None:
+    """Hand the hook to SGLang, which applies it when it loads its plugins."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
+    HookRegistry.register(target, make_context, HookType.BEFORE)
+
+
+# Schedulers are spawned, and spawning runs the main module again under this name.
+if __name__ == "__mp_main__":
+    register()
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
