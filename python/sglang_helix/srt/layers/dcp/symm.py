@@ -83,14 +83,13 @@ _LINE_BYTES = 128  # of a GPU's caches
 # form of the kernel.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
-# docs/figures/kernels-h200.csv, by what a rank sends: up to 4 MiB lamport takes 0.49 to 1.01 of
-# push's time (once 1.27), at 8 MiB 0.77 to 1.23, at 32 MiB 0.91 to 1.22. It loses where all ranks'
-# traffic meets in one memory, as here; over a link push waits for one trip more.
-_LAMPORT_MAX_BYTES = 4 << 20
-# What a rank sends at most: up to 32 MiB the kernel, by the protocol that is chosen here, takes
-# 0.31 to 0.93 of the time of SGLang's pack, a copy in place of NCCL, and combine, and 0.60 to 1.10
-# of our own three launches; at 64 and 512 MiB 0.39 to 0.94 and 0.66 to 2.7.
-_MAX_BYTES = 32 << 20
+# docs/figures/collectives-h100.csv: over NVLink, 2 and 4 H100s, lamport takes 0.30 to 0.84 of push's
+# time and 0.28 to 0.75 of pull's at every size, up to 128 MiB that a rank sends, and 0.27 to 0.79 of
+# the time of our own three launches and of SGLang's. So the other two protocols have no batches on
+# such a link. Where all ranks' traffic meets in one memory (kernels-h200.csv) they are the faster
+# ones from 8 ranks and 8 MiB on, up to 1.25 times.
+_LAMPORT_MAX_BYTES = 128 << 20
+_MAX_BYTES = 128 << 20
 _MAX_REGISTERS = 128  # per thread
 _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
 
