@@ -479,7 +479,8 @@ def plot(rows: list[Row], path: Path) -> str:
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.suptitle(f"{rows[0].device}, {rows[0].software}; solid: ours, dashed: SGLang's")
+    about = f"{rows[0].device}, {rows[0].software}"
+    figure.suptitle(f"{about}\nsolid: ours, dashed: SGLang's", fontsize=10)
     return report.save(figure, path)
 
 

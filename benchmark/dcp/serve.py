@@ -476,7 +476,7 @@ def name_of(info: dict[str, Any]) -> str:
 _HEAD = (
     f"{'layout':<12}{'interval':>9} {'prefix':<7}{'context':>8}{'requests':>9}{'ms/token':>10}"
     f"{'p10':>9}{'p90':>9}{'longest':>10}{'TTFT ms':>10}{'tokens/s':>10}{'cached':>9}"
-    f"{'KV tokens':>11}{'KV size':>10}"
+    f"{'KV tokens':>11}{'KV size':>12}"
 )
 
 
@@ -502,7 +502,7 @@ def table_line(row: Row) -> str:
     else:
         what = f"  {row.status:<65}"
     tokens = "-" if row.kv_tokens is None else row.kv_tokens
-    return f"{where}{what}{tokens:>11}{_bytes(row.kv_bytes):>10}  {row.mark}".rstrip()
+    return f"{where}{what}{tokens:>11}{_bytes(row.kv_bytes):>12}  {row.mark}".rstrip()
 
 
 def _bytes(count: int | None) -> str:
