@@ -83,11 +83,11 @@ _LINE_BYTES = 128  # of a GPU's caches
 # form of the kernel.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
-# docs/figures/collectives-h100.csv: over NVLink, 2 and 4 H100s, lamport takes 0.30 to 0.84 of push's
-# time and 0.28 to 0.75 of pull's at every size, up to 128 MiB that a rank sends, and 0.27 to 0.79 of
-# the time of our own three launches and of SGLang's. So the other two protocols have no batches on
-# such a link. Where all ranks' traffic meets in one memory (kernels-h200.csv) they are the faster
-# ones from 8 ranks and 8 MiB on, up to 1.25 times.
+# docs/figures/collectives-h100.csv: over NVLink, 2 and 4 H100s, lamport takes 0.30 to 0.84 of the
+# time of push and 0.28 to 0.75 of that of pull at every size, up to 128 MiB that a rank sends, and
+# 0.27 to 0.79 of the time of three launches, our own and SGLang's. So the other two protocols have
+# no batches on such a link. Where all ranks' traffic meets in one memory (kernels-h200.csv, 8 ranks
+# and more) they can be the faster ones, by up to 1.3 times.
 _LAMPORT_MAX_BYTES = 128 << 20
 _MAX_BYTES = 128 << 20
 _MAX_REGISTERS = 128  # per thread
