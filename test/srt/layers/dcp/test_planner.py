@@ -41,7 +41,9 @@ def token(request: int, position: int) -> list[float]:
     return [1000.0 * request + position] * WIDTH
 
 
-def plan(batch: list[tuple[int, int]], slots: Slots) -> DecodeContextParallelMetadata:
+def plan(
+    batch: list[tuple[int, int]], slots: Slots, width: int = WIDTH
+) -> DecodeContextParallelMetadata:
     prefixes, chunks = (list(lens) for lens in zip(*batch, strict=True))
     lens = [prefix + chunk for prefix, chunk in batch]
     # Requests of a batch stand anywhere in the table.
@@ -57,7 +59,7 @@ def plan(batch: list[tuple[int, int]], slots: Slots) -> DecodeContextParallelMet
         req_pool_indices=torch.tensor(places),
         req_to_token=scattered,
         seq_lens_sum=sum(lens),
-        kv_buffer_shape=torch.Size([slots.rows, 1, WIDTH]),
+        kv_buffer_shape=torch.Size([slots.rows, 1, width]),
         kv_cache_dtype=torch.float32,
         kv_cache_device="cpu",
         create_chunked_prefix_cache_kv_indices_fn=lambda *_: None,
@@ -114,6 +116,17 @@ def test_gathered_buffer_holds_every_token_in_order(ranks: int, page: int, name:
     )
     for read in run_threads(on_rank, ranks, batch, page):
         assert torch.equal(read, expected)
+
+
+def test_the_buffer_takes_no_memory_before_it_is_used() -> None:
+    def alone(rank: int, group: ThreadGroup) -> None:
+        slots = Slots(group.world_size, 1, pages=600)
+        slots.extend(0, 12)
+        made = plan([(7, 5)], slots, width=1 << 50)
+        with pytest.raises(RuntimeError, match="allocate"):
+            made.dcp_kv_buffer  # noqa: B018 asking for it is what allocates
+
+    run_threads(alone, 2)
 
 
 def test_nothing_to_plan_without_a_sharded_cache() -> None:
