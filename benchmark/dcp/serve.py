@@ -394,8 +394,7 @@ def started(layout: Layout, interval: int, options: argparse.Namespace) -> Itera
         env=environment,
         start_timeout=options.start_timeout,
     )
-    launcher = made.__name__ if options.prefix == "made" else options.launcher
-    server.command[server.command.index(_LAUNCHER)] = launcher
+    server.command[server.command.index(_LAUNCHER)] = options.launcher
     with server:
         yield f"http://127.0.0.1:{server.port}"
 
@@ -696,6 +695,8 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, gpus:
             "--prefix made starts servers that put contexts into their cache: leave out --url and "
             "--launcher, or use --prefix own"
         )
+    if options.prefix == "made":
+        options.launcher = made.__name__
     small = options.cpu and not options.url
     options.tp = options.tp or (2 if small else gpus)
     options.mark = MARK if small or (not options.url and options.tp > gpus) else ""

@@ -12,8 +12,7 @@ so there is no barrier over programs or ranks.
 
     lamport  Pieces lie in the receiver's memory, which holds a value that is never sent wherever
              nothing has arrived. The receiver polls the pieces themselves, then puts the value
-             back. No fence, no flag: one trip over the link. Twice the local writes, so it is for
-             small payloads.
+             back. No fence, no flag: one trip over the link, for twice the local writes.
     push     The sender writes its pieces, a fence, then one flag per piece; the receiver polls the
              flags. A second trip over the link (the fence waits for the first), any payload.
     pull     As push, but pieces stay in the sender's memory and the receiver reads them there: the
