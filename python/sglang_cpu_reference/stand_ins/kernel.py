@@ -1,0 +1,140 @@
+"""What the stand-ins share: ragged attention, pages, and operators by their schemas."""
+
+import importlib.util
+import itertools
+import mmap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What tensor cores multiply, and what this platform serves checkpoints in, which stands for it.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def folder_of(package: str) -> Path:
+    """Directory of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+def define_operator(
+    library: Path, namespace: str, name: str, function: Callable[[Any], Any]
+) -> None:
+    """Register ``torch.ops.<namespace>.<name>`` for CPU tensors, with the compiled one's schema.
+
+    library: the shared object that registers the operator on a GPU; its schema is read from there,
+    so that torch checks every call against it. function gets the arguments as attributes of one
+    object. Raises RuntimeError where the library names no such operator.
+    """
+    schema = _schema(library, name)
+    arguments = torch._C.parse_schema(schema).arguments
+    defaults = {argument.name: argument.default_value for argument in arguments}
+    names = tuple(defaults)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False))
+        return function(SimpleNamespace(**{**defaults, **given, **kwargs}))
+
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    _libraries[namespace].define(schema)
+    _libraries[namespace].impl(name, call, "CPU")
+
+
+def _schema(library: Path, name: str) -> str:
+    with library.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = content.find(f"\0{name}(".encode()) + 1
+        if not start:
+            raise RuntimeError(f"{library} registers no operator {name}")
+        return content[start : content.find(b"\0", start)].decode()
+
+
+def demand(condition: bool, what: str) -> None:
+    """What a kernel checks at its door (TORCH_CHECK): raises RuntimeError unless it holds."""
+    if not condition:
+        raise RuntimeError(what)
+
+
+def demand_int32(**tensors: Tensor | None) -> None:
+    """Indices and lengths are int32 and lie without gaps along their last dimension."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            demand(tensor.dtype == torch.int32, f"{name} must be int32, is {tensor.dtype}")
+            demand(
+                tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
+                f"{name} must be contiguous along its last dimension",
+            )
+
+
+class Request(NamedTuple):
+    """One request of a ragged batch: where its queries are, and the keys they may see.
+
+    queries: rows of q. keys [S, G, Dk], values [S, G, Dv]. causal: the last query sees every key,
+    each one before it one key less. visible: bool [queries, S] in its place.
+    """
+
+    queries: slice
+    keys: Tensor
+    values: Tensor
+    causal: bool = False
+    visible: Tensor | None = None
+
+
+def attend(
+    q: Tensor, requests: Iterable[Request], *, scale: float, logit_cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in fp32: out [T, H, Dv] and natural-log LSE [T, H] of q [T, H, Dk].
+
+    A query that sees no key gets 0 and -inf; what no request covers is NaN, as kernels leave it to
+    the allocator.
+    """
+    # Not imported with this module: it is SGLang's, and hooks are yet to be applied.
+    from sglang_helix.srt.layers.attention.torch_native_backend import causal, partial_attention
+
+    requests = list(requests)
+    out = q.new_full((*q.shape[:2], requests[0].values.shape[-1]), torch.nan, dtype=torch.float32)
+    lse = q.new_full(q.shape[:2], torch.nan, dtype=torch.float32)
+    for rows, keys, values, is_causal, visible in requests:
+        queries = q[rows]
+        out[rows], lse[rows] = partial_attention(
+            queries,
+            keys,
+            values,
+            scale=scale,
+            logit_cap=logit_cap,
+            visible=causal(len(queries), len(keys)) if is_causal else visible,
+        )
+    return out, lse
+
+
+def pages_of(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """The first `length` rows that a request's page table leads to: [length, G, D].
+
+    cache [pages, page size, G, D], table int32 [columns]. A column beyond the length is not read.
+    Raises IndexError where the kernel would read beyond the table or the cache.
+    """
+    page_size = cache.shape[1]
+    count = -(-length // page_size)
+    if count > len(table):
+        raise IndexError(f"{length} tokens in pages of {page_size}, table of {len(table)} columns")
+    pages = table[:count].long()
+    if count and not 0 <= int(pages.min()) <= int(pages.max()) < len(cache):
+        raise IndexError(f"pages {pages.tolist()} of a cache of {len(cache)} pages")
+    return cache[pages].flatten(0, 1)[:length]
+
+
+def spans(indptr: Tensor) -> list[slice]:
+    """The rows of each request, from their prefix sums [B + 1]."""
+    bounds = indptr.tolist()
+    if bounds[0] != 0 or bounds != sorted(bounds):
+        raise IndexError(f"prefix sums must rise from 0: {bounds}")
+    return [slice(first, last) for first, last in itertools.pairwise(bounds)]
