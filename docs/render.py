@@ -10,6 +10,7 @@ from pathlib import Path
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix.__main__ import print_compatibility
 from sglang_helix.layout import shape_of, table
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, serving
 
 DOCS = Path(__file__).parent
 TP_SIZES = (8, 16)
@@ -58,7 +59,52 @@ exchange.
     return "\n".join(parts)
 
 
-PAGES = {"compatibility.md": compatibility, "capacity.md": capacity}
+def attention_backends() -> str:
+    """docs/attention-backends.md."""
+    rows = []
+    for record in ADAPTERS:
+        serves = [
+            "adapter" if record.own_class(kind) else "own" if record.classes(kind) else ""
+            for kind in ("GQA", "MLA")
+        ]
+        needs = "CPU or any GPU" if record.off_cuda else "any NVIDIA GPU"
+        if record.majors:
+            needs = " or ".join(f"compute capability {major}.x" for major in record.majors)
+        base = "2" if record.base2 else "e"
+        rows.append(f"| `{record.name}` | {' | '.join(serves)} | {needs} | {base} |")
+    return (
+        """# Attention backends under a sharded cache
+
+Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/adapters.py`), in
+order of preference. Where none is named, SGLang's default for the machine is kept if it is here;
+otherwise the first that serves the model and runs on the machine is taken, and the log says so.
+"own": complete upstream, with the series' exchange. To add one: [adding.md](adding.md).
+
+| `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
+|---|---|---|---|---|
+"""
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def backends_sentence() -> str:
+    """README's sentence about attention backends."""
+    gqa, mla = (
+        _listed([f"`{record.name}`" for record in serving(kind)]) for kind in ("GQA", "MLA")
+    )
+    return f"Attention backends under a sharded cache: {gqa} for GQA and MHA; {mla} for MLA."
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]])
+
+
+PAGES = {
+    "compatibility.md": compatibility,
+    "capacity.md": capacity,
+    "attention-backends.md": attention_backends,
+}
 
 if __name__ == "__main__":
     for name, render in PAGES.items():

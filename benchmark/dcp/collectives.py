@@ -190,19 +190,22 @@ class Bench:
         return rows
 
     def candidates(self, shape: str, heads: int, head_dim: int) -> list[Candidate]:
-        from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
+        from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
         def helix(exchange: Any, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
             return exchange(x, lse, self.ours)[0]
 
-        most = {"symm": self.prepare_symm(heads, head_dim)}
+        symm = self.prepare_symm(heads, head_dim)
         ours = [
             Candidate(
-                f"{report.OURS} {name}", self.ours, partial(helix, exchange), most=most.get(name)
+                f"{report.OURS} {name}",
+                self.ours,
+                partial(helix, backend.exchange),
+                most=symm if backend.prepare else None,
             )
-            for name, exchange in EXCHANGES.items()
+            for name, backend in BACKENDS.items()
         ]
-        if self.options.protocols and most["symm"]:
+        if self.options.protocols and symm:
             from sglang_helix.srt.layers.dcp.symm import PROTOCOLS
 
             ours += [self.by_protocol(protocol, heads, head_dim) for protocol in PROTOCOLS]

@@ -157,7 +157,10 @@ def layer_cases(p: Problem, peers: Peers) -> Cases:
         return reduce(x, lse, group)[0]
 
     for name, expected in wants.items():
-        yield f"helix {name}", Case(partial(helix, exchange.EXCHANGES[name]), (x, lse), expected)
+        yield (
+            f"helix {name}",
+            Case(partial(helix, exchange.BACKENDS[name].exchange), (x, lse), expected),
+        )
 
     if sglang := peers.sglang_comm:
 

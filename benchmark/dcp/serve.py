@@ -57,6 +57,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
 from benchmark.dcp import made, report
 from benchmark.dcp.kernels import device_name
@@ -69,7 +70,7 @@ TOO_LONG, TOO_MANY = "beyond --context-length", "beyond --max-running-requests"
 PREFIXES = ("shared", "own", "cold", "made")
 _WARM_UP = made.COMPUTED  # tokens of a prompt
 _SPARE = 6  # tokens that SGLang keeps of its pool beside a prompt
-_COMMS = ("ag_rs", "a2a", "symm")
+_COMMS = tuple(BACKENDS)
 _LAUNCHER = "sglang.launch_server"
 _CPU_SERVER = ("--max-total-tokens", "256", "--page-size", "8")
 
@@ -705,9 +706,7 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, gpus:
     )
     options.concurrency = options.concurrency or ([2] if small else [8])
     options.new_tokens = options.new_tokens or (8 if small else 128)
-    layouts = options.layouts or (
-        ["tp", "a2a"] if small else ["tp", "ag_rs", "a2a", "symm", "attn-tp:2"]
-    )
+    layouts = options.layouts or (["tp", "a2a"] if small else ["tp", *_COMMS, "attn-tp:2"])
     try:
         options.layouts = [parse_layout(text, options.tp) for text in layouts]
     except ValueError as error:

@@ -33,9 +33,10 @@ class Hook:
 
     target: dotted name of the function, method or table entry (``module.TABLE[key]``).
     kind: how it is changed. ``before``, ``after``, ``around`` and ``replace`` are SGLang's hook
-        types; ``resolution`` wraps a step of server-argument resolution; ``backend`` registers
-        an attention backend under an existing name; ``append`` adds names to a list in place;
-        ``attribute`` sets a class attribute to the implementation, as a static method.
+        types; ``resolution`` wraps a step of server-argument resolution; ``backend`` takes the
+        place of an attention backend's factory, and is called with the backend's name and that
+        factory in front; ``append`` adds names to a list in place; ``attribute`` sets a class
+        attribute to the implementation, as a static method.
     stage: ``launch`` hooks go into every process and import nothing heavy; ``serve`` hooks go
         into a scheduler process just before its process groups are built, and only when the
         layout shards the cache.

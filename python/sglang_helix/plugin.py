@@ -13,6 +13,7 @@ This module imports nothing that can fail: an ImportError here would be swallowe
 
 from __future__ import annotations
 
+import functools
 import logging
 import pkgutil
 import sys
@@ -101,7 +102,7 @@ def _register(hooks: Iterable[Hook]) -> None:
 
             register_resolution_hook(hook.target.rpartition(".")[2])(implementation)
         elif hook.kind == "backend":
-            hook.table()[hook.key] = implementation
+            hook.table()[hook.key] = functools.partial(implementation, hook.key, hook.resolve())
         elif hook.kind == "attribute":
             owner, _, name = hook.target.rpartition(".")
             setattr(pkgutil.resolve_name(owner), name, staticmethod(implementation))

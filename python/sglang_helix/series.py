@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sglang_helix.hook import Hook, Patch, Stage
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 
 _SRT = "sglang_helix.srt"
 
@@ -333,28 +334,21 @@ A2A = Patch(
             upstream="none",
             until="upstream's check is exact under DCP",
         ),
-        Hook(
-            target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[triton]",
-            kind="backend",
-            stage="serve",
-            impl=f"{_SRT}.layers.attention.attention_registry:create_triton_backend",
-            signature="runner",
-            why="its DCP ignores the communication backend, drops heads and breaks on MLA",
-            how="the adapter in layers/attention/triton_backend.py",
-            upstream="sgl-project/sglang#25090, #34161, #30444",
-            until="upstream's backend honours the exchange",
-        ),
-        Hook(
-            target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
-            "[torch_native]",
-            kind="backend",
-            stage="serve",
-            impl=f"{_SRT}.layers.attention.attention_registry:create_torch_native_backend",
-            signature="runner",
-            why="no DCP and no absorbed MLA",
-            how="the adapter in layers/attention/torch_native_backend.py",
-            upstream="none",
-            until="upstream's backend serves both",
+        *(
+            Hook(
+                target="sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
+                f"[{record.name}]",
+                kind="backend",
+                stage="serve",
+                impl=f"{_SRT}.layers.attention.attention_registry:create_backend",
+                signature="runner",
+                why=record.why,
+                how=f"the adapter in {record.own_file}",
+                upstream=record.upstream,
+                until=record.until,
+            )
+            for record in ADAPTERS
+            if record.own_file
         ),
     ),
 )
@@ -484,7 +478,7 @@ SYMM = Patch(
             target="sglang.srt.server_args.ServerArgs.add_cli_args",
             kind="after",
             stage="launch",
-            impl=f"{_SRT}.server_args:add_symm",
+            impl=f"{_SRT}.server_args:add_comm_backends",
             signature="parser",
             why="the flag's choices are upstream's backends",
             how="adds one, in every parser of server arguments, YAML files included",

@@ -19,6 +19,10 @@ def test_page_is_current(page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == render.PAGES[page](), "run: python docs/render.py"
 
 
+def test_readme_names_the_attention_backends() -> None:
+    assert render.backends_sentence() in " ".join((ROOT / "README.md").read_text().split())
+
+
 @pytest.mark.parametrize("page", ["README.md", *(p.name for p in ROOT.glob("docs/*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page if page == "README.md" else ROOT / "docs" / page

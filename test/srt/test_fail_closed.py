@@ -14,6 +14,7 @@ from sglang_cpu_reference.server import Server
 from sglang_helix import series
 from sglang_helix.hook import HOOK_TYPES, SeriesError
 from sglang_helix.srt.entrypoints.engine import check_reports, launch_scheduler_processes
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 from sglang_helix.srt.managers.data_parallel_controller import add_series_reports
 from sglang_helix.srt.managers.scheduler import SERIES_KEY
 from srt.fresh import Fresh
@@ -234,7 +235,7 @@ def backends_that_pass(model: str) -> dict[str, str]:
     """What `check_backend` says of each kind of backend, for GQA and for MLA."""
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-    from sglang_helix.srt.layers.attention import torch_native_backend, triton_backend
+    from sglang_helix.srt.layers.attention import torch_native_backend
     from sglang_helix.srt.layers.attention.attention_registry import check_backend
 
     class Foreign(TorchNativeAttnBackend):
@@ -245,11 +246,15 @@ def backends_that_pass(model: str) -> dict[str, str]:
         backend.__dict__.update(parts)
         return backend
 
+    def named(path: str) -> Any:
+        module, _, name = path.partition(":")
+        return made(type(name, (), {"__module__": module}))
+
     ours = made(torch_native_backend.ShardedTorchReferenceAttnBackend)
     both = {"prefill_backend": ours, "decode_backend": ours}
     candidates = {
         "adapter": ours,
-        "triton adapter": made(triton_backend.ShardedTritonAttnBackend),
+        "child": made(type("Child", (type(ours),), {})),
         "whole": made(torch_native_backend.TorchReferenceAttnBackend),
         "upstream": made(TorchNativeAttnBackend),
         "foreign": made(Foreign),
@@ -257,24 +262,29 @@ def backends_that_pass(model: str) -> dict[str, str]:
         "foreign prefill": made(HybridAttnBackend, **{**both, "prefill_backend": made(Foreign)}),
         "foreign decode": made(HybridAttnBackend, **{**both, "decode_backend": made(Foreign)}),
     }
+    candidates |= {path: named(path) for record in ADAPTERS for path in record.gqa + record.mla}
     said = {}
-    for mla in (False, True):
+    for kind in ("GQA", "MLA"):
         for name, backend in candidates.items():
             try:
-                check_backend(backend, mla=mla)
-                said[f"{'MLA' if mla else 'GQA'} {name}"] = ""
+                check_backend(backend, mla=kind == "MLA")
+                said[f"{kind} {name}"] = ""
             except SeriesError as refused:
-                said[f"{'MLA' if mla else 'GQA'} {name}"] = str(refused)
+                said[f"{kind} {name}"] = str(refused)
     return said
 
 
 def test_backend_that_is_no_adapter_is_refused(fresh: Fresh, model: Path) -> None:
     said = fresh.value(backends_that_pass, str(model))
     passed = {name for name, refusal in said.items() if not refusal}
-    adapters = {"adapter", "triton adapter", "halves"}
-    assert passed == (
-        {f"GQA {name}" for name in adapters} | {f"MLA {name}" for name in (*adapters, "upstream")}
-    )
+    assert passed == {
+        f"{kind} {name}" for kind in ("GQA", "MLA") for name in ("adapter", "halves")
+    } | {
+        f"{kind} {path}"
+        for record in ADAPTERS
+        for kind, paths in (("GQA", record.gqa), ("MLA", record.mla))
+        for path in paths
+    }
     for name, refusal in said.items():
         if "foreign" in name:
             assert "Foreign does not serve a sharded cache: something replaced" in refusal

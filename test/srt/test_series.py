@@ -155,7 +155,11 @@ def test_implementation_takes_what_the_target_takes(declared: Hook) -> None:
     elif declared.kind == "resolution":
         implementation.bind("server_args", "previous")
     else:
-        first = {"after": ["result"], "around": ["original"]}.get(declared.kind, [])
+        first = {
+            "after": ["result"],
+            "around": ["original"],
+            "backend": ["name", "original"],
+        }.get(declared.kind, [])
         first += receivers(declared)
         parameters = list(inspect.signature(declared.resolve()).parameters.values())
         ways = list(calls(parameters))
@@ -210,13 +214,14 @@ def install(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
     from sglang_helix import plugin
 
     load_plugins()
-    # The CPU reference platform registers the same factory of torch_native for every layout.
-    later = [h for h in series.hooks("serve") if not h.target.endswith("[torch_native]")]
-    early = [h.target for h in later if in_effect(h)]
+    early = [h.target for h in series.hooks("serve") if in_effect(h)]
     lacking = [h.target for h in series.hooks("launch") if not in_effect(h)]
     plugin.install_serve_stage()
     lacking += [h.target for h in series.hooks() if not in_effect(h)]
     return lacking, early
+
+
+APPENDED: dict[str, list[str]] = {}  # what each list lacked before the serve stage
 
 
 def in_effect(declared: Hook) -> bool:
@@ -228,7 +233,9 @@ def in_effect(declared: Hook) -> bool:
         return implementation in _HOOKS.get(declared.target.rpartition(".")[2], [])
     target = declared.resolve()
     if declared.kind == "append":
-        return set(implementation()) <= set(target)
+        return set(APPENDED.setdefault(declared.target, implementation())) <= set(target)
+    if declared.kind == "backend":
+        return getattr(target, "func", None) is implementation and target.args[0] == declared.key
     while target is not implementation:
         cells = getattr(target, "__closure__", None) or ()
         if any(cell.cell_contents is implementation for cell in cells):

@@ -207,8 +207,11 @@ def _sharded_weights(situation: Situation) -> object | None:
 
 
 def _symm(situation: Situation, problem: bool) -> object | None:
-    backend = situation.args.dcp_comm_backend
-    return backend if backend == "symm" and problem else None
+    from sglang_helix.srt.layers.dcp.exchange import BACKENDS
+
+    asked = situation.args.dcp_comm_backend
+    backend = BACKENDS.get(asked)
+    return asked if problem and backend and backend.prepare else None
 
 
 def _symm_without_cuda(situation: Situation) -> object | None:

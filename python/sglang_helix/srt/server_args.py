@@ -13,7 +13,7 @@ from typing import Any
 from sglang_helix import plugin
 from sglang_helix.srt.compatibility import Situation, refusals
 from sglang_helix.srt.distributed.topology import Layout, layout_of
-from sglang_helix.srt.layers.attention.attention_registry import GQA_BACKENDS, MLA_BACKENDS
+from sglang_helix.srt.layers.attention.adapters import serving
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +27,21 @@ _HELP = (
     "that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size / "
     "attention tp size, and the query projection is replicated. Default: same as --tp-size."
 )
-_SYMM_HELP = (
-    " sglang-helix adds 'symm' (one kernel over symmetric memory; requires NVIDIA GPUs of one host "
-    "with peer access to each other)."
-)
 
 
-def add_symm(result: None, parser: argparse.ArgumentParser) -> None:
-    """After `ServerArgs.add_cli_args`: `--dcp-comm-backend symm`."""
+def add_comm_backends(result: None, parser: argparse.ArgumentParser) -> None:
+    """After `ServerArgs.add_cli_args`: the series' own choices of `--dcp-comm-backend`."""
     flag = parser._option_string_actions["--dcp-comm-backend"]
-    flag.choices = [*(flag.choices or ()), "symm"]
-    flag.help = (flag.help or "") + _SYMM_HELP
+    for name, what in _own_comm_backends().items():
+        flag.choices = [*(flag.choices or ()), name]
+        flag.help = f"{flag.help or ''} sglang-helix adds '{name}' ({what})."
+
+
+def _own_comm_backends() -> dict[str, str]:
+    """The exchanges that SGLang does not have, and what they are."""
+    from sglang_helix.srt.layers.dcp.exchange import BACKENDS
+
+    return {name: backend.help for name, backend in BACKENDS.items() if backend.help}
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -113,10 +117,11 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
     previous(server_args)
     view = resolved_view(server_args)
     if view.dcp_size == 1:
-        if view.dcp_comm_backend == "symm":
+        if view.dcp_comm_backend in _own_comm_backends():  # SGLang refuses its own
             raise ValueError(
-                "--dcp-comm-backend symm exchanges between the ranks that split a cache, and here "
-                "none do: give --dcp-size or --attn-tp-size too, or leave the flag out."
+                f"--dcp-comm-backend {view.dcp_comm_backend} exchanges between the ranks "
+                "that split a cache, and here none do: give --dcp-size or --attn-tp-size too, or "
+                "leave the flag out."
             )
         return
     if replicate:
@@ -154,7 +159,7 @@ def choose_attention_backend(server_args: Any, previous: Step) -> None:
         defaults = _default_backends(server_args, situation, attention_backends_of(view))
         working = _working_backends(situation)
         if failing := [defaults[half] for half in unnamed if defaults[half] not in working]:
-            backend = _first_that_runs(working)
+            backend = working[0]
             logger.info(
                 "--attention-backend %s: the default here, %s, does not serve --dcp-size %d.",
                 backend,
@@ -202,8 +207,12 @@ def _situation(server_args: Any) -> Situation:
     )
 
 
-def _working_backends(situation: Situation) -> tuple[str, ...]:
-    return MLA_BACKENDS if situation.mla else GQA_BACKENDS
+def _working_backends(situation: Situation) -> list[str]:
+    """Names of what serves the model on this machine, in order of preference."""
+    from sglang.srt.runtime_context import get_platform
+
+    records = serving("MLA" if situation.mla else "GQA")
+    return [record.name for record in records if record.runs_on(get_platform())]
 
 
 # In the order of `attention_backends_of`.
@@ -228,10 +237,3 @@ def _default_backends(
         return decided
     default = get_default_attn_backend(server_args, situation.mla, situation.model)
     return tuple(backend or default for backend in decided)
-
-
-def _first_that_runs(working: tuple[str, ...]) -> str:
-    """The first working backend that this machine can run."""
-    from sglang.srt.runtime_context import get_platform
-
-    return working[0] if get_platform().is_cuda else "torch_native"

@@ -24,7 +24,7 @@ from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 from sglang.srt.runtime_context import get_device, get_exec, get_parallel, get_schedule
 
 from sglang_helix.srt.distributed.topology import Layout
-from sglang_helix.srt.layers.dcp.exchange import note_layer, prepare_symm
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
 from sglang_helix.srt.server_args import attn_tp_size_of
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,10 @@ def load_model(result: None, runner: Any) -> None:
 
 
 def prepare_exchange(result: None, runner: Any) -> None:
-    """After the weights are loaded and before the pool is sized: what `symm` exchanges through."""
+    """After the weights are loaded and before the pool is sized: what the exchange needs."""
     parallel, config = get_parallel(), runner.model_config
-    if parallel.dcp_comm_backend != "symm":
+    backend = BACKENDS.get(parallel.dcp_comm_backend)
+    if backend is None or backend.prepare is None:
         return
     layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
     for layer in layers:
@@ -55,7 +56,7 @@ def prepare_exchange(result: None, runner: Any) -> None:
     mla = runner.use_mla_backend
     widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in layers}
     for width in sorted(widths):
-        prepare_symm(
+        backend.prepare(
             parallel.dcp_group,
             max_tokens=_largest_decode_batch(),
             num_heads=config.get_max_num_attention_heads() // layout.attn_tp_size,

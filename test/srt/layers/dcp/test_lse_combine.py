@@ -582,7 +582,7 @@ def test_batch_sizes_share_compiled_kernels() -> None:
 @needs_triton
 def test_launches_of_the_exchanges() -> None:
     """Both with copies in the place of collectives: two and one, and what they stand between."""
-    from sglang_helix.srt.layers.dcp.exchange import EXCHANGES
+    from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
     group = mock.Mock(world_size=4, rank_in_group=1)
     group.all_to_all_single = torch.Tensor.copy_
@@ -590,4 +590,6 @@ def test_launches_of_the_exchanges() -> None:
     group.reduce_scatter_tensor = lambda output, input: output.copy_(input[: len(output)])
     out, lse = torch.randn(8, 16, 64, device="cuda").bfloat16(), torch.randn(8, 16, device="cuda")
     for name, count in {"a2a": 3, "ag_rs": 4}.items():
-        assert measure.launches(lambda run=EXCHANGES[name]: run(out, lse, group)[0]) == count
+        assert (
+            measure.launches(lambda run=BACKENDS[name].exchange: run(out, lse, group)[0]) == count
+        )

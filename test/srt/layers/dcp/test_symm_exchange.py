@@ -22,7 +22,7 @@ from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
 from sglang_helix.srt.layers.dcp import comm, exchange, symm, symm_workspace
-from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits, note_layer
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits, note_layer
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Reduced, plan
@@ -123,11 +123,11 @@ def test_size_and_dtype_decide(
     group: Any, recorder: Recorder, went_to_a2a: list[tuple[Any, ...]]
 ) -> None:
     for B in (0, 1, 4):
-        EXCHANGES["symm"](*some(B), group)
+        BACKENDS["symm"].exchange(*some(B), group)
     assert len(recorder.calls) == 3
     assert not went_to_a2a
-    EXCHANGES["symm"](*some(5), group, base2=True)
-    EXCHANGES["symm"](*some(1, torch.float32), group)
+    BACKENDS["symm"].exchange(*some(5), group, base2=True)
+    BACKENDS["symm"].exchange(*some(1, torch.float32), group)
     assert went_to_a2a == [
         ((5, 8, 16), torch.bfloat16, True),
         ((1, 8, 16), torch.float32, False),
@@ -147,7 +147,7 @@ def test_splits_are_reduced_by_the_exchange_or_merged_before_it(
 
 def test_a_group_that_was_not_prepared_is_an_error(group: Any) -> None:
     with pytest.raises(RuntimeError, match="no symm exchange was prepared for the group dcp:0"):
-        EXCHANGES["symm"](*some(1), group)
+        BACKENDS["symm"].exchange(*some(1), group)
 
 
 def test_the_layer_under_way_is_passed_on(group: Any, recorder: Recorder) -> None:
@@ -155,7 +155,7 @@ def test_the_layer_under_way_is_passed_on(group: Any, recorder: Recorder) -> Non
         layer_id = 17
 
         def forward(self) -> None:
-            EXCHANGES["symm"](*some(1), group)
+            BACKENDS["symm"].exchange(*some(1), group)
             exchange_splits("symm", some_splits(1), torch.bfloat16, group)
 
     attention = Attention()
@@ -354,9 +354,15 @@ def attention_layer(heads: int, width: int, rope: int, v_scale: float) -> Any:
     [(8, 2, 16, 0, 1.0), (4, 4, 16, 0, 0.5), (8, 1, 512, 64, 1.0)],
 )
 def test_splits_leave_for_their_owners(
-    heads: int, kv_heads: int, width: int, rope: int, v_scale: float
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    rope: int,
+    v_scale: float,
 ) -> None:
     """A whole decode step: attention's first stage, then one launch, and it is attention."""
+    monkeypatch.setattr(comm, "get_parallel", lambda: SimpleNamespace(dcp_comm_backend="symm"))
     size, splits = 2, 4
     ranks = Ranks(size, heads, width, torch.float32)
     cache = Cache(size, kv_heads, width, rope)

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.layers.dcp import comm, symm
 from sglang_helix.srt.layers.dcp.exchange import (
-    EXCHANGES,
+    BACKENDS,
     exchange_splits,
     note_layer,
     prepare_symm,
@@ -100,7 +100,7 @@ def exact_on_rank(rank: int, world_size: int) -> list[str]:
             step = Step(group, B, heads, width, dtype, seed=B)
             for base2 in bases:
                 scale = torch.tensor(2.0).log().item() if base2 else 1.0
-                out, lse = EXCHANGES["symm"](step.out, step.lse / scale, group, base2=base2)
+                out, lse = BACKENDS["symm"].exchange(step.out, step.lse / scale, group, base2=base2)
                 error = step.error(out)
                 lse_ok = torch.allclose(lse.cpu().double() * scale, step.want_lse, atol=1e-5)
                 if not (error < BOUND[dtype] and lse_ok and out.dtype == dtype):
@@ -193,7 +193,7 @@ def graphs_on_rank(rank: int, world_size: int) -> list[str]:
         steps[B] = step = Step(group, B, heads, width, dtype, seed=B)
 
         def forward(step: Step = step) -> list[torch.Tensor]:
-            return [EXCHANGES["symm"](step.out, step.lse, group)[0] for _ in range(layers)]
+            return [BACKENDS["symm"].exchange(step.out, step.lse, group)[0] for _ in range(layers)]
 
         for _ in range(2):  # as SGLang's capture does
             torch.cuda.synchronize()
@@ -212,7 +212,7 @@ def graphs_on_rank(rank: int, world_size: int) -> list[str]:
         if rank == turn % world_size:
             time.sleep(0.01)  # out of step
         graphs[B].replay()
-        eager, _ = EXCHANGES["symm"](fresh.out, fresh.lse, group)
+        eager, _ = BACKENDS["symm"].exchange(fresh.out, fresh.lse, group)
         for result in (*outputs[B], eager):
             if not (error := fresh.error(result)) < BOUND[dtype]:
                 wrong.append(f"turn {turn} B={B}: {error:.1e}")
@@ -227,11 +227,11 @@ def stuck_on_rank(rank: int, world_size: int) -> None:
     group = prepared(128, 2 * world_size, torch.bfloat16, timeout=4.0)
     step = Step(group, 2, 2 * world_size, 128, torch.bfloat16, seed=0)
     for _ in range(3):
-        EXCHANGES["symm"](step.out, step.lse, group)
+        BACKENDS["symm"].exchange(step.out, step.lse, group)
     torch.cuda.synchronize()
     if rank == 0:
         note_layer(SimpleNamespace(layer_id=23), ())
-        EXCHANGES["symm"](step.out, step.lse, group)  # the other rank does not
+        BACKENDS["symm"].exchange(step.out, step.lse, group)  # the other rank does not
     time.sleep(30)
 
 

@@ -1,63 +1,70 @@
-"""Which attention backends serve a sharded cache. Extends `layers/attention/attention_registry.py`.
+"""Factories of attention backends. Extends `layers/attention/attention_registry.py`.
 
-Adapters take the place of upstream's factories under the same names, so that everything in SGLang
-that goes by a backend's name keeps working.
+Adapters take the place of upstream's backends under the same names, so that everything in SGLang
+that goes by a backend's name keeps working. Which ones there are: `adapters.py`.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, adapter, serving
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-# Served under --dcp-size > 1; the first that fits the platform is the default.
-GQA_BACKENDS = ("triton", "torch_native")
-# FlashInfer-MLA, TRTLLM-MLA and CuteDSL-MLA are complete upstream and use the series' exchange.
-MLA_BACKENDS = ("flashinfer", "trtllm_mla", "cutedsl_mla", "triton", "torch_native")
+    from sglang_helix.srt.layers.attention.adapters import Attention
 
 
-def create_triton_backend(runner: ModelRunner) -> Any:
-    """Factory for `triton`."""
-    from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
+def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: ModelRunner) -> Any:
+    """In the place of `original`, the factory of a backend: its adapter over a sharded cache."""
+    from sglang.srt.runtime_context import get_parallel
 
-    return ShardedTritonAttnBackend(runner)
+    own = adapter(name).own_class("MLA" if runner.use_mla_backend else "GQA")
+    if own is None or get_parallel().attn_dcp_size == 1:
+        return original(runner)
+    return pkgutil.resolve_name(own)(runner)
 
 
 def create_torch_native_backend(runner: ModelRunner) -> Any:
-    """Factory for `torch_native`: the plain torch reference, over a whole or a sharded cache.
-
-    The CPU reference platform registers the same factory for every layout.
-    """
-    from sglang.srt.runtime_context import get_parallel
-
+    """`torch_native` of the CPU reference platform over a whole cache: plain torch, with MLA."""
     from sglang_helix.srt.layers.attention import torch_native_backend
 
-    if get_parallel().attn_dcp_size > 1:
-        return torch_native_backend.ShardedTorchReferenceAttnBackend(runner)
     return torch_native_backend.TorchReferenceAttnBackend(runner)
 
 
 def check_backend(backend: Any, *, mla: bool) -> None:
-    """Raise SeriesError where a GQA or MHA model got a backend that is not an adapter.
+    """Raise SeriesError where a model got a backend that `ADAPTERS` does not name for it.
 
     Another plugin may register a factory under the same name after the series did.
     """
     from sglang_helix.hook import SeriesError
-    from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 
+    attention: Attention = "MLA" if mla else "GQA"
+    known = {name for record in serving(attention) for name in record.classes(attention)}
     for part in (
         getattr(backend, "prefill_backend", backend),
         getattr(backend, "decode_backend", backend),
     ):
-        adapted = isinstance(part, ShardedAttention)
-        if not adapted and not (mla and type(part).__module__.startswith("sglang.srt.")):
+        found = f"{type(part).__module__}:{type(part).__qualname__}"
+        if found not in known:
             raise SeriesError(
-                f"attention backend {type(part).__module__}.{type(part).__qualname__} does not "
-                "serve a sharded cache: something replaced the adapter of sglang-helix"
+                f"attention backend {found.replace(':', '.')} does not serve a sharded cache: "
+                "something replaced the adapter of sglang-helix"
             )
 
 
 def absorbed_mla_backends() -> list[str]:
-    """Adapters that take MLA's queries and keys in two parts and return (out, LSE)."""
-    return ["triton", "torch_native"]
+    """Adapters that take MLA's queries and keys in two parts and return (out, LSE).
+
+    Without those that SGLang's list has itself.
+    """
+    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+
+    return [
+        record.name
+        for record in ADAPTERS
+        if record.own_class("MLA") and record.name not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+    ]

@@ -27,7 +27,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from sglang_helix.srt.layers.dcp.comm import deferred
-from sglang_helix.srt.layers.dcp.exchange import EXCHANGES, exchange_splits
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
@@ -54,7 +54,7 @@ class ShardedAttention(AttentionBackend):
         self.mla: bool = model_runner.use_mla_backend
         # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
         self.comm_backend: str = parallel.dcp_comm_backend
-        self.exchange = None if self.mla else EXCHANGES[self.comm_backend]
+        self.exchange = None if self.mla else BACKENDS[self.comm_backend].exchange
         # H: the query heads of the whole KVP group.
         self.heads: int = (
             model_runner.model_config.get_max_num_attention_heads()
@@ -132,7 +132,8 @@ class ShardedAttention(AttentionBackend):
             if not isinstance(partial, Splits):
                 return partial
             # In FlashInfer's autotune pass the model goes on with the output, not exchanged.
-            if self.comm_backend == "symm" and not get_in_autotune_dummy_run():
+            backend = BACKENDS.get(self.comm_backend)
+            if backend and backend.takes_splits and not get_in_autotune_dummy_run():
                 return deferred(partial, queries)
             return partial.merged(q.dtype)
         if save_kv_cache:

@@ -12,18 +12,14 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_helix.srt.layers.dcp.exchange import Group, a2a, ag_rs, exchange_splits, symm
+from sglang_helix.srt.layers.attention.adapters import adapter
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Group, a2a, ag_rs, exchange_splits
 from sglang_helix.srt.layers.dcp.partial import Splits
 
-# Attention backends whose LSE is a natural logarithm; the others of SGLang speak base 2.
-_NATURAL_LSE = frozenset(
-    {"aiter", "cutedsl_mla", "fa3", "fa4", "flashmla", "torch_native", "triton"}
-)
 
-
-def is_mla_dcp_lse_base_on_e(attention_backend: str | None) -> bool:
-    """Whether a backend's LSE is a natural logarithm (else base 2)."""
-    return attention_backend in _NATURAL_LSE
+def is_mla_dcp_lse_base_on_e(attention_backend: str) -> bool:
+    """Whether a backend's LSE is a natural logarithm (else base 2); KeyError for an unknown one."""
+    return not adapter(attention_backend).base2
 
 
 def dcp_a2a_lse_reduce(
@@ -67,17 +63,21 @@ def cp_lse_ag_out_rs_mla(
 ) -> torch.Tensor:
     """Out [B, H, D] and lse [B, H] -> this rank's heads, heads first: [H/K, B, D].
 
-    The model calls this for every backend that it does not know by name, so for `symm` too, whose
-    kernel writes the heads first: what the value up-projection reads. `deferred` explains the form
-    in which splits come here.
+    The model calls this for every backend that it does not know by name. One that can writes the
+    heads first: what the value up-projection reads. `deferred` explains the form in which splits
+    come here.
     """
-    base2 = not is_lse_base_on_e
+    name = get_parallel().dcp_comm_backend
+    backend = BACKENDS[name]
     if isinstance(cp_attn_lse, Splits):
-        out, _ = exchange_splits("symm", cp_attn_lse, cp_attn_out.dtype, cp_group, head_major=True)
-    elif get_parallel().dcp_comm_backend == "symm":
-        out, _ = symm(cp_attn_out, cp_attn_lse, cp_group, base2=base2, head_major=True)
+        out, _ = exchange_splits(
+            name, cp_attn_lse, cp_attn_out.dtype, cp_group, head_major=backend.head_major
+        )
     else:
-        out, _ = ag_rs(cp_attn_out, cp_attn_lse, cp_group, base2=base2)
+        heads_first = {"head_major": True} if backend.head_major else {}
+        out, _ = backend.exchange(
+            cp_attn_out, cp_attn_lse, cp_group, base2=not is_lse_base_on_e, **heads_first
+        )
     return out.transpose(0, 1)
 
 

@@ -13,6 +13,8 @@ in its out is never used.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -82,9 +84,6 @@ def symm(
     return reduced.out, reduced.lse
 
 
-EXCHANGES: dict[str, Exchange] = {"a2a": a2a, "ag_rs": ag_rs, "symm": symm}
-
-
 def exchange_splits(
     backend: str,
     splits: Splits,
@@ -95,15 +94,15 @@ def exchange_splits(
 ) -> Partial:
     """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
 
-    `symm` reduces the splits where it sends them, and lays the result out as [H/K, B, D] where
-    `head_major` asks for it; for the others they are merged first.
+    A backend that `takes_splits` reduces them where it sends them, and lays the result out as
+    [H/K, B, D] where `head_major` asks for it; for the others they are merged first.
     """
     B, H, _, D = splits.out.shape
-    if backend == "symm" and (kernel := _prepared_for(group, B, H, D, dtype)):
+    if BACKENDS[backend].takes_splits and (kernel := _prepared_for(group, B, H, D, dtype)):
         reduced = kernel.reduce_splits(splits, head_major=head_major, return_lse=True, layer=_layer)
         assert reduced.lse is not None
         return reduced.out, reduced.lse
-    return EXCHANGES[backend](*splits.merged(dtype), group)
+    return BACKENDS[backend].exchange(*splits.merged(dtype), group)
 
 
 # What `symm` needs before its first call.
@@ -164,6 +163,37 @@ def prepare_symm(
         )
         shapes[shape] = kernel
     return shapes[shape]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One `--dcp-comm-backend`, and what the rest of the series has to know of it."""
+
+    exchange: Exchange
+    help: str = ""
+    """What the flag's help says of it; empty for those that SGLang has itself."""
+    prepare: Callable[..., SymmExchange] | None = None
+    """What every rank calls between its model and its pool, for each shape; see `prepare_symm`."""
+    takes_splits: bool = False
+    """Whether it reduces `Splits` where it sends them."""
+    head_major: bool = False
+    """Whether its exchange takes `head_major`."""
+
+
+# Every backend but fi_a2a, which is upstream's from end to end. The first is the default where
+# SGLang's own choice does not serve.
+BACKENDS: dict[str, Backend] = {
+    "a2a": Backend(a2a),
+    "ag_rs": Backend(ag_rs),
+    "symm": Backend(
+        symm,
+        "one kernel over symmetric memory; requires NVIDIA GPUs of one host with peer access to "
+        "each other",
+        prepare_symm,
+        takes_splits=True,
+        head_major=True,
+    ),
+}
 
 
 def note_layer(module: Any, args: Any) -> None:

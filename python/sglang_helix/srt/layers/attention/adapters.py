@@ -1,0 +1,122 @@
+"""The attention backends that serve a sharded cache: one record each.
+
+From this table follow which backends may be named for GQA and for MLA and which one is taken where
+none is, the base of every LSE, the factories and the list of absorbed backends that the series
+registers with SGLang, the sentence in README and docs/attention-backends.md. To add an adapter:
+docs/adding.md.
+
+Importing this module imports neither SGLang nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
+
+_OURS = "sglang_helix.srt.layers.attention"
+_SGLANG = "sglang.srt.layers.attention"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One of SGLang's attention backends, and what of it serves a sharded cache.
+
+    name: as `--attention-backend` has it.
+    base2: whether its kernels return LSEs to the base of 2; else natural ones. The one fact whose
+        error is silent: every consumer of an LSE asks this field.
+    gqa, mla: "module:Class" of what serves GQA and MHA, and MLA; the first one is built, where it
+        is the series' own. Classes of SGLang are complete upstream. Empty: it does not serve.
+    majors: of the compute capabilities that its kernels are built for; None: any CUDA device.
+    off_cuda: whether it runs where there is no CUDA device, too.
+    why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
+        upstream's backend, see `Hook`.
+    """
+
+    name: str
+    base2: bool
+    gqa: tuple[str, ...] = ()
+    mla: tuple[str, ...] = ()
+    majors: tuple[int, ...] | None = None
+    off_cuda: bool = False
+    why: str = ""
+    upstream: str = "none"
+    until: str = ""
+
+    def classes(self, attention: Attention) -> tuple[str, ...]:
+        """What serves this attention, as "module:Class"."""
+        return self.mla if attention == "MLA" else self.gqa
+
+    def own_class(self, attention: Attention) -> str | None:
+        """The class of the series that serves it; None where SGLang's own does, or nothing."""
+        return next((name for name in self.classes(attention) if name.startswith(_OURS)), None)
+
+    @property
+    def own_file(self) -> str | None:
+        """Where the series' classes are, under `srt`; None where SGLang's do everything."""
+        own = self.own_class("GQA") or self.own_class("MLA")
+        return own and own.partition(":")[0].partition(".srt.")[2].replace(".", "/") + ".py"
+
+    def runs_on(self, platform: Any) -> bool:
+        """Whether the machine, SGLang's `get_platform()`, has what its kernels need."""
+        if not platform.is_cuda:
+            return self.off_cuda
+        return self.majors is None or platform.device_sm // 10 in self.majors
+
+
+# In order of preference: the first that serves the model and runs on the machine is taken where
+# neither the user nor SGLang names one that works.
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(
+        "flashinfer",
+        base2=True,
+        mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),
+    ),
+    Adapter(
+        "trtllm_mla",
+        base2=True,
+        mla=(
+            f"{_SGLANG}.trtllm_mla_backend:TRTLLMMLABackend",
+            f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLAPrefillBackend",
+        ),
+        majors=(10, 12),
+    ),
+    Adapter(
+        "cutedsl_mla",
+        base2=False,
+        mla=(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLABackend",),
+        majors=(10,),
+    ),
+    Adapter(
+        "triton",
+        base2=False,
+        gqa=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
+        mla=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
+        why="its DCP ignores the communication backend, drops heads and breaks on MLA",
+        upstream="sgl-project/sglang#25090, #34161, #30444",
+        until="upstream's backend honours the exchange",
+    ),
+    Adapter(
+        "torch_native",
+        base2=False,
+        gqa=(f"{_OURS}.torch_native_backend:ShardedTorchReferenceAttnBackend",),
+        mla=(f"{_OURS}.torch_native_backend:ShardedTorchReferenceAttnBackend",),
+        off_cuda=True,
+        why="no DCP and no absorbed MLA",
+        until="upstream's backend serves both",
+    ),
+)
+
+
+def adapter(name: str) -> Adapter:
+    """The record of a backend; KeyError where nothing of it serves a sharded cache."""
+    return _BY_NAME[name]
+
+
+def serving(attention: Attention) -> tuple[Adapter, ...]:
+    """What serves GQA and MHA, or MLA, in order of preference."""
+    return tuple(record for record in ADAPTERS if record.classes(attention))
+
+
+_BY_NAME = {record.name: record for record in ADAPTERS}
