@@ -2,13 +2,17 @@
 
     python -m benchmark.dcp serve --model MODEL --layouts tp ag_rs a2a symm attn-tp:2
     python -m benchmark.dcp serve --model MODEL -- --mem-fraction-static 0.85    flags for servers
+    python -m benchmark.dcp serve --model MODEL --layouts tp@fa3 symm@fa3 --together
     python -m benchmark.dcp serve --url http://127.0.0.1:30000                   one that runs
     python -m benchmark.dcp serve --cpu                                          a small one
 
 Layouts: `tp`; `ag_rs[:K]`, `a2a[:K]`, `symm[:K]`, that exchange with --dcp-size K (default: all
-ranks); `attn-tp:A[:COMM]`, --attn-tp-size A with that exchange (default: a2a). For each context
-length and concurrency, that many requests are sent at once and their tokens timed as the server
-streams them.
+ranks); `attn-tp:A[:COMM]`, --attn-tp-size A with that exchange (default: a2a); behind each,
+`@BACKEND` names an attention backend. For each context length and concurrency, that many requests
+are sent at once and their tokens timed as the server streams them.
+
+Most of a server's start is imports. --together starts all servers at once and holds each before
+its process groups until its turn, so that a further one costs some 20 s in place of minutes.
 
 Time per token is taken from the gaps between a request's tokens; TTFT is the wait for its first
 one. A context of n tokens comes about in one of four ways, and the report says which:
@@ -39,6 +43,7 @@ GPUs share them, every line is marked "function only".
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -48,10 +53,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -59,7 +63,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
-from benchmark.dcp import made, report
+from benchmark.dcp import held, made, report
 from benchmark.dcp.kernels import device_name
 from benchmark.dcp.measure import Timing
 
@@ -117,17 +121,24 @@ class Layout(NamedTuple):
 
 def parse_layout(text: str, tp_size: int) -> Layout:
     """Flags of a layout by name; raises ValueError with what is allowed."""
-    name, *rest = text.split(":")
+    layout, named, backend = text.partition("@")
+    attention = ("--attention-backend", backend) if named else ()
+    name, *rest = layout.split(":")
     size, comm = [*rest, "", ""][:2]
     if size and not size.isdecimal():
         raise ValueError(f"--layouts {text}: {size!r} is not a number of ranks")
-    if text == "tp":
-        return Layout(text, ())
+    if layout == "tp":
+        return Layout(text, attention)
     if name in _COMMS and len(rest) < 2:
-        return Layout(text, ("--dcp-size", size or str(tp_size), "--dcp-comm-backend", name))
+        sharded = ("--dcp-size", size or str(tp_size), "--dcp-comm-backend", name)
+        return Layout(text, sharded + attention)
     if name == "attn-tp" and size and len(rest) < 3 and comm in ("", *_COMMS):
-        return Layout(text, ("--attn-tp-size", size, "--dcp-comm-backend", comm or "a2a"))
-    raise ValueError(f"--layouts {text}: use tp, ag_rs[:K], a2a[:K], symm[:K] or attn-tp:A[:COMM]")
+        sharded = ("--attn-tp-size", size, "--dcp-comm-backend", comm or "a2a")
+        return Layout(text, sharded + attention)
+    raise ValueError(
+        f"--layouts {text}: use tp, ag_rs[:K], a2a[:K], symm[:K] or attn-tp:A[:COMM], with "
+        "@BACKEND behind it for an attention backend"
+    )
 
 
 # --- one server ---------------------------------------------------------------------------------
@@ -148,7 +159,7 @@ class Answer(NamedTuple):
         """Seconds before each token but those of the first piece."""
         return [
             (after - before) / (count - earlier)
-            for (before, earlier), (after, count) in pairwise(self.arrivals)
+            for (before, earlier), (after, count) in itertools.pairwise(self.arrivals)
             for _ in range(count - earlier)
         ]
 
@@ -377,8 +388,10 @@ _FIGURES = (
 
 
 @contextmanager
-def started(layout: Layout, interval: int, options: argparse.Namespace) -> Iterator[str]:
-    """A server of the layout; its URL."""
+def started(
+    layout: Layout, interval: int, options: argparse.Namespace, hold: Path | None = None
+) -> Iterator[str]:
+    """A server of the layout; its URL. With `hold`, it goes on only once that file is there."""
     from sglang_cpu_reference import PLATFORM_NAME
     from sglang_cpu_reference.server import Server
 
@@ -386,6 +399,8 @@ def started(layout: Layout, interval: int, options: argparse.Namespace) -> Itera
     if interval:
         flags += ["--prefill-decode-interval", str(interval)]
     environment = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+    if hold:
+        environment |= {held.FILE: str(hold), held.MADE: str(int(options.prefix == "made"))}
     server = Server(
         options.model,
         *flags,
@@ -398,6 +413,57 @@ def started(layout: Layout, interval: int, options: argparse.Namespace) -> Itera
     server.command[server.command.index(_LAUNCHER)] = options.launcher
     with server:
         yield f"http://127.0.0.1:{server.port}"
+
+
+class Turns:
+    """Servers that start together, each held before its process groups until its turn comes."""
+
+    def __init__(self, servers: Sequence[tuple[Layout, int]], options: argparse.Namespace) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._done = [threading.Event() for _ in servers]
+        self._urls: list[Future[str]] = [Future() for _ in servers]
+        # A server lives no longer than the thread that started it.
+        self._threads = [
+            threading.Thread(target=self._serve, args=(number, *server, options))
+            for number, server in enumerate(servers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(
+        self, number: int, layout: Layout, interval: int, options: argparse.Namespace
+    ) -> None:
+        try:
+            with started(layout, interval, options, self._file(number)) as url:
+                self._urls[number].set_result(url)
+                self._done[number].wait()
+        except Exception as error:  # raised again where the turn is taken
+            if not self._urls[number].done():
+                self._urls[number].set_exception(error)
+
+    def _file(self, number: int) -> Path:
+        return Path(self._folder.name, str(number))
+
+    @contextmanager
+    def take(self, number: int) -> Iterator[str]:
+        """Let one server go on, until it answers; its URL. It ends before the next may begin."""
+        self._file(number).touch()
+        try:
+            yield self._urls[number].result()
+        finally:
+            self._done[number].set()
+            self._threads[number].join()
+
+    def __enter__(self) -> Turns:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, done in enumerate(self._done):
+            done.set()
+            self._file(number).touch()
+        for thread in self._threads:
+            thread.join()
+        self._folder.cleanup()
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -420,10 +486,11 @@ def run(options: argparse.Namespace) -> list[Row]:
         return rows
     from sglang_cpu_reference.server import ServerError
 
-    for layout in options.layouts:
-        for interval in options.intervals:
+    servers = list(itertools.product(options.layouts, options.intervals))
+    with Turns(servers, options) if options.together else nullcontext() as turns:
+        for number, (layout, interval) in enumerate(servers):
             try:
-                with started(layout, interval, options) as url:
+                with turns.take(number) if turns else started(layout, interval, options) as url:
                     client = Client(url, options.timeout)
                     for row in measure_server(client, layout.name, options):
                         keep(row)
@@ -474,7 +541,7 @@ def name_of(info: dict[str, Any]) -> str:
 # --- report -------------------------------------------------------------------------------------
 
 _HEAD = (
-    f"{'layout':<12}{'interval':>9} {'prefix':<7}{'context':>8}{'requests':>9}{'ms/token':>10}"
+    f"{'layout':<20}{'interval':>9} {'prefix':<7}{'context':>8}{'requests':>9}{'ms/token':>10}"
     f"{'p10':>9}{'p90':>9}{'longest':>10}{'TTFT ms':>10}{'tokens/s':>10}{'cached':>9}"
     f"{'KV tokens':>11}{'KV size':>12}"
 )
@@ -490,7 +557,7 @@ def size(tokens: int) -> str:
 
 def table_line(row: Row) -> str:
     where = (
-        f"{row.layout:<12}{row.prefill_decode_interval:>9} {row.prefix:<7}{size(row.context):>8}"
+        f"{row.layout:<20}{row.prefill_decode_interval:>9} {row.prefix:<7}{size(row.context):>8}"
         f"{row.concurrency:>9}"
     )
     if row.status == MEASURED:
@@ -553,7 +620,7 @@ def capacity(rows: Sequence[Row]) -> str:
         }
         requests = ", ".join(f"{count} of {size(length)}" for length, count in held.items())
         size_of_rank = f"{_bytes(own[0].kv_bytes)} on each rank"
-        line = f"{layout:<12}{own[0].kv_tokens} tokens, {size_of_rank}; at once: {requests}"
+        line = f"{layout:<20}{own[0].kv_tokens} tokens, {size_of_rank}; at once: {requests}"
         lines.append(f"{line}  {own[0].mark}".rstrip())
     return "\n".join(lines)
 
@@ -641,6 +708,11 @@ def main(argv: list[str]) -> int:
         help="what starts a server in place of sglang.launch_server, for example so that ranks "
         "share a GPU",
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start all servers at once, and let each go on when its turn comes",
+    )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one request")
     parser.add_argument("--start-timeout", type=float, default=3600, help="seconds for one server")
     parser.add_argument("--csv", type=Path, help="write the figures here")
@@ -696,7 +768,11 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, gpus:
             "--prefix made starts servers that put contexts into their cache: leave out --url and "
             "--launcher, or use --prefix own"
         )
-    if options.prefix == "made":
+    if options.together and (options.url or options.launcher != _LAUNCHER):
+        parser.error("--together starts servers that wait: leave out --url and --launcher")
+    if options.together:
+        options.launcher = held.__name__
+    elif options.prefix == "made":
         options.launcher = made.__name__
     small = options.cpu and not options.url
     options.tp = options.tp or (2 if small else gpus)

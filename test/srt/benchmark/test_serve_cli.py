@@ -42,7 +42,7 @@ def check_figures(row: Row) -> None:
 @pytest.mark.timeout(420)
 def test_layouts(tmp_path: Path) -> None:
     path, plot = tmp_path / "figures.csv", tmp_path / "figures.png"
-    flags = ("--layouts", "tp", "a2a", "--intervals", "2", "--prefix", "made")
+    flags = ("--layouts", "tp", "a2a", "--intervals", "2", "--prefix", "made", "--together")
     ran = benchmark("--cpu", *flags, "--csv", path)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     rows = report.read_csv(path, Row)
@@ -145,6 +145,10 @@ def test_layouts_by_name() -> None:
         *("--attn-tp-size", "2"), *("--dcp-comm-backend", "a2a"),
     )  # fmt: skip
     assert parse_layout("attn-tp:2:symm", 8).flags[2:] == ("--dcp-comm-backend", "symm")
+    assert parse_layout("tp@fa3", 8).flags == ("--attention-backend", "fa3")
+    assert parse_layout("a2a:4@fa3", 8).flags[2:] == (
+        *("--dcp-comm-backend", "a2a"), *("--attention-backend", "fa3"),
+    )  # fmt: skip
     info = {"tp_size": 8, "dcp_size": 4, "dcp_comm_backend": "symm", "dcp_replicate_q_proj": None}
     assert serve.name_of(info) == "symm:4"
     assert serve.name_of({**info, "dcp_replicate_q_proj": True}) == "attn-tp:2:symm"
@@ -159,6 +163,7 @@ def test_layouts_by_name() -> None:
         (["--cpu", "--layouts", "a2a:2:symm"], "--layouts a2a:2:symm: use tp"),
         (["--cpu", "--layouts", "attn-tp:2:nccl"], "--layouts attn-tp:2:nccl: use tp"),
         (["--cpu", "--prefix", "made", "--launcher", "mine"], "leave out --url and --launcher"),
+        (["--cpu", "--together", "--launcher", "mine"], "leave out --url and --launcher"),
         (["--cpu", "--contexts", "1"], "--contexts 1: at least 2"),
         (["--cpu", "--new-tokens", "2"], "--new-tokens 2: at least 3"),
         (["--url", "http://127.0.0.1:1", "--tp", "2"], "--url drives a server as it is"),
