@@ -202,6 +202,20 @@ A2A = Patch(
             until="upstream's Triton backend serves MLA under DCP",
         ),
         Hook(
+            target="sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
+            ".DeepseekMLAForwardMixin.forward_absorb_core",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.models.deepseek_v2:forward_absorb_core",
+            signature="self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, "
+            "positions, topk_indices, llama_4_scaling, fusion_plan=, attention_output_gate=",
+            why="the branch of the listed backends leaves the scaling of queries by position to "
+            "them, which the one for all others applies",
+            how="scales the queries of an adapter that the series appended to the list",
+            upstream="none",
+            until="upstream scales queries in one place",
+        ),
+        Hook(
             target="sglang.srt.layers.dcp.planner.prepare_decode_context_parallel_metadata",
             kind="replace",
             stage="serve",
@@ -237,6 +251,18 @@ A2A = Patch(
             how="sets the scope, then fits and checks every attention layer, or refuses the model",
             upstream="sgl-project/sglang#34355",
             until="see QKVParallelLinear",
+        ),
+        Hook(
+            target="sglang.srt.model_executor.model_runner_components.weight_exporter"
+            ".WeightExporter.get_weights_by_name",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.weight_exporter:get_weights_by_name",
+            signature="self, name, truncate_size=",
+            why="cuts keys and values out of the joint projection by N: other matrices' rows",
+            how="asks the projection for the rows that it holds",
+            upstream="none",
+            until="upstream's models ask their projections",
         ),
         Hook(
             target="sglang.srt.models.utils.enable_fused_set_kv_buffer",
@@ -385,25 +411,45 @@ QPROJ = Patch(
             Hook(
                 target="sglang.srt.model_executor.model_runner_components.weight_updater"
                 f".WeightUpdater.{method}",
-                kind="after",
+                kind="around",
                 stage="serve",
-                impl=f"{_SRT}.model_executor.model_runner:refresh_replicas",
+                impl=f"{_SRT}.model_executor.weight_updater:{impl}",
                 signature=signature,
-                why="the replicas of MLA keep the weights of before the update: wrong tokens",
-                how="gathers them again in place after an update that succeeded",
+                why="a rank that fails is not noticed by the others; the replicas of MLA keep the "
+                "weights of before the update: wrong tokens",
+                how="ranks agree on success; a whole update that succeeded renews the replicas in "
+                "place, one that failed gives up those that are stale",
                 upstream="none",
-                until="upstream renews the replicas",
+                until="upstream's ranks agree, and it renews the replicas",
             )
-            for method, signature in (
+            for method, impl, signature in (
                 (
                     "update_weights_from_disk",
+                    "update",
                     "self, model_path, load_format, weight_name_filter=, recapture_cuda_graph=",
                 ),
-                ("load_weights_from_distributed", "self, named_tensors"),
-                ("update_weights_from_tensor", "self, named_tensors, load_format="),
-                ("update_weights_from_ipc", "self, recv_req"),
-                ("end_weight_update", "self, run_post_load"),
+                ("update_weights_from_ipc", "update", "self, recv_req"),
+                (
+                    "receive_weights_from_distributed",
+                    "receive",
+                    "self, names, dtypes, shapes, group_name, load_format=",
+                ),
+                ("load_weights_from_distributed", "load_bucket", "self, named_tensors"),
+                ("update_weights_from_tensor", "load_bucket", "self, named_tensors, load_format="),
+                ("end_weight_update", "end", "self, run_post_load"),
             )
+        ),
+        Hook(
+            target="sglang.srt.managers.scheduler_components.weight_updater"
+            ".SchedulerWeightUpdaterManager.end_weight_update",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.weight_updater:end_session",
+            signature="self, recv_req",
+            why="the end of a session of updates cannot fail but by ending the server",
+            how="answers with the failure that every rank agreed on",
+            upstream="none",
+            until="upstream's ranks agree, and it renews the replicas",
         ),
     ),
 )

@@ -65,6 +65,7 @@ def mismatches(rank: int, port: int, checkpoints: Mapping[str, Path], replicate:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.model_runner_components.weight_exporter import WeightExporter
     from sglang.srt.model_loader import get_model
 
     server_args = start(rank, port, next(iter(checkpoints.values())), replicate)
@@ -85,6 +86,9 @@ def mismatches(rank: int, port: int, checkpoints: Mapping[str, Path], replicate:
         ]
         assert len(layers) == 3
         modules = dict(model.named_modules())
+        exporter = WeightExporter(
+            tp_rank=rank, tp_size=N, gpu_id=0, get_model_path=str, get_model=lambda m=model: m
+        )
         for prefix, layer in layers:
             parent = modules[prefix]
             for kind in ("weight", "bias"):
@@ -94,6 +98,12 @@ def mismatches(rank: int, port: int, checkpoints: Mapping[str, Path], replicate:
                 parts = [rows(full[f"{prefix}.{p}_proj.{kind}"], own) for own, p in projections]
                 if not torch.equal(getattr(parent.qkv_proj, kind), torch.cat(parts)):
                     wrong.append(f"{name} {prefix}: qkv {kind}")
+                if not hasattr(model, "get_weights_by_name"):
+                    continue
+                for (_, projection), own in zip(projections, parts, strict=True):
+                    weight = f"{prefix}.{projection}_proj.{kind}"
+                    if exporter.get_weights_by_name(weight, 8) != own[:8].tolist():
+                        wrong.append(f"{weight} by its name")
             columns = rows(full[f"{prefix}.o_proj.weight"].T, outputs).T
             if not torch.equal(parent.o_proj.weight, columns):
                 wrong.append(f"{name} {prefix}: o_proj")
@@ -149,6 +159,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for kv in (1, 2, 4, 8)
     }
     made["qwen2 4"] = save("qwen2", root / "qwen2", **SMALL)  # with biases
+    made["granite 4"] = save("granite", root / "granite", **SMALL)
     made["mixtral 4"] = save("mixtral", root / "mixtral", num_local_experts=4, **SMALL)
     return made
 
@@ -234,7 +245,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "not a causal decoder's",
     ),
     "Llama4ForCausalLM": ("llama4_text", {}, "chunked local attention"),
-    "PhiForCausalLM": ("phi", {"hidden_act": "gelu"}, "8 query and 8 key-value heads, other"),
+    "PhiForCausalLM": (
+        "phi",
+        {"hidden_act": "gelu"},
+        "8 query and 8 key-value heads, other",
+    ),
     "StableLmForCausalLM": ("stablelm", {"hidden_act": "silu"}, "no num_kv_heads and kv_size"),
     "MiniCPM3ForCausalLM": (
         "minicpm3",

@@ -1,7 +1,7 @@
 """Query projections replicated in each KVP group: which weights, renewed by updates, or refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,16 +47,11 @@ def update(
     rank: int, argv: list[str], before: Path, after: Path
 ) -> tuple[list[Answer], list[Answer]]:
     """Answers with the weights of the one checkpoint, then with those of the other."""
-    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
-
     scheduler = scheduler_of(rank, argv)
     assert not wrong_replicas(rank, scheduler, before)
     first = answer(scheduler, PROMPTS, NEW_TOKENS)
     places = [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
-    result = scheduler.weight_updater.update_weights_from_disk(
-        UpdateWeightFromDiskReqInput(model_path=str(after), load_format="auto")
-    )
-    assert result.success, result.message
+    assert from_disk(scheduler, after) == (True, "Succeeded to update model weights.")
     assert not wrong_replicas(rank, scheduler, after)
     # Captured graphs hold the addresses.
     assert places == [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
@@ -81,20 +76,17 @@ def test_weight_update_renews_replicas(
                 check(checkpoint, tokens, got, NEW_TOKENS)
 
 
-def written_in_place(rank: int, argv: list[str]) -> list[str]:
+def written_in_place(scheduler: Any) -> list[str]:
     """A session of updates that writes to the weights themselves: layers with old replicas."""
-    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, EndWeightUpdateReqInput
-
-    scheduler = scheduler_of(rank, argv)
     before = {
         name: (layer.q_b_proj_qrep_weight.clone(), layer.w_kc_qrep.clone())
         for name, layer in mla_layers(scheduler)
     }
-    scheduler.weight_updater.begin_weight_update(BeginWeightUpdateReqInput())
+    begin(scheduler)
     for _, layer in mla_layers(scheduler):
         layer.q_b_proj.weight.data *= 2
         layer.kv_b_proj.weight.data *= 2
-    scheduler.weight_updater.end_weight_update(EndWeightUpdateReqInput())
+    assert end(scheduler) == (True, "Success")
     return [
         name
         for name, layer in mla_layers(scheduler)
@@ -105,39 +97,221 @@ def written_in_place(rank: int, argv: list[str]) -> list[str]:
     ]
 
 
-def test_end_of_an_update_in_place_renews_replicas(ready: Fresh, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("deepseek_v2", tmp_path, num_hidden_layers=2)
-    argv = command_line(checkpoint, N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
-    assert ready.ranks(written_in_place, N, argv) == [[]] * N
-
-
-def refused(rank: int, argv: list[str]) -> tuple[str, bool]:
+def refused(model: torch.nn.Module, layer: Any) -> tuple[str, bool]:
     """What replicating one quantized projection says, and whether asking softly leaves it out."""
     from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
-    from sglang_helix.srt.model_executor.model_runner import (
+    from sglang_helix.srt.model_executor.replicas import (
         ReplicationRefusedError,
+        drop,
         replicate_q_proj,
     )
 
-    scheduler = scheduler_of(rank, argv)
-    model = scheduler.tp_worker.model_runner.model
-    layer = mla_layers(scheduler)[1][1]
+    method = layer.q_b_proj.quant_method
     layer.q_b_proj.quant_method = Fp8LinearMethod(Fp8Config(is_checkpoint_fp8_serialized=True))
-    layer.q_b_proj_qrep_weight = None
+    drop(layer)
     replicate_q_proj(model, required=False)
     left_out = layer.q_b_proj_qrep_weight is None
     try:
         replicate_q_proj(model, required=True)
     except ReplicationRefusedError as error:
         return str(error), left_out
+    finally:
+        layer.q_b_proj.quant_method = method
     return "", left_out
 
 
-def test_projection_that_cannot_be_replicated_is_refused(ready: Fresh, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("deepseek_v2", tmp_path, num_hidden_layers=2)
-    argv = command_line(checkpoint, N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
-    for message, left_out in ready.ranks(refused, N, argv):
+def begin(scheduler: Any) -> None:
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput
+
+    scheduler.weight_updater.begin_weight_update(BeginWeightUpdateReqInput())
+
+
+def end(scheduler: Any) -> tuple[bool, str]:
+    from sglang.srt.managers.io_struct import EndWeightUpdateReqInput
+
+    result = scheduler.weight_updater.end_weight_update(EndWeightUpdateReqInput())
+    return result.success, result.message
+
+
+def from_disk(scheduler: Any, checkpoint: Path) -> tuple[bool, str]:
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    result = scheduler.weight_updater.update_weights_from_disk(
+        UpdateWeightFromDiskReqInput(model_path=str(checkpoint), load_format="auto")
+    )
+    return result.success, result.message
+
+
+def bucket(scheduler: Any, checkpoint: Path, part: str) -> tuple[bool, str]:
+    """The weights of a checkpoint with `part` in their names, as one bucket of a session."""
+    from safetensors.torch import load_file
+    from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+    full = load_file(checkpoint / "model.safetensors")
+    named = [(name, weight) for name, weight in full.items() if part in name]
+    with pytest.MonkeyPatch.context() as patch:
+        # They travel between processes of one GPU; here they are at hand.
+        patch.setattr(scheduler.tp_worker, "deserialize_own_rank", lambda payload: named)
+        result = scheduler.weight_updater.update_weights_from_tensor(
+            UpdateWeightsFromTensorReqInput(serialized_named_tensors=[])
+        )
+    return result.success, result.message
+
+
+class Updates(NamedTuple):
+    """What one rank saw in a life of updates, by the names of the tests below."""
+
+    old_after_writing_in_place: list[str]
+    refusal: tuple[str, bool]
+    bad_path: tuple[bool, str]
+    kept_after_bad_path: bool
+    gathers: list[int]
+    old_after_buckets: list[str]
+    failing_disk: tuple[bool, str]
+    stale_after_disk: list[str]
+    failing_bucket: tuple[bool, str]
+    end_after_bucket: tuple[bool, str]
+    requantized: tuple[bool, str]
+    after_requantized: list[Answer]
+    replicated_after_requantized: list[bool]
+    requantized_again: tuple[bool, str]
+    healed: list[Answer]
+    old_after_healing: list[str]
+
+
+def live(rank: int, argv: list[str], before: Path, after: Path) -> Updates:
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from sglang.srt.runtime_context import get_parallel
+
+    scheduler = scheduler_of(rank, argv)
+    runner = scheduler.tp_worker.model_runner
+    layers = dict(mla_layers(scheduler))
+    seen: dict[str, Any] = {"old_after_writing_in_place": written_in_place(scheduler)}
+    seen["refusal"] = refused(runner.model, layers["model.layers.1.self_attn"])
+    from_disk(scheduler, before)
+
+    places = [layer.w_kc_qrep.data_ptr() for layer in layers.values()]
+    seen["bad_path"] = from_disk(scheduler, before / "nowhere")
+    seen["kept_after_bad_path"] = places == [
+        layer.w_kc_qrep.data_ptr() for layer in layers.values()
+    ] and not wrong_replicas(rank, scheduler, before)
+
+    group = get_parallel().dcp_group
+    gathered: list[int] = []
+    all_gather = group.all_gather
+    group.all_gather = lambda *args, **kwargs: gathered.append(1) or all_gather(*args, **kwargs)
+    begin(scheduler)
+    seen["gathers"] = []
+    for part in ("mlp", "norm", "self_attn"):
+        assert bucket(scheduler, after, part)[0]
+        seen["gathers"].append(len(gathered))
+    assert end(scheduler)[0]
+    seen["gathers"].append(len(gathered))
+    del group.all_gather
+    seen["old_after_buckets"] = wrong_replicas(rank, scheduler, after)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("disk on fire")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(DefaultModelLoader, "_get_weights_iterator", broken)
+        seen["failing_disk"] = from_disk(scheduler, before)
+    seen["stale_after_disk"] = [
+        name
+        for name, layer in layers.items()
+        if (layer.w_kc_qrep, layer.q_b_proj_qrep_weight) != (None, None)
+    ]
+    assert from_disk(scheduler, before)[0]
+
+    begin(scheduler)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 2:
+            patch.setattr(runner.model, "load_weights", broken)
+        seen["failing_bucket"] = bucket(scheduler, after, "norm")
+    seen["end_after_bucket"] = end(scheduler)
+
+    begin(scheduler)
+    assert bucket(scheduler, before, "")[0]
+    layer = layers["model.layers.1.self_attn"]
+    keys = layer.w_kc
+    if rank == 3:
+        layer.w_kc = keys.to(torch.float8_e4m3fn)
+    seen["requantized"] = end(scheduler)
+    layer.w_kc = keys
+    seen["after_requantized"] = answer(scheduler, PROMPTS, NEW_TOKENS)
+    seen["replicated_after_requantized"] = [
+        layer.w_kc_qrep is not None for layer in layers.values()
+    ]
+    begin(scheduler)
+    assert bucket(scheduler, before, "norm")[0]
+    layer.w_kc = keys.to(torch.float8_e4m3fn)
+    seen["requantized_again"] = end(scheduler)
+    layer.w_kc = keys
+    assert from_disk(scheduler, after)[0]
+    seen["healed"] = answer(scheduler, PROMPTS, NEW_TOKENS)
+    seen["old_after_healing"] = wrong_replicas(rank, scheduler, after)
+    return Updates(**seen)
+
+
+@pytest.fixture(scope="module")
+def updates(
+    ready: Fresh, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Path], list[Updates]]:
+    root = tmp_path_factory.mktemp("updates")
+    checkpoints = [
+        make_checkpoint("deepseek_v2", root / str(seed), seed=seed, num_hidden_layers=2)
+        for seed in (0, 1)
+    ]
+    argv = command_line(checkpoints[0], N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
+    return checkpoints, ready.ranks(live, N, argv, *checkpoints)
+
+
+def test_end_of_an_update_in_place_renews_replicas(updates: Any) -> None:
+    assert [seen.old_after_writing_in_place for seen in updates[1]] == [[]] * N
+
+
+def test_projection_that_cannot_be_replicated_is_refused(updates: Any) -> None:
+    for seen in updates[1]:
+        message, left_out = seen.refusal
         assert "model.layers.1.self_attn cannot be replicated" in message
         assert "Fp8LinearMethod" in message
         assert "--no-dcp-replicate-q-proj" in message
         assert left_out
+
+
+def test_update_that_changed_nothing_leaves_replicas(updates: Any) -> None:
+    for seen in updates[1]:
+        assert not seen.bad_path[0]
+        assert "rank" not in seen.bad_path[1]  # the same on all: as plain TP says it
+        assert seen.kept_after_bad_path
+
+
+def test_session_of_buckets_gathers_once(updates: Any) -> None:
+    for seen in updates[1]:
+        assert seen.gathers == [0, 0, 0, 2 * 2]  # two weights in each of two layers
+        assert not seen.old_after_buckets
+
+
+def test_rank_that_fails_fails_the_request_on_every_rank(updates: Any) -> None:
+    for seen in updates[1]:
+        said = "rank 1: Failed to get weights iterator: disk on fire."
+        assert seen.failing_disk == (False, said)
+        assert not seen.stale_after_disk
+        assert seen.failing_bucket == (False, "rank 2: OSError: disk on fire")
+        assert seen.end_after_bucket == (True, "Success")
+
+
+def test_layer_that_can_no_longer_be_replicated_is_never_served_stale(updates: Any) -> None:
+    checkpoints, by_rank = updates
+    for seen in by_rank:
+        for succeeded, message in (seen.requantized, seen.requantized_again):
+            assert not succeeded
+            assert "model.layers.1.self_attn cannot be replicated" in message
+            assert "torch.float8_e4m3fn" in message
+        assert seen.replicated_after_requantized == [True, False]
+        for tokens, got in zip(PROMPTS, seen.after_requantized, strict=True):
+            check(checkpoints[0], tokens, got, NEW_TOKENS)
+        for tokens, got in zip(PROMPTS, seen.healed, strict=True):
+            check(checkpoints[1], tokens, got, NEW_TOKENS)
+        assert not seen.old_after_healing

@@ -6,6 +6,7 @@ that goes by a backend's name keeps working. Which ones there are: `adapters.py`
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -56,15 +57,16 @@ def check_backend(backend: Any, *, mla: bool) -> None:
             )
 
 
-def absorbed_mla_backends() -> list[str]:
+@functools.cache
+def absorbed_mla_backends() -> tuple[str, ...]:
     """Adapters that take MLA's queries and keys in two parts and return (out, LSE).
 
-    Without those that SGLang's list has itself.
+    Without those that SGLang's list has itself; the same names after the series extended it.
     """
     from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
 
-    return [
+    return tuple(
         record.name
         for record in ADAPTERS
         if record.own_class("MLA") and record.name not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
-    ]
+    )
