@@ -51,6 +51,10 @@ def install_serve_stage() -> None:
         from sglang_helix.series import hooks
 
         verify("launch")
+        # A platform registers its attention backends when this is imported; adapters take the
+        # place of what is there.
+        import sglang.srt.model_executor.model_runner  # noqa: F401
+
         _register(hooks("serve"))
         HookRegistry.apply_hooks()
         verify("serve")

@@ -104,6 +104,24 @@ def test_process_stops_where_something_does_not_import(fresh: Fresh, name: str, 
     assert ("loaded" in stopped.output.splitlines()) == (stage == "serve")
 
 
+def factory_of_torch_native() -> str:
+    """Who makes `torch_native` once a rank of the CPU reference has all it needs."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang_helix import plugin
+
+    plugin.install_serve_stage()
+    import sglang.srt.model_executor.model_runner  # noqa: F401 the platform registers its own
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    return str(ATTENTION_BACKENDS["torch_native"])
+
+
+def test_adapters_take_the_place_of_a_platforms_backend(fresh: Fresh) -> None:
+    assert "create_backend" in fresh.value(factory_of_torch_native)
+
+
 def target_of_another_plugin(target: str) -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
