@@ -82,9 +82,9 @@ def prepare_decode_context_parallel_metadata(
     def indices() -> Tensor:
         """A request's prefix, then its chunk, which the buffer has behind all prefixes."""
         starts = (_starts(extend_prefix_lens), prefix_total + _starts(extend_seq_lens))
-        lens = (extend_prefix_lens, extend_seq_lens)
-        both = (torch.stack(pair, dim=1).flatten() for pair in (starts, lens))
-        return _runs(*both, 1, seq_lens_sum, torch.int32)
+        first = torch.stack(starts, dim=1).flatten()
+        lens = torch.stack((extend_prefix_lens, extend_seq_lens), dim=1).flatten()
+        return _runs(first, lens, 1, seq_lens_sum, torch.int32)
 
     indptr = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
     indptr[1:] = seq_lens.cumsum(0)
