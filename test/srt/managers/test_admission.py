@@ -10,9 +10,9 @@ from unittest.mock import MagicMock
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
+from srt.expected import check, prompt
 from srt.fresh import Fresh
 from srt.models.serving import command_line, serve
-from srt.test_end_to_end import check, prompt
 
 
 class Case(NamedTuple):

@@ -13,6 +13,8 @@ from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.quick
+
 WIDTH = 6  # of a latent row; the last two are the rotary part
 
 # (prefix length, chunk length) of each request of a batch.
