@@ -17,8 +17,6 @@ from sglang_helix.__main__ import main
 from sglang_helix.hook import HOOK_TYPES, SUPPORTED_SGLANG, Hook, Patch, signature_of
 from srt.fresh import Fresh
 
-pytestmark = pytest.mark.quick
-
 HOOKS = list(series.hooks())
 
 

@@ -116,8 +116,8 @@ def resolved(models: dict[str, str]) -> Iterator[Resolve]:
     [
         ("Ampere", "llama", "flashinfer", "triton"),
         ("Ampere", "deepseek_v2", "triton", "triton"),
-        ("Hopper", "llama", "fa3", "triton"),
-        ("Hopper", "deepseek_v2", "fa3", "flashinfer"),
+        ("Hopper", "llama", "fa3", "fa3"),
+        ("Hopper", "deepseek_v2", "fa3", "fa3"),
         ("Blackwell", "llama", "trtllm_mha", "triton"),
         ("Blackwell", "deepseek_v2", "flashinfer", "flashinfer"),
     ],
@@ -142,9 +142,9 @@ def test_a_named_half_is_kept_and_the_other_chosen(resolved: Resolve, half: str)
     flags = {f"{half}_attention_backend": "torch_native"}
     found = resolved("Hopper", "llama", tp_size=4, dcp_size=2, **flags)
     assert found.backends is not None, found.error
-    assert set(found.backends) == {"torch_native", "triton"}
+    assert set(found.backends) == {"torch_native", "fa3"}
     assert found.backends[half == "decode"] == "torch_native"
-    assert "the default here, fa3," in found.said
+    assert "--attention-backend" not in found.said
 
 
 def choices() -> list[str]:
@@ -156,8 +156,8 @@ def choices() -> list[str]:
 # Refused by the series itself, on some machine; the rest needs hardware or models that SGLang
 # asks for first.
 BY_THE_SERIES = {
-    "llama": {"fa3", "fa4", "flashinfer", "flex_attention", "trtllm_mha", "aiter", "wave"},
-    "deepseek_v2": {"fa3", "fa4", "flex_attention", "flashmla", "aiter", "wave"},
+    "llama": {"fa4", "flashinfer", "flex_attention", "trtllm_mha", "aiter", "wave"},
+    "deepseek_v2": {"fa4", "flex_attention", "flashmla", "aiter", "wave"},
 }
 
 
@@ -186,6 +186,23 @@ def test_backends_serve_or_are_refused_by_name(resolved: Resolve, family: str, s
             if f"{flag} {backend} does not serve " in found.error:
                 refused_by_name.add(backend)
     assert refused_by_name >= BY_THE_SERIES[family], BY_THE_SERIES[family] - refused_by_name
+
+
+def test_a_cache_that_a_backend_cannot_read(resolved: Resolve) -> None:
+    """Not taken where none is named; where it is, refused with what reads it."""
+    sharded = {"tp_size": 4, "dcp_size": 2, "kv_cache_dtype": "fp8_e4m3"}
+    latent = resolved("Hopper", "deepseek_v2", **sharded)
+    assert latent.backends == ("flashinfer", "flashinfer"), latent.error
+    assert "--attention-backend flashinfer: the default here, fa3, does not serve" in latent.said
+    named = resolved("Hopper", "deepseek_v2", attention_backend="fa3", **sharded).error
+    assert "--attention-backend fa3 does not read --kv-cache-dtype fp8_e4m3 for MLA" in named
+    assert "with --dcp-size 2 (SGLang would convert the whole pool in every layer)" in named
+    advised = re.search(r"use one of ([\w, ]+)\.", named)
+    assert advised is not None
+    assert "flashinfer" in advised[1]
+    assert "fa3" not in advised[1]
+    keys = resolved("Hopper", "llama", **sharded)
+    assert keys.backends == ("fa3", "fa3"), keys.error
 
 
 @pytest.mark.parametrize("machine", MACHINES)

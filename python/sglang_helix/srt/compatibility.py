@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sglang_helix.srt.layers.attention.adapters import Attention
+
 Status = Literal["works", "refused"]
 
 
@@ -27,6 +29,11 @@ class Situation:
         if self.attn_tp_size is not None:
             return "--attn-tp-size", self.attn_tp_size
         return "--dcp-size", self.args.dcp_size
+
+    @property
+    def attention(self) -> Attention:
+        """What the model's attention is, as the table of adapters has it."""
+        return "MLA" if self.mla else "GQA"
 
     @property
     def mla(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from sglang_helix import plugin
 from sglang_helix.srt.compatibility import Situation, refusals
 from sglang_helix.srt.distributed.topology import Layout, layout_of
-from sglang_helix.srt.layers.attention.adapters import serving
+from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def choose_attention_backend(server_args: Any, previous: Step) -> None:
     if view.dcp_size > 1 and unnamed:
         situation = _situation(server_args)
         defaults = _default_backends(server_args, situation, attention_backends_of(view))
-        working = _working_backends(situation)
+        working = _backends_to_choose(situation)
         if failing := [defaults[half] for half in unnamed if defaults[half] not in working]:
             backend = working[0]
             logger.info(
@@ -185,16 +185,7 @@ def validate(server_args: Any, previous: Step) -> None:
         return
     situation = _situation(server_args)
     reasons = refusals(situation)
-    working, (flag, size) = _working_backends(situation), situation.sharded_by
-    backends = attention_backends_of(view)
-    halves = zip(("prefill-attention", "decode-attention"), backends, strict=True)
-    for half, backend in halves if len(set(backends)) > 1 else [("attention", backends[0])]:
-        if backend not in working:
-            reasons.append(
-                f"--{half}-backend {backend} does not serve "
-                f"{'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}: "
-                f"use one of {', '.join(working)}."
-            )
+    reasons += _backend_refusals(situation, attention_backends_of(view))
     if reasons:
         raise ValueError("\n".join(reasons))
 
@@ -207,12 +198,57 @@ def _situation(server_args: Any) -> Situation:
     )
 
 
-def _working_backends(situation: Situation) -> list[str]:
-    """Names of what serves the model on this machine, in order of preference."""
+def _backends_to_choose(situation: Situation) -> list[str]:
+    """Names of what serves the model and its cache here, in order of preference."""
     from sglang.srt.runtime_context import get_platform
 
-    records = serving("MLA" if situation.mla else "GQA")
-    return [record.name for record in records if record.runs_on(get_platform())]
+    return [
+        record.name
+        for record in serving(situation.attention)
+        if record.is_chosen_on(get_platform(), situation.attention)
+        and not _cache_refusal(record, situation)
+    ]
+
+
+def _backend_refusals(situation: Situation, backends: tuple[str, str]) -> list[str]:
+    """Why the prefill and the decode backend do not serve, where they do not."""
+    from sglang.srt.runtime_context import get_platform
+
+    attention, (flag, size) = situation.attention, situation.sharded_by
+    records = [r for r in serving(attention) if r.runs_on(get_platform(), attention)]
+    fit = {record.name: _cache_refusal(record, situation) for record in records}
+    instead = ", ".join(name for name, refusal in fit.items() if not refusal)
+    halves = [("attention", backends[0])]
+    if len(set(backends)) > 1:
+        halves = list(zip(("prefill-attention", "decode-attention"), backends, strict=True))
+    reasons = []
+    for half, backend in halves:
+        if refusal := fit.get(backend, ""):
+            reasons.append(f"--{half}-backend {backend} {refusal}: use one of {instead}.")
+        elif backend not in fit:
+            reasons.append(
+                f"--{half}-backend {backend} does not serve "
+                f"{'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}: "
+                f"use one of {instead}."
+            )
+        elif not adapter(backend).seen:
+            logger.warning(
+                "--%s-backend %s has not been seen on a GPU with %s.", half, backend, flag
+            )
+    return reasons
+
+
+def _cache_refusal(record: Adapter, situation: Situation) -> str:
+    """Why a backend cannot read the cache as it is asked for; empty where it can."""
+    args, (flag, size) = situation.args, situation.sharded_by
+    what = f"for {'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}"
+    reason = record.no_fp8.get(situation.attention)
+    if reason and str(args.kv_cache_dtype).startswith("fp8"):
+        return f"does not read --kv-cache-dtype {args.kv_cache_dtype} {what} ({reason})"
+    if record.pages and args.page_size not in record.pages:
+        sizes = " or ".join(map(str, record.pages))
+        return f"takes --page-size {sizes}, not {args.page_size}, {what}"
+    return ""
 
 
 # In the order of `attention_backends_of`.

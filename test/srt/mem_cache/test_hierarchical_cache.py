@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Generation, Server
-from srt.expected import check, prompt
-from srt.test_end_to_end import everything_is_free, serve
+from srt.test_end_to_end import check, everything_is_free, prompt, serve
 
 NEW_TOKENS = 4
 PAGE = 4

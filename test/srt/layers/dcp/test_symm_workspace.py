@@ -24,8 +24,6 @@ from sglang_helix.srt.layers.dcp.symm_workspace import (
     is_available,
 )
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[torch.distributed.ProcessGroup]:

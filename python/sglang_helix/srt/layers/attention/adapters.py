@@ -10,7 +10,8 @@ Importing this module imports neither SGLang nor torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
@@ -29,6 +30,11 @@ class Adapter:
     gqa, mla: "module:Class" of what serves GQA and MHA, and MLA; the first one is built, where it
         is the series' own. Classes of SGLang are complete upstream. Empty: it does not serve.
     majors: of the compute capabilities that its kernels are built for; None: any CUDA device.
+        mla_majors: where MLA asks for others.
+    no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
+    pages: the page sizes it takes; None: any.
+    chosen_on: majors where it may be taken when the user names none; None: wherever it runs. Empty
+        for one that has not run on a GPU yet.
     off_cuda: whether it runs where there is no CUDA device, too.
     why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
         upstream's backend, see `Hook`.
@@ -39,7 +45,11 @@ class Adapter:
     gqa: tuple[str, ...] = ()
     mla: tuple[str, ...] = ()
     majors: tuple[int, ...] | None = None
+    mla_majors: tuple[int, ...] | None = None
     off_cuda: bool = False
+    no_fp8: Mapping[Attention, str] = field(default_factory=dict)
+    pages: tuple[int, ...] | None = None
+    chosen_on: tuple[int, ...] | None = None
     why: str = ""
     upstream: str = "none"
     until: str = ""
@@ -58,16 +68,43 @@ class Adapter:
         own = self.own_class("GQA") or self.own_class("MLA")
         return own and own.partition(":")[0].partition(".srt.")[2].replace(".", "/") + ".py"
 
-    def runs_on(self, platform: Any) -> bool:
-        """Whether the machine, SGLang's `get_platform()`, has what its kernels need."""
+    @property
+    def seen(self) -> bool:
+        """Whether it ran on a GPU."""
+        return self.chosen_on != ()
+
+    def runs_on(self, platform: Any, attention: Attention) -> bool:
+        """Whether a user may name it on a machine, SGLang's `get_platform()`.
+
+        Where there is no CUDA device anything goes: Triton's interpreter, stand-ins for kernels.
+        """
+        majors = self.mla_majors if attention == "MLA" and self.mla_majors else self.majors
+        return not platform.is_cuda or majors is None or platform.device_sm // 10 in majors
+
+    def is_chosen_on(self, platform: Any, attention: Attention) -> bool:
+        """Whether it may be taken there where the user names none."""
         if not platform.is_cuda:
             return self.off_cuda
-        return self.majors is None or platform.device_sm // 10 in self.majors
+        chosen = self.chosen_on is None or platform.device_sm // 10 in self.chosen_on
+        return chosen and self.runs_on(platform, attention)
 
 
 # In order of preference: the first that serves the model and runs on the machine is taken where
 # neither the user nor SGLang names one that works.
 ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(
+        "fa3",
+        base2=False,
+        gqa=(f"{_OURS}.flashattention_backend:ShardedFlashAttentionBackend",),
+        mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttentionBackend",),
+        majors=(8, 9),
+        mla_majors=(9,),
+        chosen_on=(9,),
+        no_fp8={"MLA": "SGLang would convert the whole pool in every layer"},
+        why="no DCP: dies at graph capture, or answers from every rank's slots",
+        upstream="sgl-project/sglang#35384, #39440",
+        until="upstream's backend attends the rows of its rank and returns LSEs",
+    ),
     Adapter(
         "flashinfer",
         base2=True,
@@ -112,6 +149,12 @@ ADAPTERS: tuple[Adapter, ...] = (
 def adapter(name: str) -> Adapter:
     """The record of a backend; KeyError where nothing of it serves a sharded cache."""
     return _BY_NAME[name]
+
+
+def record_of(kind: type) -> Adapter:
+    """The record that names a class, or one that it is derived from."""
+    names = {f"{base.__module__}:{base.__qualname__}" for base in kind.__mro__}
+    return next(record for record in ADAPTERS if names & {*record.gqa, *record.mla})
 
 
 def serving(attention: Attention) -> tuple[Adapter, ...]:

@@ -26,6 +26,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
+from sglang_helix.srt.layers.attention.adapters import record_of
+from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.dcp.comm import deferred
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits
 from sglang_helix.srt.layers.dcp.lse_combine import combine
@@ -42,8 +44,15 @@ class ShardedAttention(AttentionBackend):
     """Mixin in front of one of SGLang's attention backends.
 
     Shapes: T tokens of the batch, H query heads of the whole KVP group (H/K of them this rank's
-    own), G key-value heads of the group. Outputs are [T, heads, Dv], LSEs fp32 [T, heads].
+    own), G key-value heads of the group. Outputs are [T, heads, Dv], LSEs fp32 [T, heads], to the
+    base that the adapter's record says.
     """
+
+    # MLA's un-absorbed chunks and their gathered prefix, which no rank shares: upstream's own code
+    # attends them, with its own metadata.
+    upstream_prefill = False
+
+    captured_rows: Tensor | None = None
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
@@ -61,6 +70,8 @@ class ShardedAttention(AttentionBackend):
             // parallel.tp_size
             * self.shard.size
         )
+        self.base2: bool = record_of(type(self)).base2
+        # Of K and V: MLA's store finds the owners by itself.
         self.write_rows: Tensor | None = None
 
     # Seam 3, supplied by the adapter.
@@ -103,10 +114,24 @@ class ShardedAttention(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
         super().init_forward_metadata(forward_batch)
-        if forward_batch.out_cache_loc is not None:
-            self.write_rows = self.shard.write_rows(
-                forward_batch.out_cache_loc, self.pool_page_size
-            )
+        self.prepare_writes(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
+        """Allocate what captured graphs read; filled anew before every replay."""
+        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
+        self.allocate_captured_writes(max_num_tokens)
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Prepare the capture or one replay of a decode graph, in place."""
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        self.prepare_captured_writes(forward_batch, in_capture)
+
+    def get_fused_kv_write_buffers(
+        self, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> None:
+        """None: the fused kernels write at slots, not at rows."""
 
     def forward_decode(
         self,
@@ -127,7 +152,7 @@ class ShardedAttention(AttentionBackend):
         if q_rope is not None:
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
-            queries = _joined(q, q_rope, layer)
+            queries = self.mla_queries(q, q_rope, layer)
             partial = self.partial_decode(queries, layer, forward_batch)
             if not isinstance(partial, Splits):
                 return partial
@@ -154,12 +179,17 @@ class ShardedAttention(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
-    ) -> Tensor:
-        """Attention of a chunk of new tokens per request: [T, own heads * Dv]."""
+    ) -> Any:
+        """Attention of a chunk of new tokens per request: [T, own heads * Dv].
+
+        For MLA's un-absorbed chunks what upstream returns, which may be (out, LSE).
+        """
         q_rope, k_rope = _rope_parts(kwargs)
+        if self.mla and q_rope is None and self.upstream_prefill:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         has_prefix = _any_prefix(forward_batch)
         if q_rope is not None:
-            queries = _joined(q, q_rope, layer)
+            queries = self.mla_queries(q, q_rope, layer)
             latent = torch.cat([k, k_rope.view(*k.shape[:-1], -1)], dim=-1)
             parts = [self.partial_current(queries, latent, k, layer, forward_batch)]
             if has_prefix:
@@ -184,16 +214,55 @@ class ShardedAttention(AttentionBackend):
                 parts.append(self._own_heads(out, lse))
             if save_kv_cache:
                 self._store(layer, forward_batch, k, v)
-        return _merged(parts).flatten(1).to(q.dtype)
+        return self._merged(parts).flatten(1).to(q.dtype)
+
+    # What adapters share.
+
+    def prepare_writes(self, forward_batch: ForwardBatch) -> None:
+        """Rows to write in an eager forward pass."""
+        if not self.mla and forward_batch.out_cache_loc is not None:
+            self.write_rows = self.shard.write_rows(
+                forward_batch.out_cache_loc, self.pool_page_size
+            )
+
+    def allocate_captured_writes(self, max_num_tokens: int) -> None:
+        """Rows to write that captured graphs read."""
+        if not self.mla:
+            self.captured_rows = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
+
+    def prepare_captured_writes(self, forward_batch: ForwardBatch, in_capture: bool) -> None:
+        """Rows to write in the capture or one replay of a graph, in place.
+
+        A replay brings the slots of its real requests only; the graph writes padded rows too, so
+        these go to row 0, which SGLang never allocates.
+        """
+        if self.captured_rows is None:
+            return  # MLA, or an eager pass of a backend that prepares both alike
+        slots = forward_batch.out_cache_loc
+        rows = self.captured_rows[: forward_batch.batch_size]
+        rows.zero_()
+        rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
+        if in_capture:
+            self.write_rows = rows
+
+    def mla_queries(self, q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Any:
+        """MLA's queries as `partial_decode` and the others take them: [T, heads, latent + rope]."""
+        heads = layer.tp_q_head_num
+        return torch.cat(
+            [q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)],
+            dim=-1,
+        )
 
     # Between the seams.
 
     def _group_heads(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of the KVP group's heads, [T, H, Dk]: gathered, or projected by each rank."""
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if layer.tp_q_head_num == self.heads:
             return queries
-        return self.kvp_group.all_gather(queries, dim=1).contiguous()
+        # Heads in front, so that what the ranks bring already stands in order.
+        gathered = self.kvp_group.all_gather(queries.transpose(0, 1).contiguous(), dim=0)
+        return gathered.transpose(0, 1)
 
     def _own_queries(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of this rank's own heads, [T, H/K, Dk]."""
@@ -206,7 +275,7 @@ class ShardedAttention(AttentionBackend):
     def _own_heads(self, out: Tensor, lse: Tensor) -> Partial:
         """Exact attention of this rank's own heads, from every rank's partial results."""
         assert self.exchange is not None
-        return self.exchange(out, lse, self.kvp_group)
+        return self.exchange(out, lse, self.kvp_group, base2=self.base2)
 
     def _own_kv_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """The key-value heads that this rank's own query heads attend to.
@@ -224,6 +293,16 @@ class ShardedAttention(AttentionBackend):
             return k[:, wanted], v[:, wanted]
         index = torch.arange(first, last, device=k.device) // per_group
         return k[:, index], v[:, index]
+
+    def _merged(self, parts: list[Partial]) -> Tensor:
+        """The attention over all parts' keys."""
+        if len(parts) == 1:
+            return parts[0][0]
+        outs, lses = zip(*parts, strict=True)
+        common = torch.promote_types(outs[0].dtype, outs[1].dtype)
+        return combine(
+            torch.stack([out.to(common) for out in outs]), torch.stack(lses), base2=self.base2
+        )
 
     def _store(
         self, layer: RadixAttention, forward_batch: ForwardBatch, k: Tensor, v: Tensor
@@ -248,6 +327,87 @@ class ShardedAttention(AttentionBackend):
         )
 
 
+class ShardedPagedAttention(ShardedAttention):
+    """For kernels that read a page table: metadata of its own takes the place of upstream's.
+
+    A batch's: `pages`, the tokens of this rank that decode or the queries of a chunk attend, and
+    `cu_q` ([B+1] int32) and `max_q`, which queries are whose. Upstream's are prepared beside them
+    where upstream attends: in the prefill of MLA.
+    """
+
+    pages: LocalPages
+    cu_q: Tensor
+    max_q: int
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Prepare one eager forward pass."""
+        self.prepare_writes(forward_batch)
+        mode, batch = forward_batch.forward_mode, forward_batch.batch_size
+        lens, longest = forward_batch.seq_lens, _longest(forward_batch.seq_lens_cpu)
+        device = lens.device
+        if mode.is_decode_or_idle():
+            self.cu_q, self.max_q = _steps(batch, 1, device), 1
+        elif mode.is_target_verify():
+            self.max_q = forward_batch.spec_info.draft_token_num
+            self.cu_q = _steps(batch, self.max_q, device)
+        else:
+            if self.mla:
+                super(ShardedAttention, self).init_forward_metadata(forward_batch)
+            self.cu_q = _summed(forward_batch.extend_seq_lens)
+            self.max_q = max(forward_batch.extend_seq_lens_cpu)
+            lens = forward_batch.extend_prefix_lens
+            longest = max(forward_batch.extend_prefix_lens_cpu)
+        if longest is None:
+            longest = self.max_context_len
+        self.pages = self._allocate_pages(batch, longest)
+        self._fill_pages(self.pages, forward_batch.req_pool_indices, lens)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
+        """Allocate what captured graphs read; filled anew before every replay."""
+        self.allocate_captured_writes(max_num_tokens)
+        self.captured_pages = self._allocate_pages(max_bs, self.max_context_len)
+        self.captured_cu_q = _steps(max_bs, 1, self.device)
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Prepare the capture or one replay of a decode graph, in place."""
+        self.prepare_captured_writes(forward_batch, in_capture)
+        batch = forward_batch.batch_size
+        pages = self.captured_pages.first(batch)
+        self._fill_pages(
+            pages, forward_batch.req_pool_indices[:batch], forward_batch.seq_lens[:batch]
+        )
+        if in_capture:
+            self.pages, self.cu_q, self.max_q = pages, self.captured_cu_q[: batch + 1], 1
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Nothing: see `init_forward_metadata_out_graph`."""
+
+    def _allocate_pages(self, requests: int, tokens: int) -> LocalPages:
+        return LocalPages.allocate(requests, tokens, self.shard, self.pool_page_size, self.device)
+
+    def _fill_pages(self, pages: LocalPages, requests: Tensor, lens: Tensor) -> None:
+        pages.fill(
+            self.req_to_token_pool.req_to_token, requests, lens, self.shard, self.pool_page_size
+        )
+
+
+def _longest(lens: Tensor | None) -> int | None:
+    """Of lengths on the host; None where it does not know them."""
+    return None if lens is None or not lens.numel() else int(lens.max())
+
+
+def _steps(requests: int, queries: int, device: Any) -> Tensor:
+    """[B+1] int32: every request has so many queries."""
+    return torch.arange(0, requests * queries + 1, queries, dtype=torch.int32, device=device)
+
+
+def _summed(lens: Tensor) -> Tensor:
+    """[B+1] int32: where each request's tokens begin, and where the last one's end."""
+    return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
 def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """MLA's rotary parts of query and key; refuses what no adapter computes."""
     q_rope, k_rope = kwargs.pop("q_rope", None), kwargs.pop("k_rope", None)
@@ -258,13 +418,6 @@ def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return q_rope, k_rope
 
 
-def _joined(q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Tensor:
-    heads = layer.tp_q_head_num
-    return torch.cat(
-        [q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)], dim=-1
-    )
-
-
 def _any_prefix(forward_batch: ForwardBatch) -> bool:
     """Whether any request of the batch has cached tokens: the same answer on every rank.
 
@@ -273,11 +426,3 @@ def _any_prefix(forward_batch: ForwardBatch) -> bool:
     """
     lens = forward_batch.extend_prefix_lens_cpu
     return lens is None or any(lens)
-
-
-def _merged(parts: list[Partial]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0][0]
-    outs, lses = zip(*parts, strict=True)
-    common = torch.promote_types(outs[0].dtype, outs[1].dtype)
-    return combine(torch.stack([out.to(common) for out in outs]), torch.stack(lses))

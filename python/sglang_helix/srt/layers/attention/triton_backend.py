@@ -39,27 +39,12 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             # The kernel writes only the splits a request has, the same ones in every layer.
             lse.fill_(-torch.inf)
 
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
-        """Allocate what captured graphs read; filled anew before every replay."""
-        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
-        self.cuda_graph_write_rows = torch.zeros(
-            max_num_tokens, dtype=torch.int64, device=self.device
-        )
-
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Prepare the capture or one replay of a decode graph, in place."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        self.cuda_graph_attn_lse.fill_(-torch.inf)
-        # A replay brings the slots of its real requests only; the graph writes padded rows too, so
-        # these go to row 0, which SGLang never allocates.
-        slots = forward_batch.out_cache_loc
-        rows = self.cuda_graph_write_rows[: forward_batch.batch_size]
-        rows.zero_()
-        rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
-        if in_capture:
-            self.write_rows = rows
+        self.cuda_graph_attn_lse[: forward_batch.batch_size].fill_(-torch.inf)
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch

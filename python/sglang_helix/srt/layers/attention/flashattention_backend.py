@@ -1,0 +1,194 @@
+"""Adapter for FlashAttention 3. Extends `layers/attention/flashattention_backend.py`.
+
+The kernels give a natural LSE [heads, T], and 0 with -inf to a request without tokens. Decode reads
+this rank's pages by lengths of its own, with a page table as wide as a rank needs, since from the
+width follows how finely the kernel splits. Scales of a quantized cache are inside its LSE.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.kernels.ops.attention.flash_attention import (
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+from sglang.srt.mem_cache.layout.paged_view import paged_view
+from torch import Tensor
+
+from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_helix.srt.layers.dcp.partial import Partial
+
+
+class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend):
+    """`fa3` over a sharded cache: GQA, MHA and MLA."""
+
+    upstream_prefill = True
+
+    def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
+        super().__init__(model_runner, **kwargs)
+        if self.mla and model_runner.kv_cache_dtype != model_runner.dtype:
+            # A checkpoint may ask for it too, which start-up does not see.
+            raise NotImplementedError(
+                f"fa3 serves MLA with --dcp-size > 1 from a cache of {model_runner.dtype} alone, "
+                f"and this one is of {model_runner.kv_cache_dtype}: give --kv-cache-dtype "
+                "bfloat16, or another --attention-backend"
+            )
+
+    def mla_queries(
+        self, q: Tensor, q_rope: Tensor, layer: RadixAttention
+    ) -> tuple[Tensor, Tensor]:
+        """The kernel takes the two parts apart: [T, heads, latent] and [T, heads, rope]."""
+        heads = layer.tp_q_head_num
+        return q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)
+
+    def partial_decode(self, q: Any, layer: RadixAttention, forward_batch: ForwardBatch) -> Partial:
+        """See `ShardedAttention.partial_decode`."""
+        return self._cached(q, layer)
+
+    def partial_current(
+        self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> Partial:
+        """See `ShardedAttention.partial_current`."""
+        if forward_batch.forward_mode.is_target_verify():
+            return self._drafts(q, k, v, layer, forward_batch)
+        return self._ragged(q, k, v, layer, self.cu_q, self.max_q, causal=True)
+
+    def partial_prefix(
+        self,
+        q: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        gathered: Tensor | None = None,
+    ) -> Partial:
+        """See `ShardedAttention.partial_prefix`."""
+        if gathered is None:
+            return self._cached(q, layer)
+        lens = forward_batch.extend_prefix_lens
+        starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = max(forward_batch.extend_prefix_lens_cpu)
+        return self._ragged(
+            q, gathered, gathered[..., : layer.v_head_dim], layer, starts, longest, causal=False
+        )
+
+    def _cached(self, q: Any, layer: RadixAttention) -> Partial:
+        """The batch's queries over this rank's pages; each sees all tokens of its request."""
+        if self.mla:
+            q_v, q = q
+            latent = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+            keys = paged_view(latent[..., layer.v_head_dim :], self.page_size)
+            values = paged_view(latent[..., : layer.v_head_dim], self.page_size)
+            scales = (None, None)
+        else:
+            q_v = None
+            keys, values = self.get_paged_mha_kv_cache(layer)
+            q, _, _, *scales = self.prepare_paged_mha_query(
+                q,
+                None,
+                None,
+                layer,
+                logical_batch_size=len(self.cu_q) - 1,
+                kv_head_num=keys.shape[2],
+                is_prefill=self.max_q > 1,
+            )
+        out, lse, *_ = flash_attn_with_kvcache(
+            q,
+            keys,
+            values,
+            qv=q_v,
+            page_table=self.pages.table,
+            cache_seqlens=self.pages.lens,
+            cu_seqlens_q=self.cu_q,
+            max_seqlen_q=self.max_q,
+            k_descale=scales[0],
+            v_descale=scales[1],
+            softmax_scale=layer.scaling,
+            softcap=layer.logit_cap,
+            num_splits=self.num_splits,
+            return_softmax_lse=True,
+            ver=self.fa_impl_ver,
+        )
+        return out, lse.T
+
+    def _ragged(
+        self,
+        q: Any,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        cu_k: Tensor,
+        max_k: int,
+        *,
+        causal: bool,
+    ) -> Partial:
+        """The batch's queries over keys and values that stand request after request."""
+        q_v = None
+        if isinstance(q, tuple):
+            q_v, q = q
+            k = k[..., layer.v_head_dim :]
+        out, lse, *_ = flash_attn_varlen_func(
+            q,
+            k.view(len(k), -1, q.shape[-1]),
+            v.view(len(v), -1, layer.v_head_dim),
+            self.cu_q,
+            cu_k,
+            self.max_q,
+            max_k,
+            qv=q_v,
+            softmax_scale=layer.scaling,
+            softcap=layer.logit_cap,
+            causal=causal,
+            return_softmax_lse=True,
+            ver=self.fa_impl_ver,
+        )
+        return out, lse.T
+
+    def _drafts(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> Partial:
+        """Draft tokens over those of their own tree that they see.
+
+        The kernel has no masks: each draft token becomes a request of one query, whose page table
+        names the drafts it sees, in pages of one token.
+        """
+        drafts = self.max_q
+        visible = _visible_drafts(forward_batch, drafts)
+        # What is seen comes first, in order.
+        order = torch.sort((~visible).int(), dim=1, stable=True).indices
+        trees = torch.arange(0, len(visible), drafts, device=q.device).repeat_interleave(drafts)
+        out, lse, *_ = flash_attn_with_kvcache(
+            q,
+            k.view(len(k), 1, -1, layer.qk_head_dim),
+            v.view(len(v), 1, -1, layer.v_head_dim),
+            page_table=(order + trees[:, None]).int(),
+            cache_seqlens=visible.sum(1, dtype=torch.int32),
+            cu_seqlens_q=torch.arange(len(q) + 1, dtype=torch.int32, device=q.device),
+            max_seqlen_q=1,
+            softmax_scale=layer.scaling,
+            softcap=layer.logit_cap,
+            num_splits=self.num_splits,
+            return_softmax_lse=True,
+            ver=self.fa_impl_ver,
+        )
+        return out, lse.T
+
+
+def _visible_drafts(forward_batch: ForwardBatch, drafts: int) -> Tensor:
+    """[B * drafts, drafts] bool: which drafts of its request each draft sees.
+
+    SGLang's mask has a row for each draft, over the cached tokens and then the drafts.
+    """
+    columns = forward_batch.seq_lens + drafts
+    before = drafts * (columns.cumsum(0) - columns)
+    own = torch.arange(drafts, device=columns.device)
+    first = before[:, None] + own * columns[:, None] + forward_batch.seq_lens[:, None]
+    cells = (first[..., None] + own).view(-1, drafts)
+    return forward_batch.spec_info.custom_mask[cells]
