@@ -1,1 +1,43 @@
-"""Its presence puts this folder on sys.path: tests import helpers as ``srt.distributed.ranks``."""
+"""How the tests run: servers forked, and in several processes where the machine has room.
+
+Its presence puts this folder on sys.path: tests import helpers as ``srt.distributed.ranks``.
+"""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+from sglang_cpu_reference.server import Server
+
+# What a process of tests takes with its servers and ranks, GiB.
+MEMORY_OF_A_WORKER = 9
+
+
+def pytest_configure() -> None:
+    # The tests of the platform itself start the command (`cold`).
+    Server.forks = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: none beside this process where a GPU is to be shared or timed."""
+    if Path("/dev/nvidia0").exists():
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, psutil.virtual_memory().total // (MEMORY_OF_A_WORKER << 30))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`--dist loadgroup`: a file's tests share a process, but for those with their own server."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        if item.get_closest_marker("server") and not _shares(item):
+            continue
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _shares(item: pytest.Item) -> bool:
+    """Whether the test uses what others of its file use too."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    return any(fixture.scope == "module" for found in fixtures for fixture in found)

@@ -15,9 +15,11 @@ meet the same modules as under spawn.
 
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +27,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 _libc = ctypes.CDLL(None)
-_PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
+PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
 
 
 def start_early() -> None:
@@ -42,6 +44,29 @@ def use(*_ignored: object) -> None:
     multiprocessing.context._default_context._actual_context = _Context()  # type: ignore[attr-defined]
 
 
+def fork() -> None:
+    """Let a fork of this process, which has imported all that is preloaded, be the fork server."""
+    server: Any = multiprocessing.forkserver._forkserver
+    address = multiprocessing.connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        os.chmod(address, 0o600)
+        listener.listen()
+        alive_reader, alive_writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(alive_writer)
+                stand_between()
+                multiprocessing.forkserver.main(listener.fileno(), alive_reader, preload=[])
+            finally:
+                os._exit(0)
+        os.close(alive_reader)
+    server._forkserver_address = address
+    server._forkserver_alive_fd = alive_writer
+    server._forkserver_pid = pid
+
+
 def stand_between() -> None:
     """In the fork server, between the launcher and its ranks."""
     die_with_parent()
@@ -56,7 +81,7 @@ def die_with_parent() -> None:
 
 
 def _start() -> None:
-    multiprocessing.forkserver.set_forkserver_preload([f"{__package__}.preload", *_PRELOADED])
+    multiprocessing.forkserver.set_forkserver_preload([f"{__package__}.preload", *PRELOADED])
     multiprocessing.forkserver.ensure_running()
 
 

@@ -18,9 +18,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
-from sglang_cpu_reference import PLATFORM_NAME
+from sglang_cpu_reference import PLATFORM_NAME, warm
 from sglang_cpu_reference.forkserver import die_with_parent
 from sglang_cpu_reference.oracle import Completion
 
@@ -48,9 +48,13 @@ class Server:
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
     of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
     start_timeout: seconds until health before ServerError. progress: report on stderr while
-    starting. The log is at ``log_path`` while the server lives, which is at most as long as the
-    thread that started it.
+    starting. cold: start the command itself even where servers are forked. The log is at
+    ``log_path`` while the server lives, which is at most as long as the thread that started it.
     """
+
+    #: Whether this process forks its servers on the CPU platform instead (see `warm`); those with
+    #: further environment variables, which may be read at import, are never forked.
+    forks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Server:
         env: Mapping[str, str] | None = None,
         start_timeout: float = 300,
         progress: bool = True,
+        cold: bool = False,
     ) -> None:
         self.port = free_port()
         self.command = [
@@ -72,22 +77,26 @@ class Server:
         self.start_timeout = start_timeout
         self.progress = progress
         self.start_seconds: float | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self.warm = self.forks and platform == PLATFORM_NAME and not env and not cold
+        self._process: subprocess.Popen[bytes] | warm.Forked | None = None
 
     def __enter__(self) -> Self:
         log, name = tempfile.mkstemp(prefix="sglang-server-", suffix=".log")
         self.log_path = Path(name)
-        # A session of its own, so that the whole family can be signalled at once.
-        self._process = subprocess.Popen(
-            self.command,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            # A test runner that is killed must not leave a server behind.
-            preexec_fn=die_with_parent,  # noqa: PLW1509 one system call, no lock taken
-        )
+        if self.warm:
+            self._process = warm.source().start(self.command[3:], self.env, self.log_path)
+        else:
+            # A session of its own, so that the whole family can be signalled at once.
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # A test runner that is killed must not leave a server behind.
+                preexec_fn=die_with_parent,  # noqa: PLW1509 one system call, no lock taken
+            )
         os.close(log)
         try:
             self._wait_until_healthy()

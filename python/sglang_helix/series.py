@@ -349,6 +349,44 @@ A2A = Patch(
             until="the scheduler passes the allocator's page size",
         ),
         Hook(
+            target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.managers.schedule_policy:add_one_req",
+            signature="self, req, has_chunked_req, truncation_align_size",
+            why="a prompt that reaches into the pool's last two pages is accepted and waits for "
+            "ever, and everything behind it; K times as many lengths as in plain TP",
+            how="asks for no page in reserve where nothing else runs",
+            upstream="none",
+            until="upstream admits what fits an idle pool",
+        ),
+        Hook(
+            target="sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.managers.scheduler:init_req_max_new_tokens",
+            signature="self, req",
+            why="a prompt with no room for an answer gets one of no token, with finish reason "
+            "length; so does one that --allow-auto-truncate is about to shorten",
+            how="shortens first, and refuses with the numbers",
+            upstream="none",
+            until="upstream refuses such a prompt",
+        ),
+        Hook(
+            target="sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
+            ".max_new_tokens_for_memory",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.allocator.base:max_new_tokens_for_memory",
+            signature="self, input_tokens, max_new_tokens, token_capacity, sliding_window_size, "
+            "chunk_size",
+            why="keeps back a page and the rest of another, so that answers are empty while a page "
+            "is free; K times as many lengths as in plain TP",
+            how="gives the answer all slots but those that a decode step takes ahead",
+            upstream="none",
+            until="upstream counts slots and not pages",
+        ),
+        Hook(
             target="sglang.srt.managers.scheduler_components.invariant_checker"
             ".SchedulerInvariantChecker._check_full_pool",
             kind="around",

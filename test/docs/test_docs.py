@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("render", ROOT / "docs/render.py")
 assert spec is not None
@@ -23,8 +25,9 @@ def test_readme_names_the_attention_backends() -> None:
     assert render.backends_sentence() in " ".join((ROOT / "README.md").read_text().split())
 
 
-@pytest.mark.parametrize("page", ["README.md", *(p.name for p in ROOT.glob("docs/*.md"))])
-def test_links_lead_somewhere(page: str) -> None:
-    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
-        assert (path.parent / target).exists(), f"{page} links to {target}"
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"

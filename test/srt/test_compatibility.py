@@ -15,6 +15,8 @@ from sglang_helix.srt.compatibility import TABLE, Row, Situation, refusals
 from srt.fresh import Fresh
 from srt.test_server_args import ELSEWHERE, FLAGS, UPSTREAM
 
+pytestmark = pytest.mark.quick
+
 #: What asks for each feature: attributes of the arguments or of the model, or a variable.
 #: "beside": further arguments, which are not what is refused.
 ASKED: dict[str, dict[str, Any]] = {

@@ -196,7 +196,7 @@ def child():
 if __name__ == "__main__":
     told = []
     signal.signal(signal.SIGQUIT, lambda *_: told.append(True))
-    forkserver._PRELOADED = ()
+    forkserver.PRELOADED = ()
     os.environ["EARLIER"] = "set"
     forkserver.use()
     del os.environ["EARLIER"]
@@ -226,7 +226,7 @@ def child(pipe):
     time.sleep(60)
 
 if __name__ == "__main__":
-    forkserver._PRELOADED = ()
+    forkserver.PRELOADED = ()
     forkserver.use()
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.Process(target=child, args=(theirs,)).start()
@@ -277,15 +277,16 @@ def nothing_left_of(server: Server) -> Iterator[None]:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("name", "tp"),
+    ("name", "tp", "cold"),
     # Four ranks share two key-value heads: SGLang replicates those, and the platform lets it.
-    # One rank, and more families, serve in test_end_to_end.py.
-    [("llama", 4), ("deepseek_v2", 2)],
+    # One rank, and more families, serve in test_end_to_end.py. Both ways to start are tried.
+    [("llama", 4, True), ("deepseek_v2", 2, False)],
 )
-def test_plain_tp_equals_transformers(name: str, tp: int, tmp_path: Path) -> None:
+def test_plain_tp_equals_transformers(name: str, tp: int, cold: bool, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(name, tmp_path)
     oracle = Oracle(checkpoint)
-    server = Server(checkpoint, "--tp", str(tp), "--chunked-prefill-size", "37")
+    server = Server(checkpoint, "--tp", str(tp), "--chunked-prefill-size", "37", cold=cold)
+    assert server.warm != cold
     with nothing_left_of(server):
         for length in (1, 2, 37, 150):
             check(server.generate(prompt(length), 8), oracle.generate(prompt(length), 8))
@@ -318,13 +319,15 @@ def test_plain_tp_equals_transformers(name: str, tp: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.server
-def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_server_that_dies_says_why(cold: bool, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", tmp_path)
     with (
-        pytest.raises(ServerError, match="runs on --device cpu only, not 'cuda'"),
-        Server(checkpoint, "--device", "cuda", progress=False),
+        pytest.raises(ServerError, match="exited with status 1 after") as died,
+        Server(checkpoint, "--device", "cuda", progress=False, cold=cold),
     ):
         pytest.fail("served")
+    assert "runs on --device cpu only, not 'cuda'" in str(died.value)
 
 
 @pytest.mark.server
@@ -333,7 +336,7 @@ def test_a_server_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     before = {p.pid for p in psutil.Process(os.getpid()).children(recursive=True)}
     with (
         pytest.raises(ServerError, match="not healthy after 1 s"),
-        Server(checkpoint, start_timeout=1, progress=False),
+        Server(checkpoint, start_timeout=1, progress=False, cold=True),
     ):
         pytest.fail("served")
     assert {p.pid for p in psutil.Process(os.getpid()).children(recursive=True)} <= before

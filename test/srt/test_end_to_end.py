@@ -7,16 +7,14 @@ with SGLang. Each rank checks at idle that no slot of its pool is lost (see
 
 import itertools
 import json
-import random
 import threading
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from sglang_cpu_reference.oracle import Completion, Oracle
-from sglang_cpu_reference.server import Generation, Server
+from sglang_cpu_reference.server import Server
+from srt.expected import check, expected, oracle, prompt  # noqa: F401 until their users land
 
 FAMILIES = ("llama", "qwen3", "deepseek_v2")
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))
@@ -34,14 +32,6 @@ CHUNKS = {(2, 2): 192, (4, 2): 77, (4, 4): 80, (1, 1): 77}
 NEW_TOKENS = 6
 # Rows of each rank's pool.
 ROWS = 4096
-# fp32 against fp32; the observed difference is below 1e-5.
-LOGPROB_TOLERANCE = 1e-4
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    """Random bytes; the first one tells prompts apart, so that none is another's prefix."""
-    generator = random.Random(f"{length} {seed}")
-    return [(length + 101 * seed) % 256, *(generator.randrange(256) for _ in range(length - 1))]
 
 
 def lengths(page: int, ranks: int, chunk: int) -> list[int]:
@@ -54,31 +44,6 @@ def lengths(page: int, ranks: int, chunk: int) -> list[int]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: make_checkpoint(family, root / family) for family in FAMILIES}
-
-
-@cache
-def oracle(checkpoint: Path) -> Oracle:
-    return Oracle(checkpoint)
-
-
-@cache
-def expected(checkpoint: Path, prompt: tuple[int, ...], new_tokens: int) -> Completion:
-    return oracle(checkpoint).generate(prompt, new_tokens)
-
-
-def check(checkpoint: Path, tokens: list[int], answer: Generation, new_tokens: int) -> None:
-    want = expected(checkpoint, tuple(tokens), new_tokens)
-    got = answer.completion
-    assert got.token_ids == want.token_ids, f"prompt of {len(tokens)} tokens"
-    for ours, theirs in zip(got.top, want.top, strict=True):
-        assert [t for t, _ in ours] == [t for t, _ in theirs] or _tied(theirs)
-        for (_, a), (_, b) in zip(ours, theirs, strict=True):
-            assert abs(a - b) < LOGPROB_TOLERANCE, f"prompt of {len(tokens)} tokens"
-
-
-def _tied(top: list[tuple[int, float]]) -> bool:
-    """Whether two neighbours are too close for their order to mean anything."""
-    return any(a - b < LOGPROB_TOLERANCE for (_, a), (_, b) in itertools.pairwise(top))
 
 
 def serve(

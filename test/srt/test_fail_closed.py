@@ -17,8 +17,8 @@ from sglang_helix.srt.entrypoints.engine import check_reports, launch_scheduler_
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 from sglang_helix.srt.managers.data_parallel_controller import add_series_reports
 from sglang_helix.srt.managers.scheduler import SERIES_KEY
+from srt.expected import check, prompt
 from srt.fresh import Fresh
-from srt.test_end_to_end import check, prompt
 
 LAUNCH = [h.target for h in series.hooks("launch") if h.kind in HOOK_TYPES]
 SERVE = [h.target for h in series.hooks("serve") if h.kind in HOOK_TYPES]

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server, ServerError
-from srt.test_end_to_end import check, prompt
+from srt.expected import check, prompt
 
 TOKENS = 12
 

@@ -17,9 +17,10 @@ from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server
 from sglang_helix.srt.layers.attention.adapters import Attention, adapter, serving
 from srt import share_gpu
+from srt.expected import prompt
 from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
 from srt.speculative.test_ngram import needs_compiler
-from srt.test_end_to_end import everything_is_free, prompt
+from srt.test_end_to_end import everything_is_free
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,6 +7,8 @@ import pytest
 from sglang_helix.__main__ import main
 from sglang_helix.layout import Shape, rows
 
+pytestmark = pytest.mark.quick
+
 GQA = Shape(64, 8, 128, 128, 256, 80)
 MLA = Shape(128, None, 576, 512, 576, 61)
 

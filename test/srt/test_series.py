@@ -17,6 +17,8 @@ from sglang_helix.__main__ import main
 from sglang_helix.hook import HOOK_TYPES, SUPPORTED_SGLANG, Hook, Patch, signature_of
 from srt.fresh import Fresh
 
+pytestmark = pytest.mark.quick
+
 HOOKS = list(series.hooks())
 
 

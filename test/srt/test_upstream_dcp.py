@@ -32,6 +32,8 @@ from sglang_helix.srt.mem_cache.memory_pool import mla_set_kv_buffer
 from srt.slots import Slots
 from srt.threads import ThreadGroup, run_threads
 
+pytestmark = pytest.mark.quick
+
 INF = math.inf
 LAYER = SimpleNamespace(layer_id=0)
 SHARDS = [KVShard(size, rank) for size in (1, 2, 3, 4, 8) for rank in range(size)]

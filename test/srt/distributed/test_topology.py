@@ -12,6 +12,8 @@ from sglang_helix.srt.distributed.topology import (
     legal_layouts,
 )
 
+pytestmark = pytest.mark.quick
+
 SIZES = range(1, 17)
 LAYOUTS = [Layout(tp, kvp) for tp in SIZES for kvp in divisors(tp)]
 

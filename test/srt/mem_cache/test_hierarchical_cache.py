@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Generation, Server
-from srt.test_end_to_end import check, everything_is_free, prompt, serve
+from srt.expected import check, prompt
+from srt.test_end_to_end import everything_is_free, serve
 
 NEW_TOKENS = 4
 PAGE = 4

@@ -9,6 +9,8 @@ from sglang_cpu_reference import kv_transfer
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.mem_cache.pool_host.mha import ShardedMHATokenToKVPoolHost
 
+pytestmark = pytest.mark.quick
+
 PAGE, ROWS, LAYERS, HEADS, DIM = 4, 48, 2, 2, 8
 LAYOUTS = ("layer_first", "page_first_direct")
 

@@ -10,6 +10,8 @@ from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.mem_cache import memory_pool
 from srt import threads
 
+pytestmark = pytest.mark.quick
+
 ROWS, PAGE = 24, 4
 
 

@@ -9,6 +9,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang_helix.srt.layers.dcp import exchange
 from sglang_helix.srt.model_executor import model_runner
 
+pytestmark = pytest.mark.quick
+
 
 class Attention(torch.nn.Module):
     """Layers of two widths, as in models whose value heads differ between layers."""

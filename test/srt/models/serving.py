@@ -17,10 +17,14 @@ from srt.fresh import Fresh
 
 
 class Answer(NamedTuple):
-    """A request's completion, and how many tokens of its prompt the prefix cache had."""
+    """A request's completion, how many tokens of its prompt the prefix cache had, and its end.
+
+    finish: SGLang's own account, as its HTTP answers have it ("type", "message", "status_code").
+    """
 
     completion: Completion
     cached_tokens: int
+    finish: dict[str, Any]
 
 
 class Report(NamedTuple):
@@ -106,7 +110,7 @@ def _answer_to(request: Any) -> Answer:
         logprob.output_token_logprobs_val,
         [list(zip(tokens, values, strict=True)) for tokens, values in top],
     )
-    return Answer(completion, request.cached_tokens)
+    return Answer(completion, request.cached_tokens, request.finished_reason.to_json())
 
 
 def _request(name: str, prompt: Sequence[int], new_tokens: int) -> Any:

@@ -13,9 +13,9 @@ from sglang_helix.hook import Hook
 from sglang_helix.series import hooks
 from sglang_helix.srt.layers.attention.attention_registry import absorbed_mla_backends
 from sglang_helix.srt.models.deepseek_v2 import forward_absorb_core
+from srt.expected import oracle
 from srt.fresh import Fresh
 from srt.models.test_models import CHUNK, serve_and_check
-from srt.test_end_to_end import oracle
 
 ORIGINAL_MAX, BETA = CHUNK + 2, 1.0
 

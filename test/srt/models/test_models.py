@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
+from srt.expected import check, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Report, serve
-from srt.test_end_to_end import check, prompt
 
 NEW_TOKENS = 4
 PAGE = 2

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sglang_cpu_reference.checkpoints import make_checkpoint
+from srt.expected import check, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Answer, answer, command_line, scheduler_of
-from srt.test_end_to_end import check, prompt
 
 N, A = 4, 2
 K = N // A

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.test_end_to_end import check, everything_is_free, prompt, serve
+from srt.expected import check, prompt
+from srt.test_end_to_end import everything_is_free, serve
 
 NEW_TOKENS = 6
 LENGTHS = (1, 19, 33)

@@ -1,8 +1,9 @@
-"""Each rank says what it runs. Extends `managers/scheduler.py`."""
+"""What each rank runs, and which prompts it takes. Extends `managers/scheduler.py`."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from sglang_helix.srt.distributed.topology import Layout
@@ -43,6 +44,29 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
         check_backend(runner.attn_backend, mla=runner.use_mla_backend)
         for line in describe(layout, runner, report):
             logger.info(line)
+
+
+def init_req_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any) -> None:
+    """Bound a request's answer by the pool, and refuse a prompt that leaves none.
+
+    Upstream answers that one with no token and finish reason `length`. It also shortens a prompt
+    (`--allow-auto-truncate`) only after it has found no room behind the whole one.
+    """
+    from sglang.srt.managers.utils import validate_input_length
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+    from sglang.srt.runtime_context import get_serving
+
+    if get_serving().allow_auto_truncate:
+        validate_input_length(req, scheduler.max_req_input_len, True)
+    asked = req.sampling_params.max_new_tokens
+    original(scheduler, req)
+    length = len(req.origin_input_ids)
+    if length < scheduler.max_req_input_len and asked != 0 == req.sampling_params.max_new_tokens:
+        req.set_finish_with_abort(
+            f"Input length ({length} tokens) leaves no room for an answer: the KV cache holds "
+            f"{scheduler.max_total_num_tokens} tokens, and a step takes "
+            f"{get_alloc_reserve_per_decode()} ahead, draft tokens among them. Use a shorter input."
+        )
 
 
 def kv_bytes(pool: Any) -> int | None:

@@ -21,6 +21,8 @@ from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
 
+pytestmark = pytest.mark.quick
+
 RELATIVE_ERROR = 2e-6
 
 

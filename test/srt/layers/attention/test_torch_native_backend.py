@@ -19,6 +19,8 @@ from sglang_helix.srt.layers.attention.torch_native_backend import (
     refuse_unsupported,
 )
 
+pytestmark = pytest.mark.quick
+
 RELATIVE_ERROR = 2e-6
 
 

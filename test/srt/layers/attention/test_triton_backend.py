@@ -9,6 +9,8 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def backend() -> ShardedTritonAttnBackend:

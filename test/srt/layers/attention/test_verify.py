@@ -20,6 +20,8 @@ from srt.layers.attention.test_sharded import (  # noqa: F401 the fixture
 from srt.slots import Slots
 from srt.threads import ThreadGroup, run_threads
 
+pytestmark = pytest.mark.quick
+
 # Cached tokens of each request: fewer than ranks, and around a page.
 CACHED = {0: 1, 1: 16, 2: 7}
 # A chain, and a tree of two branches; parents of the drafts after the first.

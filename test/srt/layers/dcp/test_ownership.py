@@ -5,6 +5,8 @@ import torch
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.slots import Slots
 
+pytestmark = pytest.mark.quick
+
 RANKS = (1, 2, 3, 4, 6, 8)
 PAGES = (1, 16, 64)
 LENGTHS = (1, 2, 5, 63, 64, 65, 200)

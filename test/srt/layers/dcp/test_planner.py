@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from sglang.srt.layers.dcp.metadata import DecodeContextParallelMetadata
 from sglang_helix.srt.layers.dcp import planner
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.quick
 
 WIDTH = 6  # of a latent row; the last two are the rotary part
 
@@ -35,6 +39,22 @@ def _ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "get_parallel", get_parallel)
     monkeypatch.setattr(planner, "get_attn_backend", lambda: backend)
     monkeypatch.setattr(comm, "get_parallel", get_parallel)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of every tensor that operations make in a ``with`` statement."""
+
+    made = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.made += storage.nbytes() if storage.data_ptr() not in given else 0
+        return result
 
 
 def token(request: int, position: int) -> list[float]:
@@ -127,6 +147,27 @@ def test_the_buffer_takes_no_memory_before_it_is_used() -> None:
             made.dcp_kv_buffer  # noqa: B018 asking for it is what allocates
 
     run_threads(alone, 2)
+
+
+def test_the_plan_takes_no_more_memory_than_it_must() -> None:
+    """Eight bytes for each of this rank's tokens; for each of the batch's only when asked."""
+
+    def alone(rank: int, group: ThreadGroup) -> None:
+        batch = [(6000, 10), (0, 7), (2000, 5)]
+        slots = Slots(group.world_size, 16, pages=600)
+        for request, lens in enumerate(batch):
+            slots.extend(request, sum(lens))
+        local, tokens, small = 8000 // group.world_size, 8022, 4096
+        with Memory() as planning:
+            made = plan(batch, slots)
+        # The helper's tables, then steps and sums, slots, rows.
+        tables = 2 * 4 * slots.table().numel()
+        assert planning.made < tables + (2 * 8 + 2 * 4) * local + small
+        with Memory() as asking:
+            assert made.dcp_kv_indices.dtype == torch.int32
+        assert asking.made < 2 * 4 * tokens + small
+
+    run_threads(alone, 4)
 
 
 def test_nothing_to_plan_without_a_sharded_cache() -> None:

@@ -7,6 +7,8 @@ import random
 import pytest
 from srt.layers.dcp.symm_model import Model, ViolationError, run_at_random, run_in_every_order
 
+pytestmark = pytest.mark.quick
+
 PROTOCOLS = ("lamport", "push", "pull")
 
 
@@ -17,7 +19,10 @@ def model(protocol: str = "lamport", calls: int = 4, rows: int = 1, **options) -
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "size",
-    [{"calls": 4, "words": 2, "programs": 1}, {"calls": 2, "words": 1, "programs": 2, "rows": 2}],
+    [
+        {"calls": 4, "words": 2, "programs": 1},
+        pytest.param({"calls": 2, "words": 1, "programs": 2, "rows": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_in_every_order(protocol: str, size: dict[str, int]) -> None:
     assert run_in_every_order(model(protocol, **size)) > 2000
@@ -27,7 +32,9 @@ def test_three_ranks_in_every_order() -> None:
     assert run_in_every_order(model(ranks=3, calls=3, words=1, programs=1)) > 10_000
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+)
 def test_any_mix_of_calls_in_random_orders(ranks: int) -> None:
     for seed in range(60):
         draw = random.Random(seed)

@@ -24,6 +24,8 @@ from sglang_helix.srt.layers.dcp.symm_workspace import (
     is_available,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[torch.distributed.ProcessGroup]:

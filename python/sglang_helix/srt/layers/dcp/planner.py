@@ -21,21 +21,29 @@ from sglang_helix.srt.layers.dcp.ownership import KVShard
 
 
 class ExtendMetadata(DecodeContextParallelMetadata):
-    """Upstream's metadata, whose buffer is allocated when it is first asked for.
+    """Upstream's metadata, of which what is as long as the batch is made when first asked for.
 
     An extend in absorbed form asks for it. One that gathers the prefixes in chunks (FlashInfer)
     never does, and the buffer of 8 requests with a million tokens each takes 9.7 GB.
     """
 
-    def __init__(self, new_buffer: Callable[[], Tensor], **fields: Any) -> None:
+    def __init__(
+        self, new_buffer: Callable[[], Tensor], new_indices: Callable[[], Tensor], **fields: Any
+    ) -> None:
         super().__init__(**fields)
-        del self.dcp_kv_buffer  # the None that upstream puts before the property
-        self._new_buffer = new_buffer
+        # The None that upstream puts before the properties.
+        del self.dcp_kv_buffer, self.dcp_kv_indices
+        self._new_buffer, self._new_indices = new_buffer, new_indices
 
     @cached_property
     def dcp_kv_buffer(self) -> Tensor:
         """[tokens, 1, width]: all prefixes, request after request, then all current chunks."""
         return self._new_buffer()
+
+    @cached_property
+    def dcp_kv_indices(self) -> Tensor:
+        """int32 [tokens]: where the buffer has each request's tokens, in order of position."""
+        return self._new_indices()
 
 
 def prepare_decode_context_parallel_metadata(
@@ -53,10 +61,9 @@ def prepare_decode_context_parallel_metadata(
 ) -> DecodeContextParallelMetadata | None:
     """Plan one extend batch of B requests; None when the cache is not sharded.
 
-    The gathered buffer holds all prefixes, request after request, then all current chunks.
     `dcp_local_prefix_kv_indices`: rows of this rank's pool, request after request, position
-    rising. `dcp_kv_indptr` [B + 1] and `dcp_kv_indices` [seq_lens_sum] address each request's
-    tokens in the buffer in order of position. No value is read back from the device.
+    rising. `dcp_kv_indptr` int32 [B + 1]: where each request's tokens begin in `dcp_kv_indices`.
+    No value is read back from the device.
     """
     parallel = get_parallel()
     if not parallel.dcp_enabled:
@@ -68,24 +75,25 @@ def prepare_decode_context_parallel_metadata(
     local_total = sum(
         (length + shard.size - 1 - shard.rank) // shard.size for length in extend_prefix_lens_cpu
     )
-    request, nth = _enumerate(local_lens, local_total)
-    slots = req_to_token[req_pool_indices[request], nth * shard.size + shard.rank]
+    # Of the table as one row: the first slot of each request that is this rank's, every K-th on.
+    first = req_pool_indices * req_to_token.shape[1] + shard.rank
+    slots = req_to_token.flatten()[_runs(first, local_lens, shard.size, local_total, torch.int64)]
 
-    request, position = _enumerate(seq_lens, seq_lens_sum)
-    prefix_start = _starts(extend_prefix_lens)[request]
-    chunk_start = prefix_total + _starts(extend_seq_lens)[request]
-    prefix_len = extend_prefix_lens[request]
-    indices = torch.where(
-        position < prefix_len, prefix_start + position, chunk_start + position - prefix_len
-    )
+    def indices() -> Tensor:
+        """A request's prefix, then its chunk, which the buffer has behind all prefixes."""
+        starts = (_starts(extend_prefix_lens), prefix_total + _starts(extend_seq_lens))
+        first = torch.stack(starts, dim=1).flatten()
+        lens = torch.stack((extend_prefix_lens, extend_seq_lens), dim=1).flatten()
+        return _runs(first, lens, 1, seq_lens_sum, torch.int32)
+
     indptr = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
     indptr[1:] = seq_lens.cumsum(0)
     return ExtendMetadata(
         lambda: torch.empty(
             (seq_lens_sum, *kv_buffer_shape[1:]), dtype=kv_cache_dtype, device=kv_cache_device
         ),
+        indices,
         dcp_kv_indptr=indptr,
-        dcp_kv_indices=indices.to(torch.int32),
         dcp_local_prefix_kv_indices=get_attn_backend().kv_index_translator.translate_dcp_read_ids(
             slots
         ),
@@ -94,13 +102,19 @@ def prepare_decode_context_parallel_metadata(
 
 
 def _starts(lens: Tensor) -> Tensor:
-    """Where each request's run begins when runs of `lens` [B] are laid end to end."""
+    """Where each run begins when runs of `lens` [R] are laid end to end."""
     return lens.cumsum(0) - lens
 
 
-def _enumerate(lens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(request, place within it) of each of `total` entries of runs of `lens` [B]."""
-    request = torch.repeat_interleave(
-        torch.arange(len(lens), device=lens.device), lens, output_size=total
-    )
-    return request, torch.arange(total, device=lens.device) - _starts(lens)[request]
+def _runs(first: Tensor, lens: Tensor, step: int, total: int, dtype: torch.dtype) -> Tensor:
+    """Runs laid end to end: first[r], first[r] + step, ..., lens[r] of them; `total` in all.
+
+    One walk: a step for each entry, and where a run begins what leads to its first as well. So
+    nothing is made per entry but the steps and their sums, and runs of no entry do no harm.
+    """
+    begins = _starts(lens)
+    behind = first - step * begins
+    steps = torch.full((total + 1,), step, dtype=dtype, device=lens.device)
+    steps[:1] = 0
+    steps.index_add_(0, begins, behind.diff(prepend=behind.new_zeros(1)).to(dtype))
+    return steps.cumsum(0, dtype=dtype)[:total]

@@ -1,0 +1,137 @@
+"""Servers forked from a process that has imported SGLang, so that a start costs no imports.
+
+A server's launcher and its fork server (see `forkserver`) each spend ten seconds of CPU time
+importing SGLang, and a run of the tests starts dozens of servers. Here a process imports what both
+import, before any plugin is loaded, and forks: the child is the launcher, becomes what
+``python -m sglang.launch_server`` is, and forks the fork server of its ranks before it does
+anything. From there on all is as after a cold start, but for the modules that are imported earlier.
+
+One such process lives as long as the one that uses it.
+"""
+
+import gc
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+from sglang_cpu_reference import PLATFORM_NAME, forkserver
+
+_MODULE = "sglang.launch_server"
+# A rank imports every model, a second time as long as all before it; here it has them already.
+_IMPORTED = (
+    "sglang.srt.entrypoints.http_server",
+    *forkserver.PRELOADED,
+    "sglang.srt.models.registry",
+)
+
+
+class Forked:
+    """A server's launcher, with what is used here of `subprocess.Popen`."""
+
+    def __init__(self, source: "Source", pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._source = source
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._source.ask("status", self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once there is one; raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(_MODULE, timeout or 0.0)
+            time.sleep(0.05)
+        return status
+
+    def terminate(self) -> None:
+        """Ask it to end, unless it is known to have ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class Source:
+    """The process that servers are forked from, with this environment. Ends with its user."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._lock = threading.Lock()
+        self._connection, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+
+    def start(self, flags: Sequence[str], env: Mapping[str, str], log: Path) -> Forked:
+        """``python -m sglang.launch_server`` with these flags, in a session of its own."""
+        return Forked(self, self.ask("start", list(flags), dict(env), os.getcwd(), str(log)))
+
+    def ask(self, *question: Any) -> Any:
+        """What the process answers; raises EOFError when it is gone."""
+        with self._lock:
+            self._connection.send(question)
+            return self._connection.recv()
+
+
+@cache
+def source() -> Source:
+    """This process's own, on the CPU platform; made on the first call."""
+    return Source({**os.environ, "HF_HUB_OFFLINE": "1", "SGLANG_PLATFORM": PLATFORM_NAME})
+
+
+def main() -> None:
+    """Import, then fork a server for each request; returns in a server that has ended."""
+    connection = Connection(int(sys.argv[1]))
+    for name in _IMPORTED:
+        import_module(name)
+    gc.freeze()  # a collection in a fork would copy the pages of every module
+    while True:
+        try:
+            what, *arguments = connection.recv()
+        except EOFError:
+            return
+        if what == "status":
+            pid, status = os.waitpid(arguments[0], os.WNOHANG)
+            connection.send(os.waitstatus_to_exitcode(status) if pid else None)
+        elif pid := os.fork():
+            connection.send(pid)
+        else:
+            connection.close()
+            _launch(*arguments)
+            return
+
+
+def _launch(flags: list[str], env: dict[str, str], folder: str, log: str) -> None:
+    """In a fork: be the launcher."""
+    os.setsid()
+    forkserver.die_with_parent()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    forkserver.fork()
+    sys.argv[1:] = flags  # run_module sets the first
+    runpy.run_module(_MODULE, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
