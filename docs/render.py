@@ -22,12 +22,30 @@ def compatibility() -> str:
     rows = io.StringIO()
     with contextlib.redirect_stdout(rows):
         print_compatibility()
-    return f"""# What works beside a sharded cache
+    return f"""# Who serves what beside a sharded cache
 
 "Sharded" means `--dcp-size` > 1, given or through `--attn-tp-size`. Generated from the table that
-start-up validates against (`python -m sglang_helix compatibility`); every row has its test. What is
-refused stops the start with this reason; beams, which a request asks for, stop the request. What it
-would take to serve three of them is in [refused.md](refused.md).
+start-up and every rank validate against (`python -m sglang_helix compatibility`); every row has its
+test. What it would take to lift some refusals is in [refused.md](refused.md).
+
+The verdict of a server is one of three:
+
+- **works**: the series serves it, with the tokens of plain TP; the tests say so.
+- **own**: SGLang's own `--dcp-size` serves it, as if the series were not installed: no hook in the
+  ranks, no argument resolved differently. The series has not proven the answers, and a line of the
+  log says so. `--attn-tp-size` and `--dcp-comm-backend symm` do not exist there.
+- **refused**: start-up stops with this reason and what to do instead; beams, which a request asks
+  for, stop the request.
+
+Own beside works is own. What SGLang alone refuses or gets wrong (the last column) is refused in
+every company; a refusal that speaks of the series' own code alone ("starts") does not hold where
+the verdict is own, since that code is not there.
+
+The last column says what unmodified SGLang does under `--dcp-size`: *serves* it; serves *MLA*,
+while GQA and MHA answer wrongly unless the ranks of a group hold the same heads
+(sgl-project/sglang#34355); *starts*, and nothing of its code, tests or docs speaks of it; starts
+and is *wrong*, or crashes; *refuses* it; *lacks* it. Files are SGLang's, below `sglang/srt`; read,
+not run: no GPU test of this project covers them.
 
 {rows.getvalue()}"""
 

@@ -1,10 +1,12 @@
-"""Command line: ``python -m sglang_helix series``, ``compatibility`` and ``layout``."""
+"""Command line: ``python -m sglang_helix series``, ``compatibility``, ``check`` and ``layout``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import textwrap
+
+from sglang_helix.check import MACHINES, check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +17,13 @@ def main(argv: list[str] | None = None) -> int:
         "series", help="list every hook and check it against the installed SGLang"
     )
     series.add_argument("--why", action="store_true", help="print the catalogue entry of each hook")
-    commands.add_parser("compatibility", help="what works beside a sharded cache (Markdown table)")
+    commands.add_parser("compatibility", help="who serves what beside a sharded cache (Markdown)")
+    asked = commands.add_parser(
+        "check",
+        allow_abbrev=False,
+        help="who serves a model: all other arguments are a server's; ends with 1 if refused",
+    )
+    asked.add_argument("--on", choices=list(MACHINES), help="a machine's GPUs; default: this one's")
     layout = commands.add_parser("layout", help="list every legal layout of a model")
     layout.add_argument(
         "--model-path", required=True, help="directory with the model's config.json"
@@ -25,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         "--kv-memory-gib", type=float, default=40, help="memory of each rank for the cache"
     )
     layout.add_argument("--kv-cache-dtype", choices=("bf16", "fp8", "fp32"), default="bf16")
-    options = parser.parse_args(argv)
+    options, server = parser.parse_known_args(argv)
+    if options.command == "check":
+        return print_verdict(server, options.on)
+    if server:
+        parser.error(f"unrecognized arguments: {' '.join(server)}")
     if options.command == "series":
         return print_series(catalogue=options.why)
     if options.command == "layout":
@@ -59,6 +71,13 @@ def print_series(*, catalogue: bool) -> int:
     return 1 if failures else 0
 
 
+def print_verdict(argv: list[str], machine: str | None) -> int:
+    """Print the verdict of a server's command line; 1 where it is refused."""
+    verdict, meaning = check(argv, machine)
+    print(f"{verdict}: {meaning}")
+    return 1 if verdict == "refused" else 0
+
+
 def print_layouts(options: argparse.Namespace) -> int:
     """Print every legal layout of a model; 1 when its configuration cannot be read."""
     from sglang.srt.configs.model_config import ModelConfig
@@ -76,12 +95,21 @@ def print_layouts(options: argparse.Namespace) -> int:
 
 def print_compatibility() -> int:
     """Print the compatibility table as Markdown."""
-    from sglang_helix.srt.compatibility import TABLE
+    from sglang_helix.srt.compatibility.rows import BESIDE_OWN, TABLE, Row
 
-    print("| feature | flag | with a sharded cache | why |\n|---|---|---|---|")
-    for row in TABLE:
-        flag = f"`{row.flag}`" if row.flag else ""
-        print(f"| {row.feature} | {flag} | {row.status} | {row.why} |")
+    def rows(table: tuple[Row, ...]) -> None:
+        print("| feature | flag | verdict | why | instead | SGLang 0.5.23 alone |")
+        print("|---|---|---|---|---|---|")
+        for row in table:
+            flag = f"`{row.flag}`" if row.flag else ""
+            alone = f"{row.by_sglang}: {row.proof}" if row.proof else row.by_sglang
+            print(
+                f"| {row.feature} | {flag} | {row.status} | {row.why} | {row.instead} | {alone} |"
+            )
+
+    rows(TABLE)
+    print("\nWhere the verdict is own, this is refused besides:\n")
+    rows(BESIDE_OWN)
     return 0
 
 

@@ -36,9 +36,18 @@ def register() -> None:
 
         check_version()
         _register(hooks("launch"))
+        _check_calling_engine()
         _installed.add("launch")
     except Exception as failure:
         _stop("launch", failure)
+
+
+def _check_calling_engine() -> None:
+    """`sglang.Engine()` loads plugins itself, with its arguments already at hand."""
+    if "sglang.srt.entrypoints.engine" in sys.modules:
+        from sglang_helix.srt.entrypoints.engine import check_calling_engine
+
+        check_calling_engine()
 
 
 def install_serve_stage() -> None:
@@ -121,9 +130,17 @@ def _stop(stage: str, failure: Exception) -> NoReturn:
     raise SystemExit(message) from failure
 
 
-def before_process_groups(*args: Any, **kwargs: Any) -> None:
-    """Before SGLang's `init_parallel_runtime`: the serve stage, where the cache is sharded."""
-    from sglang.srt.runtime_context import get_parallel
+def before_process_groups(*args: Any, server_args: Any, **kwargs: Any) -> None:
+    """Before SGLang's `init_parallel_runtime`: the serve stage, where the series serves.
 
-    if get_parallel().attn_dcp_size > 1:
+    Whoever resolved the arguments: they are checked here as they were in the launcher.
+    """
+    from sglang_helix.srt.compatibility.verdict import verdict_of
+    from sglang_helix.srt.server_args import check
+
+    try:
+        check(server_args)
+    except ValueError as refused:
+        _stop("serve", refused)
+    if verdict_of(server_args).kind == "works":
         install_serve_stage()

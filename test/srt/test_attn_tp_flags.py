@@ -57,7 +57,7 @@ def pickled(model: str) -> int:
 
     load_plugins()
     from sglang.srt.server_args import prepare_server_args
-    from sglang_helix.srt.server_args import attn_tp_size_of
+    from sglang_helix.srt.compatibility.situation import attn_tp_size_of
 
     args = prepare_server_args(["--model-path", model, "--tp", "4", "--attn-tp-size", "2"])
     size = attn_tp_size_of(pickle.loads(pickle.dumps(args)))

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from sglang_helix.srt.compatibility import TABLE, Row, Situation, refusals
+from sglang_helix.__main__ import main
+from sglang_helix.srt.compatibility.rows import BESIDE_OWN, TABLE, Row
+from sglang_helix.srt.compatibility.situation import Situation, attn_tp_size_of
+from sglang_helix.srt.compatibility.verdict import Verdict, refusals
 from srt.fresh import Fresh
 from srt.test_server_args import ELSEWHERE, FLAGS, UPSTREAM
 
@@ -29,8 +32,9 @@ ASKED: dict[str, dict[str, Any]] = {
     },
     "upstream's KV cache sharding": {"args": {"enable_kv_cache_sharding": True}},
     "diffusion language models": {"args": {"dllm_algorithm": "LowConfidence"}},
+    "unified memory pool of GQA and MHA models": {"args": {"enable_unified_memory": True}},
     "LMCache": {"args": {"enable_lmcache": True}},
-    "other accelerators than CUDA": {"platform": {"is_hip": True}},
+    "other accelerators": {"platform": {"is_musa": True}},
     "head-major cache layout": {"env": {"SGLANG_USE_HND_KVCACHE": "1"}},
     "captured preparation of decode graphs": {"env": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"}},
     "skipped softmax in decode": {
@@ -61,19 +65,17 @@ def refusals_of(model: str, asked: dict[str, Any], *layout: str) -> list[str]:
     from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
     from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import prepare_server_args
-    from sglang_helix.srt.server_args import attn_tp_size_of
 
     flags = ["--model-path", model, "--tp", "2", *layout, "--page-size", "16"]
     args = prepare_server_args(flags)
     args.resolve_once()
     config = model_config_of(args)
-    assert refusals(Situation(resolved_view(args), config)) == []
+    assert refusals(Situation(resolved_view(args), config), Verdict("works")) == []
     os.environ.update(asked.get("env", {}))
     view = Overlay(resolved_view(args), **asked.get("args", {}), **asked.get("beside", {}))
     with override_platform(**asked.get("platform", {})):
-        return refusals(
-            Situation(view, Overlay(config, **asked.get("model", {})), attn_tp_size_of(args))
-        )
+        config = Overlay(config, **asked.get("model", {}))
+        return refusals(Situation(view, config, attn_tp_size_of(args)), Verdict("works"))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +120,27 @@ def test_what_works_is_never_refused() -> None:
 
 
 def test_rows_are_complete() -> None:
-    assert len({row.feature for row in TABLE}) == len(TABLE)
-    for row in TABLE:
+    rows = (*TABLE, *BESIDE_OWN)
+    assert len({row.feature for row in rows}) == len(rows)
+    for row in rows:
         assert row.why
         assert (row.status == "refused") == bool(row.instead)
-        assert row.given is not Row.given if row.status == "refused" else True
+        assert (row.status == "works") == (row.given is Row.given)
+
+
+def test_nothing_that_sglang_serves_is_refused_without_proof() -> None:
+    for row in (*TABLE, *BESIDE_OWN):
+        assert (row.status == "own") == (row.by_sglang == "serves"), row.feature
+        assert row.status == "works" or row.by_sglang != "MLA", row.feature
+        assert bool(row.proof) == (row.by_sglang in ("serves", "wrong")), row.feature
+
+
+def test_every_column_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compatibility"]) == 0
+    printed = capsys.readouterr().out
+    for row in (*TABLE, *BESIDE_OWN):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"| {row.feature} |")]
+        cells = line.split(" | ")
+        assert cells[2:5] == [row.status, row.why, row.instead]
+        assert cells[5].startswith(row.by_sglang)
+        assert row.proof in cells[5]

@@ -13,6 +13,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server
 from sglang_helix import series
 from sglang_helix.hook import HOOK_TYPES, SeriesError
+from sglang_helix.srt.compatibility.verdict import Verdict
 from sglang_helix.srt.entrypoints.engine import check_reports, launch_scheduler_processes
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 from sglang_helix.srt.managers.data_parallel_controller import add_series_reports
@@ -158,6 +159,8 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         tp_size=4, attn_dcp_size=2, dcp_comm_backend="a2a", dcp_replicate_q_proj=False
     )
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: layout)
+    arguments = SimpleNamespace(_helix_verdict=Verdict("works"))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", lambda: arguments)
     return layout
 
 
@@ -180,6 +183,7 @@ def test_equal_reports_pass() -> None:
         {"version": "0.0.1"},
         {"stages": ["launch"]},
         {"stages": []},
+        {"verdict": "own"},
         {"tp_size": 8},
         {"dcp_size": 4},
         {"dcp_size": 1, "stages": ["launch"]},
@@ -206,11 +210,18 @@ def test_a_rank_without_the_series_is_named(info: dict[str, Any]) -> None:
         check_reports([report(), info])
 
 
-def test_a_whole_cache_needs_the_launch_stage_alone(parallel: SimpleNamespace) -> None:
-    parallel.attn_dcp_size = 1
+@pytest.mark.usefixtures("parallel")
+@pytest.mark.parametrize("kind", ["whole", "own"])
+def test_the_launch_stage_alone_where_the_series_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    arguments = SimpleNamespace(_helix_verdict=Verdict(kind))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", lambda: arguments)
     check_reports([report(stages=["launch"])] * 4)
     with pytest.raises(SeriesError):
         check_reports([report(stages=["launch"]), {}])
+    with pytest.raises(SeriesError):
+        check_reports([report()])
 
 
 @pytest.mark.usefixtures("parallel")

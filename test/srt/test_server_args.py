@@ -17,20 +17,11 @@ from unittest import mock
 import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from sglang_cpu_reference.server import free_port
-from sglang_helix.srt.compatibility import TABLE
+from sglang_helix.check import MACHINES, facts_of, told_about
+from sglang_helix.srt.compatibility.rows import TABLE
 from sglang_helix.srt.layers.attention.adapters import Attention, serving
 from srt.fresh import Fresh
 
-MACHINES: dict[str, dict[str, Any]] = {
-    "Ampere": {"device_sm": 80},
-    "Hopper": {"device_sm": 90, "is_sm90": True, "is_hopper_with_cuda_12_3": True},
-    "Blackwell": {
-        "device_sm": 100,
-        "is_sm100": True,
-        "is_sm100_or_sm110": True,
-        "is_blackwell": True,
-    },
-}
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
 WORKING = {family: [record.name for record in serving(kind)] for family, kind in ATTENTION.items()}
 
@@ -54,15 +45,8 @@ def load() -> None:
     load_plugins()
 
 
-def facts_of(machine: str) -> dict[str, Any]:
-    facts = MACHINES[machine]
-    major = facts["device_sm"] // 10
-    return {"is_cuda": True, "has_flashinfer": True, "device_capability": (major, 0), **facts}
-
-
 def resolve(machine: str, model: str, flags: dict[str, Any]) -> Resolved:
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
-    from sglang.srt.runtime_context import override_platform
     from sglang.srt.server_args import ServerArgs
 
     lines: list[str] = []
@@ -72,12 +56,7 @@ def resolve(machine: str, model: str, flags: dict[str, Any]) -> Resolved:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        facts = facts_of(machine)
-        capability = mock.patch(
-            "torch.cuda.get_device_capability", return_value=facts["device_capability"]
-        )
-        # Some steps set variables for the ranks to come.
-        with mock.patch.dict(os.environ), override_platform(**facts), capability:
+        with told_about(machine):
             args = ServerArgs(model_path=model, device="cuda", **flags)
             args.resolve_once()
             view = resolved_view(args)
@@ -220,8 +199,10 @@ def test_working_backends_are_kept(resolved: Resolve, machine: str, backend: str
 def test_fi_a2a_is_mlas_alone(resolved: Resolve) -> None:
     layout = {"tp_size": 4, "dcp_size": 2}
     explicit = resolved("Blackwell", "llama", dcp_comm_backend="fi_a2a", **layout)
-    assert "--dcp-comm-backend fi_a2a serves MLA models only" in explicit.error
-    assert "use --dcp-comm-backend a2a" in explicit.error
+    assert "--dcp-comm-backend fi_a2a is not supported with --dcp-size 2: it serves MLA models" in (
+        explicit.error
+    )
+    assert "Use --dcp-comm-backend a2a." in explicit.error
     default = resolved("Blackwell", "llama", **layout)
     assert default.args["dcp_comm_backend"] == "a2a"
     assert "--dcp-comm-backend: a2a in place of fi_a2a" in default.said
@@ -277,24 +258,27 @@ def test_sizes_that_cannot_be_laid_out(
     assert complaint.format(heads=heads) in found.error
 
 
+#: A configuration that every model here starts from.
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+    "pad_token_id": 0,
+}
+
+
 def written(root: Path, **entries: Any) -> str:
     """A model directory that holds a configuration alone."""
     directory = root / re.sub(r"\W+", "_", entries["architectures"][0])
     directory.mkdir()
-    small = {
-        "vocab_size": 320,
-        "hidden_size": 256,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "torch_dtype": "bfloat16",
-        "pad_token_id": 0,
-    }
-    (directory / "config.json").write_text(json.dumps({**small, **entries}))
+    (directory / "config.json").write_text(json.dumps({**SMALL, **entries}))
     return str(directory)
 
 
@@ -335,13 +319,15 @@ UPSTREAM = "SGLang refuses it first"
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "prefill chunk shorter than a widened page": ({"chunked_prefill_size": 1}, ""),
     "prefill chunks of changing size": ({"enable_dynamic_chunking": True}, ""),
-    "attention data parallelism": ({"attn_dp_size": 2}, ""),
+    "mixed chunk of MLA models": ({"enable_mixed_chunk": True}, ""),
+    "FlashInfer's all-to-all of GQA and MHA models": ({"dcp_comm_backend": "fi_a2a"}, ""),
+    "other attention data parallelism": ({"attn_dp_size": 2}, ""),
     "prefill context parallelism": ({"attn_cp_size": 2}, ""),
     "upstream's KV cache sharding": (
         {"enable_kv_cache_sharding": True, "disaggregation_mode": "prefill"},
         UPSTREAM,
     ),
-    "speculative decoding, but with n-gram drafts": ({"speculative_algorithm": "EAGLE"}, ""),
+    "draft models of other GQA and MHA models": ({"speculative_algorithm": "EAGLE"}, ""),
     "n-gram drafts of MLA models": (
         {
             "speculative_algorithm": "NGRAM",
@@ -356,9 +342,9 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "decode CUDA graphs in pieces": ({"cuda_graph_backend_decode": "breakable"}, ""),
     "diffusion language models": ({"dllm_algorithm": "LowConfidence"}, UPSTREAM),
-    "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, ""),
-    "storage behind the hierarchical cache, but for MLA in files": (
-        {"hicache_storage_backend": "mooncake", "enable_hierarchical_cache": True},
+    "prefill-decode disaggregation of GQA and MHA models": ({"disaggregation_mode": "decode"}, ""),
+    "other storage behind the hierarchical cache": (
+        {"hicache_storage_backend": "nixl", "enable_hierarchical_cache": True},
         "",
     ),
     "LMCache": ({"enable_lmcache": True}, UPSTREAM),
@@ -370,8 +356,8 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "sessions in the prefix tree": ({"enable_session_radix_cache": True}, ""),
     "cache canary": ({"kv_canary": "log"}, ""),
     "FP4 and MXFP8 caches": ({"kv_cache_dtype": "nvfp4"}, ""),
-    "unified memory pool": ({"enable_unified_memory": True}, ""),
-    "LoRA": ({"enable_lora": True}, ""),
+    "unified memory pool of GQA and MHA models": ({"enable_unified_memory": True}, UPSTREAM),
+    "LoRA of GQA and MHA models": ({"enable_lora": True}, ""),
     "bitsandbytes weights of GQA and MHA models": ({"load_format": "bitsandbytes"}, ""),
     "weights saved in shards, of GQA and MHA models": ({"load_format": "sharded_state"}, ""),
     "weights of MLA models kept on the CPU": ({"cpu_offload_gb": 4}, ""),
@@ -398,20 +384,28 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         "",
     ),
 }
-# SGLang's words where it refuses the combination itself, and for which family.
+# Of MLA, SGLang serves the first by itself (test_verdicts.py), and the series the others.
+SGLANGS_OWN_FOR_MLA = {
+    "other attention data parallelism",
+    "draft models of other GQA and MHA models",
+    "prefill-decode disaggregation of GQA and MHA models",
+    "unified memory pool of GQA and MHA models",
+    "LoRA of GQA and MHA models",
+}
 GQA_ALONE = {
+    "FlashInfer's all-to-all of GQA and MHA models",
     "bitsandbytes weights of GQA and MHA models",
     "weights saved in shards, of GQA and MHA models",
 }
-MLA_ALONE = {"unified memory pool"}  # of GQA, SGLang refuses them
 WORKS_FOR_GQA = {
+    "mixed chunk of MLA models",
     "n-gram drafts of MLA models",
     "weights of MLA models kept on the CPU",
     "groups of layers of MLA models kept on the CPU",
 }
 # Rows that are no arguments: what the machine, the environment, the model or a request brings.
 ELSEWHERE = {
-    "other accelerators than CUDA",
+    "other accelerators",
     "head-major cache layout",
     "captured preparation of decode graphs",
     "skipped softmax in decode",
@@ -432,12 +426,14 @@ def test_flag_is_refused(resolved: Resolve, feature: str) -> None:
     row = ASKABLE[feature]
     layout = {"tp_size": 4, "dcp_size": 2, "page_size": 16}
     for family in WORKING:
+        if feature in SGLANGS_OWN_FOR_MLA and family == "deepseek_v2":
+            continue
         error = resolved("Blackwell", family, **{**layout, **flags}).error
         if feature in (GQA_ALONE if family == "deepseek_v2" else WORKS_FOR_GQA):
             assert error == ""
             continue
         assert error, f"{feature} starts with {family}"
-        if by == UPSTREAM or (feature in MLA_ALONE and family == "llama"):
+        if by == UPSTREAM:
             assert "is not supported with --dcp-size 2" not in error
             continue
         asked = next(line for line in error.splitlines() if row.flag in line)
@@ -468,7 +464,6 @@ def test_flag_is_sglangs_own_affair_without_a_sharded_cache(
         assert "--dcp-size" not in error
 
 
-SPARSE = {"index_topk": 64, "index_n_heads": 4, "index_head_dim": 32}
 LATENT = {
     name: FAMILIES["deepseek_v2"].config[name]
     for name in (
@@ -492,7 +487,6 @@ WHISPER = {
     "decoder_layers": 2,
     "is_encoder_decoder": True,
 }
-DEEPSEEK_V32 = {"model_type": "deepseek_v3", **LATENT, **SPARSE}
 MINIMAX_M3 = {
     "model_type": "minimax_m2",
     "num_local_experts": 4,
@@ -501,19 +495,30 @@ MINIMAX_M3 = {
     "rope_theta": 1e4,
 }
 DUAL_CHUNK = {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 1024}}
-SPARSE_ROW = "sparse attention (DSA, DeepSeek-V4, MiniMax-M3)"
+SPARSE_ROW = "other sparse attention (DeepSeek-V4, MiniMax-M3)"
 # The row that refuses, an architecture, and its configuration.
 MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("sliding-window attention", "GptOssForCausalLM", GPT_OSS),
     ("attention sinks", "GptOssForCausalLM", GPT_OSS),
+    *(
+        ("sliding-window attention", architecture, {"model_type": kind, **WINDOW})
+        for architecture, kind in (
+            ("Cohere2ForCausalLM", "cohere2"),
+            ("Gemma3ForCausalLM", "gemma3_text"),
+        )
+    ),
+    (
+        "query and key norms over all heads (MiniMax-M2)",
+        "MiniMaxM2ForCausalLM",
+        {"model_type": "minimax_m2", "use_qk_norm": True, "num_local_experts": 4},
+    ),
     (
         "chunked local attention",
         "Llama4ForCausalLM",
         {"model_type": "llama4_text", "attention_chunk_size": 1024},
     ),
     ("encoder-decoder models", "WhisperForConditionalGeneration", WHISPER),
-    ("hybrid linear attention", "FalconH1ForCausalLM", {"model_type": "falcon_h1"}),
-    (SPARSE_ROW, "DeepseekV32ForCausalLM", DEEPSEEK_V32),
+    ("other hybrid linear attention", "FalconH1ForCausalLM", {"model_type": "falcon_h1"}),
     (SPARSE_ROW, "MiniMaxM3SparseForCausalLM", MINIMAX_M3),
     ("dual chunk attention", "Qwen2ForCausalLM", DUAL_CHUNK),
 ]
@@ -534,6 +539,12 @@ def test_model_is_refused(
     assert f"{feature} ({architecture}) is not supported with --dcp-size 2: {row.why}" in refused
     assert row.instead in refused
     assert "--dcp-size" not in resolved("Hopper", model, tp_size=4).error
+
+
+def test_a_norm_over_the_heads_of_plain_tp_is_served(resolved: Resolve, tmp_path: Path) -> None:
+    entries = {"model_type": "minimax_m2", "use_qk_norm": True, "num_local_experts": 4}
+    model = written(tmp_path, architectures=["MiniMaxM2ForCausalLM"], **entries)
+    assert resolved("Hopper", model, tp_size=8, dcp_size=2, attention_backend="triton").error == ""
 
 
 # Without our flags.

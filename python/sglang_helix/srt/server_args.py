@@ -11,7 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_helix import plugin
-from sglang_helix.srt.compatibility import Situation, refusals
+from sglang_helix.srt.compatibility.situation import (
+    Situation,
+    attn_tp_size_of,
+    keep_attn_tp_size,
+    situation_of,
+)
+from sglang_helix.srt.compatibility.verdict import (
+    announcement,
+    decide,
+    refusals,
+    refusals_of_flags,
+    verdict_of,
+)
 from sglang_helix.srt.distributed.topology import Layout, layout_of
 from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
 
@@ -19,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 Step = Callable[[Any], None]
 
-# SGLang's `attn_tp_size` is another, derived name (tp / dp / cp); ours rides beside the fields of
-# ServerArgs, whose pickled form keeps it.
-_ATTN_TP_SIZE = "_helix_attn_tp_size"
 _HELP = (
     "Shard the heads of attention over this many ranks in place of all --tp-size ones; the ranks "
     "that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size / "
@@ -59,7 +68,7 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
 
 def from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
     """After `ServerArgs.from_cli_args`: keep the flag on the new record."""
-    setattr(result, _ATTN_TP_SIZE, getattr(args, "helix_attn_tp_size", None))
+    keep_attn_tp_size(result, getattr(args, "helix_attn_tp_size", None))
 
 
 def make_server_args(attn_tp_size: int | None = None, **fields: Any) -> Any:
@@ -67,13 +76,8 @@ def make_server_args(attn_tp_size: int | None = None, **fields: Any) -> Any:
     from sglang.srt.server_args import ServerArgs
 
     server_args = ServerArgs(**fields)
-    setattr(server_args, _ATTN_TP_SIZE, attn_tp_size)
+    keep_attn_tp_size(server_args, attn_tp_size)
     return server_args
-
-
-def attn_tp_size_of(server_args: Any) -> int | None:
-    """A as the user gave it; None where they did not."""
-    return getattr(server_args, _ATTN_TP_SIZE, None)
 
 
 def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
@@ -110,13 +114,9 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
     """`handle_decode_context_parallelism`: layout, heads and the communication backend."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
 
-    replicate = resolved_view(server_args).dcp_replicate_q_proj
-    if replicate and resolved_view(server_args).dcp_size > 1:
-        # Upstream replicates with a2a only; the series with every exchange. Hide it for the step.
-        declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=None)
-    previous(server_args)
     view = resolved_view(server_args)
-    if view.dcp_size == 1:
+    if view.dcp_size <= 1:
+        previous(server_args)
         if view.dcp_comm_backend in _own_comm_backends():  # SGLang refuses its own
             raise ValueError(
                 f"--dcp-comm-backend {view.dcp_comm_backend} exchanges between the ranks "
@@ -124,22 +124,21 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
                 "leave the flag out."
             )
         return
-    if replicate:
+    verdict = verdict_of(server_args)
+    if verdict.kind == "own":
+        _raise(refusals_of_flags(situation_of(server_args), verdict))
+        previous(server_args)
+        return
+    if view.dcp_replicate_q_proj:
+        # Upstream replicates with a2a only; the series with every exchange. Hide it for the step.
+        declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=None)
+    previous(server_args)
+    if view.dcp_replicate_q_proj:
         declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=True)
-    situation = _situation(server_args)
-    layout = Layout(view.tp_size, view.dcp_size)
-    heads = situation.model.get_max_num_attention_heads()
-    layout.check_heads(
-        heads,
-        1 if situation.mla else situation.model.get_total_num_kv_heads(),
-        decoupled=attn_tp_size_of(server_args) is not None,
-    )
-    if view.dcp_comm_backend == "fi_a2a" and not situation.mla:
-        if server_args._raw_input.get("dcp_comm_backend") == "fi_a2a":
-            raise ValueError(
-                "--dcp-comm-backend fi_a2a serves MLA models only, and this model's attention is "
-                "not MLA: use --dcp-comm-backend a2a."
-            )
+    situation = situation_of(server_args)
+    _check_heads(situation)
+    named = server_args._raw_input.get("dcp_comm_backend")
+    if situation.args.dcp_comm_backend == "fi_a2a" and not named and not situation.mla:
         logger.info("--dcp-comm-backend: a2a in place of fi_a2a, which serves MLA models only.")
         declare_resolution(server_args, "sglang_helix", dcp_comm_backend="a2a")
 
@@ -154,8 +153,8 @@ def choose_attention_backend(server_args: Any, previous: Step) -> None:
 
     view = resolved_view(server_args)
     unnamed = _unnamed_halves(server_args)
-    if view.dcp_size > 1 and unnamed:
-        situation = _situation(server_args)
+    if view.dcp_size > 1 and unnamed and verdict_of(server_args).kind == "works":
+        situation = situation_of(server_args)
         defaults = _default_backends(server_args, situation, attention_backends_of(view))
         working = _backends_to_choose(situation)
         if failing := [defaults[half] for half in unnamed if defaults[half] not in working]:
@@ -177,24 +176,60 @@ def choose_attention_backend(server_args: Any, previous: Step) -> None:
 
 def validate(server_args: Any, previous: Step) -> None:
     """`handle_model_capability_adjustments`: refuse what cannot be right, all reasons at once."""
+    previous(server_args)
+    check(server_args)
+
+
+def check_launch(result: None, server_args: Any) -> None:
+    """After `ServerArgs.check_server_args`, on the way to the ranks: the same for every launch.
+
+    Arguments may have been resolved before SGLang loaded plugins, and so by SGLang alone.
+    """
+    check(server_args)
+    if verdict_of(server_args).kind == "own":
+        logger.warning(announcement(verdict_of(server_args)))
+
+
+def check(server_args: Any) -> None:
+    """Raise ValueError with every reason why resolved arguments must not be served.
+
+    The launcher asks before it starts ranks, and every rank before it builds groups.
+    """
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 
-    previous(server_args)
-    view = resolved_view(server_args)
-    if view.dcp_size == 1:
+    view, attn_tp_size = resolved_view(server_args), attn_tp_size_of(server_args)
+    if attn_tp_size is not None and attn_tp_size * view.dcp_size != view.tp_size:
+        raise ValueError(
+            f"--attn-tp-size {attn_tp_size} was not heard: these arguments were resolved before "
+            "plugins were loaded. Call sglang.srt.plugins.load_plugins() before you build a parser "
+            "or ServerArgs."
+        )
+    verdict = verdict_of(server_args)
+    if verdict.kind == "whole":
         return
-    situation = _situation(server_args)
-    reasons = refusals(situation)
-    reasons += _backend_refusals(situation, attention_backends_of(view))
+    situation = situation_of(server_args)
+    reasons = refusals(situation, verdict)
+    if verdict.kind == "works":
+        if decide(situation) != verdict:
+            reasons.append(
+                "SGLang's resolution turned on what only its own --dcp-size serves "
+                f"({', '.join(decide(situation).features)}): ask for it by its flag."
+            )
+        _check_heads(situation)
+        reasons += _backend_refusals(situation, attention_backends_of(view))
+    _raise(reasons)
+
+
+def _raise(reasons: list[str]) -> None:
     if reasons:
         raise ValueError("\n".join(reasons))
 
 
-def _situation(server_args: Any) -> Situation:
-    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
-
-    return Situation(
-        resolved_view(server_args), model_config_of(server_args), attn_tp_size_of(server_args)
+def _check_heads(situation: Situation) -> None:
+    Layout(situation.args.tp_size, situation.args.dcp_size).check_heads(
+        situation.model.get_max_num_attention_heads(),
+        1 if situation.mla else situation.model.get_total_num_kv_heads(),
+        decoupled=situation.attn_tp_size is not None,
     )
 
 

@@ -1,7 +1,11 @@
 """The layout's arithmetic, against the definition of attention head by head."""
 
+import ast
 import re
+from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sglang_helix.srt.distributed.topology import (
@@ -88,9 +92,50 @@ def test_heads_are_accepted_where_they_can_be_right_and_only_there(query_heads: 
                 accepted = True
             except LayoutError:
                 accepted = False
-            assert accepted == can_be_right(layout, query_heads, kv_heads), (
+            built = layout.tp_size % kv_heads == 0 or kv_heads % layout.tp_size == 0
+            assert accepted == (built and can_be_right(layout, query_heads, kv_heads)), (
                 f"{layout}, {query_heads} query and {kv_heads} key-value heads"
             )
+
+
+def assertions_of_attention_classes() -> set[str]:
+    """What SGLang's models assert of N and their key-value heads, as code over both names."""
+    spec = find_spec("sglang")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    rules = set()
+    for path in Path(spec.submodule_search_locations[0], "srt/models").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.If) or "total_num_kv_heads >=" not in ast.unparse(node):
+                continue
+            code = [
+                ast.unparse(branch[0].test) if branch and isinstance(branch[0], ast.Assert) else ""
+                for branch in (node.body, node.orelse)
+            ]
+            if all(code):
+                text = f"({code[0]}) if ({ast.unparse(node.test)}) else ({code[1]})"
+                rules.add(re.sub(r"\b(self\.)?\w*(tp_size|tp_world_size)\b", "N", text))
+    return rules
+
+
+def test_what_sglangs_classes_cannot_build_is_neither_accepted_nor_advised() -> None:
+    (rule,) = assertions_of_attention_classes()
+    code = compile(rule, "assertions", "eval")
+    for tp_size in SIZES:
+        for kv_heads in SIZES:
+            built = eval(code, {"N": tp_size, "self": SimpleNamespace(total_num_kv_heads=kv_heads)})
+            for query_heads in SIZES:
+                legal = legal_layouts(tp_size, query_heads, kv_heads)
+                assert built or not legal, (tp_size, query_heads, kv_heads)
+                for layout in legal:
+                    layout.check_heads(query_heads, kv_heads)
+
+
+def test_phi_4_is_told_to_change_the_number_of_ranks() -> None:
+    for kvp_size in divisors(8):
+        with pytest.raises(LayoutError, match=r"10 key-value heads and 8 ranks.*change --tp"):
+            Layout(8, kvp_size).check_heads(40, 10)
+    assert [layout.kvp_size for layout in legal_layouts(10, 40, 10)] == [1, 2, 5, 10]
 
 
 def test_legal_layouts_are_those_that_pass() -> None:

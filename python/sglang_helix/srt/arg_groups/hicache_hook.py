@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_helix.srt.compatibility.verdict import verdict_of
+
 
 def resolve_hicache_dcp_compatibility(original: Callable[[Any], None], server_args: Any) -> None:
-    """Upstream's check for MLA alone: it refuses GQA, which the series has a host pool for.
+    """Upstream's check, but for GQA that the series serves: it has a host pool for that.
 
     Everything else that upstream refuses here for both is in the compatibility table.
     """
     from sglang.srt.arg_groups.overrides import use_mla_backend
 
-    if use_mla_backend(server_args):
+    if use_mla_backend(server_args) or verdict_of(server_args).kind != "works":
         original(server_args)

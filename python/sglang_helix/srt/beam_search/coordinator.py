@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_helix.srt.compatibility import BEAM_SEARCH, Situation
-from sglang_helix.srt.server_args import attn_tp_size_of
+from sglang_helix.srt.compatibility.rows import BEAM_SEARCH
+from sglang_helix.srt.compatibility.situation import Situation, attn_tp_size_of
 
 
 def validate_and_init(coordinator: Any, req: Any, recv_req: Any) -> str | None:

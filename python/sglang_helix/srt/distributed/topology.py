@@ -76,8 +76,9 @@ class Layout:
         """Raise LayoutError unless the heads of a model can be laid out.
 
         N must divide the query heads, and A and the key-value heads must divide one another:
-        otherwise a rank would need parts of heads, or heads of two shards. MLA's latent counts as
-        one key-value head. `decoupled`: the user gave A and not K, so errors speak of A.
+        otherwise a rank would need parts of heads, or heads of two shards. N and the key-value
+        heads too: SGLang's attention classes assert it when they are built. MLA's latent counts
+        as one key-value head. `decoupled`: the user gave A and not K, so errors speak of A.
         """
         if problem := self._head_problem(query_heads, kv_heads):
             works = legal_layouts(self.tp_size, query_heads, kv_heads)
@@ -94,6 +95,11 @@ class Layout:
         shards = self.attn_tp_size
         if query_heads % self.tp_size:
             return f"{query_heads} query heads cannot be split over {self.tp_size} ranks"
+        if self.tp_size % kv_heads and kv_heads % self.tp_size:
+            return (
+                f"{kv_heads} key-value heads and {self.tp_size} ranks do not divide one another, "
+                "which SGLang's attention classes require"
+            )
         if shards % kv_heads and kv_heads % shards:
             return (
                 f"{kv_heads} key-value heads and {shards} attention shards "

@@ -1,12 +1,34 @@
-"""The launcher serves only when every rank runs the series. Extends `entrypoints/engine.py`."""
+"""What the launcher refuses: lost arguments, ranks without the series. Extends `engine.py`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from sglang_helix.hook import SeriesError
+from sglang_helix.srt.compatibility.verdict import verdict_of
 from sglang_helix.srt.managers.scheduler import SERIES_KEY, series_of
+
+
+def check_engine_arguments(engine: Any, **kwargs: Any) -> None:
+    """Before `Engine.__init__`, which drops every other argument where `server_args` is given."""
+    if "server_args" in kwargs and kwargs.get("attn_tp_size") is not None:
+        raise ValueError(
+            f"Engine(server_args=..., attn_tp_size={kwargs['attn_tp_size']}): attn_tp_size would "
+            "be ignored. Give the fields in place of server_args: Engine(model_path=..., "
+            "tp_size=..., attn_tp_size=...)."
+        )
+
+
+def check_calling_engine() -> None:
+    """The same of an `Engine.__init__` that is loading plugins now, too late for its own hook."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code is Engine.__init__.__code__:
+            check_engine_arguments(frame.f_locals["self"], **frame.f_locals["kwargs"])
 
 
 def launch_scheduler_processes(
@@ -30,10 +52,10 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
     infos: one ready message per scheduler process of this node, or the data-parallel
         controller's, which carries the reports of all its processes.
     """
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_server_args
 
-    sharded = get_parallel().attn_dcp_size > 1
-    expected = series_of(frozenset({"launch", "serve"} if sharded else {"launch"}))
+    serves = verdict_of(get_server_args()).kind == "works"
+    expected = series_of(frozenset({"launch", "serve"} if serves else {"launch"}))
     reports: list[dict[str, Any]] = []
     for info in infos:
         report = info.get(SERIES_KEY, {})

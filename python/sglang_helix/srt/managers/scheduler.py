@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+from sglang_helix.srt.compatibility.rows import STORAGE
+from sglang_helix.srt.compatibility.situation import situation_of
+from sglang_helix.srt.compatibility.verdict import verdict_of
 from sglang_helix.srt.distributed.topology import Layout
 
 logger = logging.getLogger(__name__)
@@ -22,7 +27,7 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
 
     Raises SeriesError where the rank's attention backend cannot serve its layout.
     """
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_parallel, get_server_args
 
     from sglang_helix import plugin
     from sglang_helix.srt.layers.attention.attention_registry import check_backend
@@ -40,7 +45,7 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
         "attn_tp_size": layout.attn_tp_size,
         "kvp_size": layout.kvp_size,
     }
-    if layout.kvp_size > 1:
+    if verdict_of(get_server_args()).kind == "works":
         check_backend(runner.attn_backend, mla=runner.use_mla_backend)
         for line in describe(layout, runner, report):
             logger.info(line)
@@ -67,6 +72,28 @@ def init_req_max_new_tokens(original: Callable[..., None], scheduler: Any, req: 
             f"{scheduler.max_total_num_tokens} tokens, and a step takes "
             f"{get_alloc_reserve_per_decode()} ahead, draft tokens among them. Use a shorter input."
         )
+
+
+def attach_hicache_storage(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    """`PUT /hicache/storage-backend`: 400 with the reason of the flag's rows, or SGLang's step."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
+    from sglang.srt.runtime_context import get_server_args
+
+    situation = situation_of(get_server_args())
+    storage = SimpleNamespace(
+        hicache_storage_backend=recv_req.hicache_storage_backend, dcp_size=situation.args.dcp_size
+    )
+    asked = replace(situation, args=storage)
+    for row in STORAGE:
+        message = row.refusal(asked)
+        if row.status == "own" and row.in_use(asked):
+            message = (
+                f"{row.flag} {row.given(asked)} beside a sharded cache is served by SGLang without "
+                "the series, and this server runs the series: give the flag when you start it."
+            )
+        if message:
+            return AttachHiCacheStorageReqOutput(success=False, message=message)
+    return original(scheduler, recv_req)
 
 
 def kv_bytes(pool: Any) -> int | None:
@@ -103,14 +130,15 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
 
 
 def series_of(stages: frozenset[str]) -> dict[str, Any]:
-    """What must be the same on every rank: version, stages and layout, as this process has them."""
-    from sglang.srt.runtime_context import get_parallel
+    """What must be the same on every rank: version, verdict, stages, layout, as they are here."""
+    from sglang.srt.runtime_context import get_parallel, get_server_args
 
     from sglang_helix import __version__
 
     parallel = get_parallel()
     return {
         "version": __version__,
+        "verdict": verdict_of(get_server_args()).kind,
         "stages": sorted(stages),
         "tp_size": parallel.tp_size,
         "dcp_size": parallel.attn_dcp_size,

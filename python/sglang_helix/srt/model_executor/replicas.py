@@ -18,7 +18,7 @@ from sglang.srt.model_executor.model_runner import _gather_block_fp8_linear, _is
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_helix.srt.server_args import attn_tp_size_of
+from sglang_helix.srt.compatibility.situation import attn_tp_size_of
 
 logger = logging.getLogger(__name__)
 

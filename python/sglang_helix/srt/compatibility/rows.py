@@ -1,46 +1,21 @@
-"""What works beside a sharded cache, and what is refused: the one table.
+"""The compatibility table: every feature that meets a sharded cache, and who serves it.
 
-Start-up validation (`server_args.py`) walks it, ``python -m sglang_helix compatibility`` prints it,
-and every row has its test. "Sharded cache" means `--dcp-size` > 1.
+Start-up validation walks it (`verdict.py`), ``python -m sglang_helix compatibility`` prints it, and
+every row has its test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from sglang_helix.srt.layers.attention.adapters import Attention
+from sglang_helix.srt.compatibility.situation import Situation
 
-Status = Literal["works", "refused"]
+Status = Literal["works", "own", "refused"]
 
-
-@dataclass(frozen=True)
-class Situation:
-    """What a row looks at: resolved arguments, the model's configuration, `--attn-tp-size`."""
-
-    args: Any
-    model: Any
-    attn_tp_size: int | None = None
-
-    @property
-    def sharded_by(self) -> tuple[str, int]:
-        """The flag by which the user has the cache sharded, and its value."""
-        if self.attn_tp_size is not None:
-            return "--attn-tp-size", self.attn_tp_size
-        return "--dcp-size", self.args.dcp_size
-
-    @property
-    def attention(self) -> Attention:
-        """What the model's attention is, as the table of adapters has it."""
-        return "MLA" if self.mla else "GQA"
-
-    @property
-    def mla(self) -> bool:
-        """Whether the model's attention is multi-head latent attention."""
-        from sglang.srt.configs.model_config import AttentionArch
-
-        return bool(self.model.attention_arch == AttentionArch.MLA)
+# What unmodified SGLang does with the feature beside `--dcp-size`.
+Alone = Literal["", "serves", "MLA", "starts", "wrong", "refuses", "lacks"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +23,15 @@ class Row:
     """One feature.
 
     feature: what it is called. flag: how a user asks for it ("" where the model brings it).
-    status: of the feature beside a sharded cache. why: reason or, for what works, its evidence.
-    instead: what to do where it is refused. given: its value where it is in use, else None.
+    status: of the feature beside a sharded cache: the series serves it (works), SGLang does, as it
+        is and without the series (own), or start-up stops (refused).
+    why: reason or, for what works, its evidence.
+    instead: what to do where it is refused; no full stop, "--dcp-size" becomes the flag given.
+    given: its value where it is in use, else None.
+    alone: what SGLang does without the series: it serves; serves MLA alone; starts, and nothing of
+        its code, tests or docs speaks of it; starts, and crashes or answers wrongly; refuses; or
+        has no such thing. Default: MLA for what works, starts for what is refused.
+    proof: of `alone`, where SGLang serves or is wrong: its code (below sglang/srt), test or thread.
     """
 
     feature: str
@@ -58,19 +40,40 @@ class Row:
     why: str
     instead: str = ""
     given: Callable[[Situation], object | None] = lambda situation: None
+    alone: Alone = ""
+    proof: str = ""
 
-    def refusal(self, situation: Situation) -> str | None:
-        """The error for a start-up that asks for it; None where it does not or it works."""
-        if self.status == "works":
-            return None
+    def in_use(self, situation: Situation) -> bool:
+        """Whether the situation has the feature."""
         value = self.given(situation)
-        if value is None or value is False:
+        return value is not None and value is not False
+
+    @property
+    def by_sglang(self) -> Alone:
+        """`alone`, with its default."""
+        return self.alone or ("MLA" if self.status == "works" else "starts")
+
+    @property
+    def fails_alone(self) -> bool:
+        """Whether the refusal holds where SGLang runs without the series too."""
+        return self.by_sglang in ("wrong", "refuses")
+
+    def refusal(self, situation: Situation, own: tuple[str, ...] = ()) -> str | None:
+        """The error for a start-up that asks for it; None where it does not or it is served.
+
+        own: the features by which SGLang serves the rest of the situation by itself, if any.
+        """
+        value = self.given(situation)
+        if self.status != "refused" or value is None or value is False:
             return None
         asked = f"{self.flag} {value}" if self.flag and value is not True else self.flag
         subject = asked or f"{self.feature} ({' '.join(situation.model.hf_config.architectures)})"
         flag, size = situation.sharded_by
-        instead = self.instead.replace("--dcp-size", flag)
-        return f"{subject} is not supported with {flag} {size}: {self.why}. {instead}."
+        instead = self.instead if own else self.instead.replace("--dcp-size", flag)
+        beside = f"{flag} {size}"
+        if own:
+            beside = f"SGLang's own --dcp-size, which serves {', '.join(own)} here"
+        return f"{subject} is not supported with {beside}: {self.why}. {instead}."
 
 
 def _flag(name: str) -> Callable[[Situation], object | None]:
@@ -92,22 +95,84 @@ def _model(name: str) -> Callable[[Situation], object | None]:
     return lambda situation: bool(getattr(situation.model, name, None)) or None
 
 
-def _hybrid_linear(situation: Situation) -> object | None:
+# Beside SGLang's `is_hybrid_swa`, the classes that window the layers which `layer_types` names.
+_WINDOWED = {
+    "AfmoeForCausalLM",
+    "Cohere2ForCausalLM",
+    "Cohere2MoeForCausalLM",
+    "ExaoneMoEForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "Gemma3nForConditionalGeneration",
+}
+
+
+def _window(situation: Situation) -> object | None:
+    model = situation.model
+    windowed = "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+    named = windowed and not _WINDOWED.isdisjoint(model.hf_config.architectures)
+    return bool(model.is_hybrid_swa) or named or None
+
+
+def _norm_over_heads(situation: Situation) -> object | None:
+    config = situation.model.hf_config
+    # With the heads of plain TP on every rank, its all-reduced mean stays that of the model.
+    kept = situation.sglang_groups_heads and situation.attn_tp_size is None
+    normed = (
+        "MiniMaxM2ForCausalLM" in config.architectures
+        and getattr(config, "use_qk_norm", False)
+        and getattr(config, "qk_norm_type", "per_layer") == "per_layer"
+    )
+    return (normed and not kept) or None
+
+
+# MLA classes for which SGLang plans no gathering of a sharded prefix.
+NO_PLAN = {
+    "BailingMoeV2_5ForCausalLM",
+    "BailingMoeV3ForCausalLM",
+    "BailingMoeV3VLForConditionalGeneration",
+    "DeepseekVL2ForCausalLM",
+    "Dots3NoteForCausalLM",
+    "DotsVLMForCausalLM",
+    "GigaChat35ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "KimiVLForConditionalGeneration",
+    "LongcatFlashForCausalLM",
+    "MiniCPM3ForCausalLM",
+    "PixtralForConditionalGeneration",
+    "SarvamMLAForCausalLM",
+}
+
+
+def _no_plan(situation: Situation) -> object | None:
+    planless = not NO_PLAN.isdisjoint(situation.model.hf_config.architectures)
+    return (situation.mla and planless) or None
+
+
+def _hybrid_linear(situation: Situation, *, grouped: bool) -> object | None:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
-    return mambaish_config(situation.model) is not None or None
+    hybrid = mambaish_config(situation.model) is not None
+    return (hybrid and situation.sglang_groups_heads == grouped) or None
 
 
-def _sparse(situation: Situation) -> object | None:
-    from sglang.srt.configs import model_config
+def _hybrid_linear_grouped(situation: Situation) -> object | None:
+    return _hybrid_linear(situation, grouped=True)
+
+
+def _hybrid_linear_split(situation: Situation) -> object | None:
+    return _hybrid_linear(situation, grouped=False)
+
+
+def _dsa(situation: Situation) -> object | None:
+    return situation.dsa or None
+
+
+def _other_sparse(situation: Situation) -> object | None:
+    from sglang.srt.configs.model_config import is_deepseek_v4, is_minimax_sparse
 
     config = situation.model.hf_config
-    kinds = (
-        model_config.is_deepseek_dsa,
-        model_config.is_deepseek_v4,
-        model_config.is_minimax_sparse,
-    )
-    return any(sparse(config) for sparse in kinds) or None
+    return is_deepseek_v4(config) or is_minimax_sparse(config) or None
 
 
 def _dual_chunk(situation: Situation) -> object | None:
@@ -130,9 +195,20 @@ def _decode_graph_in_pieces(situation: Situation) -> object | None:
     return None if backend == "full" else backend
 
 
-def _draft_model(situation: Situation) -> object | None:
+def _draft_model(situation: Situation, *, own: bool) -> object | None:
+    from sglang.srt.configs.model_config import is_qwen3_5
+
     asked = situation.args.speculative_algorithm
-    return None if asked == "NGRAM" else asked
+    sharded = situation.mla or is_qwen3_5(situation.model.hf_config)
+    return None if asked == "NGRAM" or sharded != own else asked
+
+
+def _draft_of_sglang(situation: Situation) -> object | None:
+    return _draft_model(situation, own=True)
+
+
+def _draft_of_gqa(situation: Situation) -> object | None:
+    return _draft_model(situation, own=False)
 
 
 def _ngram_of_mla(situation: Situation) -> object | None:
@@ -143,6 +219,29 @@ def _ngram_of_mla(situation: Situation) -> object | None:
 def _ngram_graph(situation: Situation) -> object | None:
     ngram = situation.args.speculative_algorithm == "NGRAM"
     return _graph(situation, "decode") if ngram else None
+
+
+def _mla(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
+    return lambda situation: given(situation) if situation.mla else None
+
+
+def _not_mla(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
+    return lambda situation: None if situation.mla else given(situation)
+
+
+def _attention_replicas(situation: Situation, *, own: bool) -> object | None:
+    args = situation.args
+    shards = args.tp_size // args.attn_dp_size // args.attn_cp_size
+    served = situation.sglang_groups_heads and shards % args.dcp_size == 0
+    return args.attn_dp_size if args.attn_dp_size > 1 and served == own else None
+
+
+def _attention_replicas_of_sglang(situation: Situation) -> object | None:
+    return _attention_replicas(situation, own=True)
+
+
+def _attention_replicas_refused(situation: Situation) -> object | None:
+    return _attention_replicas(situation, own=False)
 
 
 def _positive_of_mla(name: str) -> Callable[[Situation], object | None]:
@@ -177,6 +276,11 @@ def _skipped_softmax(situation: Situation) -> object | None:
     return envs.SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR.get() if heeded else None
 
 
+def _disaggregated(situation: Situation) -> object | None:
+    mode = situation.args.disaggregation_mode
+    return None if mode in ("null", None) else mode
+
+
 def _lora(situation: Situation) -> object | None:
     args = situation.args
     # SGLang turns the flag on for the paths, but only after resolution.
@@ -189,12 +293,19 @@ def _beams(situation: Situation) -> object | None:
     return width if width and width > 1 else None
 
 
-def _untried_platform(situation: Situation) -> object | None:
+def _platform(*names: str) -> str | None:
     from sglang.srt.runtime_context import get_platform
 
     platform = get_platform()
-    names = ("hip", "npu", "xpu", "musa", "mps")
     return next((name for name in names if getattr(platform, f"is_{name}")), None)
+
+
+def _platform_of_sglang(situation: Situation) -> object | None:
+    return _platform("hip", "npu", "xpu")
+
+
+def _platform_of_nobody(situation: Situation) -> object | None:
+    return _platform("musa", "mps")
 
 
 def _bitsandbytes(situation: Situation) -> object | None:
@@ -202,9 +313,14 @@ def _bitsandbytes(situation: Situation) -> object | None:
     return "bitsandbytes" if "bitsandbytes" in asked and not situation.mla else None
 
 
-def _untried_storage(situation: Situation) -> object | None:
+def _storage_of_sglang(situation: Situation) -> object | None:
     asked = situation.args.hicache_storage_backend
-    return None if situation.mla and asked == "file" else asked
+    return asked if situation.mla and asked == "mooncake" else None
+
+
+def _storage_of_nobody(situation: Situation) -> object | None:
+    asked = situation.args.hicache_storage_backend
+    return None if situation.mla and asked in ("file", "mooncake") else asked
 
 
 def _sharded_weights(situation: Situation) -> object | None:
@@ -213,12 +329,54 @@ def _sharded_weights(situation: Situation) -> object | None:
     return asked if asked in shards and not situation.mla else None
 
 
+def _attn_tp_size(situation: Situation) -> object | None:
+    return situation.attn_tp_size
+
+
+def _symm_at_all(situation: Situation) -> object | None:
+    return _symm(situation, True)
+
+
+def _no_group(situation: Situation) -> object | None:
+    return None if _platform("cuda", "hip", "npu", "xpu") else situation.args.device
+
+
+def _split_heads(situation: Situation) -> object | None:
+    return None if situation.sglang_groups_heads else True
+
+
+def _backend_without_dcp(situation: Situation) -> object | None:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    if not _platform("cuda") or situation.dsa:
+        return None
+    prefill, decode = attention_backends_of(situation.args)
+    if situation.mla:
+        return None if decode in ("flashinfer", "trtllm_mla", "cutedsl_mla") else decode
+    return next((backend for backend in (prefill, decode) if backend != "triton"), None)
+
+
+def _verify_without_lse(situation: Situation) -> object | None:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    args = situation.args
+    if not _platform("cuda") or situation.dsa or not _mla(_draft_of_sglang)(situation):
+        return None
+    verify = attention_backends_of(args)[args.speculative_attention_mode == "decode"]
+    return None if verify == "cutedsl_mla" else verify
+
+
 def _symm(situation: Situation, problem: bool) -> object | None:
     from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
     asked = situation.args.dcp_comm_backend
     backend = BACKENDS.get(asked)
     return asked if problem and backend and backend.prepare else None
+
+
+def _fi_a2a(situation: Situation) -> object | None:
+    backend = situation.args.dcp_comm_backend
+    return backend if backend == "fi_a2a" else None
 
 
 def _symm_without_cuda(situation: Situation) -> object | None:
@@ -267,13 +425,21 @@ TABLE: tuple[Row, ...] = (
     Row("prefix cache", "--disable-radix-cache off", "works", "end-to-end matrix, hits asserted"),
     Row("page size", "--page-size", "works", "end-to-end matrix, pages of 1 and 64"),
     Row("replicated query projection", "--dcp-replicate-q-proj", "works", "end-to-end matrix"),
-    Row("mixed chunk", "--enable-mixed-chunk", "works", "answers equal plain TP, GQA and MLA"),
+    Row("mixed chunk", "--enable-mixed-chunk", "works", "answers equal plain TP, GQA"),
     Row("pipeline parallelism", "--pp-size", "works", "end-to-end test, two stages of two ranks"),
     Row("streaming, OpenAI endpoints", "", "works", "answers equal plain TP, GQA and MLA"),
     Row("structured output", "--grammar-backend", "works", "answers equal plain TP, GQA and MLA"),
     Row("log-probabilities of prompts", "", "works", "equal plain TP, GQA and MLA"),
     Row("sampling penalties, several samples", "", "works", "answers equal plain TP"),
     Row("health and metrics", "--enable-metrics", "works", "served, GQA and MLA"),
+    Row("sessions", "/open_session", "works", "turns and branches equal plain TP, GQA and MLA"),
+    Row("expert parallelism", "--ep-size", "works", "answers equal plain TP, MLA"),
+    Row(
+        "memory released and resumed",
+        "/release_memory_occupation",
+        "works",
+        "answers equal plain TP afterwards, GQA and MLA; on the CPU, where nothing is unmapped",
+    ),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
     Row("graceful shutdown", "", "works", "what runs at SIGTERM is answered; no process is left"),
@@ -290,15 +456,26 @@ TABLE: tuple[Row, ...] = (
         "--speculative-algorithm NGRAM",
         "works",
         "answers are transformers', GQA, accepted drafts asserted; without CUDA graphs",
+        alone="starts",
     ),
     Row("no prefix cache", "--disable-radix-cache", "works", "answers are transformers', MLA"),
     Row(
-        "other accelerators than CUDA",
+        "AMD, Ascend and Intel accelerators",
+        "platform",
+        "own",
+        "the series has never been tried there; SGLang has MLA by aiter, DSA on NPUs, GQA on XPUs",
+        given=_platform_of_sglang,
+        alone="serves",
+        proof="layers/attention/aiter_backend.py, xpu_backend.py, hardware_backend/npu",
+    ),
+    Row(
+        "other accelerators",
         "platform",
         "refused",
-        "it has never been tried there",
-        "Leave --dcp-size out, or leave helix out of SGLANG_PLUGINS for SGLang's own",
-        _untried_platform,
+        "SGLang builds no decode-context-parallel group there",
+        "Leave --dcp-size out",
+        _platform_of_nobody,
+        alone="refuses",
     ),
     Row(
         "prefill chunk shorter than a widened page",
@@ -307,6 +484,23 @@ TABLE: tuple[Row, ...] = (
         "a chunk must hold at least one page of the whole group (page size x dcp size)",
         "Use a larger chunk or a smaller --page-size",
         _short_chunk,
+    ),
+    Row(
+        "mixed chunk of MLA models",
+        "--enable-mixed-chunk",
+        "refused",
+        "each layer of a mixed batch gathers the whole context of every running request, 9 GiB for "
+        "8 of a million tokens",
+        "Leave the flag out: chunks of prompts then run between decode steps",
+        _mla(_flag("enable_mixed_chunk")),
+    ),
+    Row(
+        "FlashInfer's all-to-all of GQA and MHA models",
+        "--dcp-comm-backend",
+        "refused",
+        "it serves MLA models only, and this model's attention is not MLA",
+        _A2A,
+        _not_mla(_fi_a2a),
     ),
     Row(
         "prefill chunks of changing size",
@@ -323,6 +517,7 @@ TABLE: tuple[Row, ...] = (
         "it needs CUDA devices that have peer access to each other",
         _A2A,
         _symm_without_cuda,
+        alone="lacks",
     ),
     Row(
         "one-kernel exchange of heads that are not whole 16-byte vectors",
@@ -331,6 +526,7 @@ TABLE: tuple[Row, ...] = (
         "it moves heads in 16-byte vectors, and this model's are not a whole number of them",
         _A2A,
         _symm_ragged_heads,
+        alone="lacks",
     ),
     Row(
         "one-kernel exchange of the reference backend",
@@ -339,6 +535,7 @@ TABLE: tuple[Row, ...] = (
         "torch_native decodes in fp32, and symm carries the dtype of the model",
         "Use --dcp-comm-backend a2a, or another --attention-backend",
         _symm_reference,
+        alone="lacks",
     ),
     Row(
         "one-kernel exchange in pipeline stages",
@@ -348,14 +545,26 @@ TABLE: tuple[Row, ...] = (
         "next stage meanwhile and which peers wait for",
         _A2A,
         _symm_stages,
+        alone="lacks",
     ),
     Row(
-        "attention data parallelism",
+        "attention data parallelism of MLA models and Qwen3.5",
+        "--attn-dp-size",
+        "own",
+        "groups of a replica: dcp size divides tp size / attn dp size",
+        given=_attention_replicas_of_sglang,
+        alone="serves",
+        proof="arg_groups/parallel_hook.py",
+    ),
+    Row(
+        "other attention data parallelism",
         "--attn-dp-size",
         "refused",
-        "KVP groups could cross replicas",
+        "KVP groups could cross replicas, or their ranks hold different key-value heads",
         f"Instead, {_ONE_GROUP}",
-        _more_than_one("attn_dp_size"),
+        _attention_replicas_refused,
+        alone="wrong",
+        proof="sgl-project/sglang#34355",
     ),
     Row(
         "prefill context parallelism",
@@ -372,14 +581,25 @@ TABLE: tuple[Row, ...] = (
         "the cache would be sharded twice",
         _WITHOUT,
         _flag("enable_kv_cache_sharding"),
+        alone="refuses",
     ),
     Row(
-        "speculative decoding, but with n-gram drafts",
+        "draft models of MLA models and Qwen3.5",
+        "--speculative-algorithm",
+        "own",
+        "EAGLE and MTP of top-k 1 and DSPARK; MLA verified by cutedsl_mla, DSA by trtllm",
+        given=_draft_of_sglang,
+        alone="serves",
+        proof="test_kimi_linear_dcp_dspark4; layers/attention/cutedsl_mla_backend.py, "
+        "models/qwen3_5.py",
+    ),
+    Row(
+        "draft models of other GQA and MHA models",
         "--speculative-algorithm",
         "refused",
         "draft models attend with caches and metadata of their own, none of them by owner",
         "Use NGRAM, or leave the flag or --dcp-size out",
-        _draft_model,
+        _draft_of_gqa,
     ),
     Row(
         "n-gram drafts of MLA models",
@@ -415,21 +635,46 @@ TABLE: tuple[Row, ...] = (
         _flag("dllm_algorithm"),
     ),
     Row(
-        "prefill-decode disaggregation",
+        "prefill-decode disaggregation of MLA models",
         "--disaggregation-mode",
-        "refused",
-        "SGLang's transfer of K and V knows neither owners nor the heads of a group, and refuses; "
-        "MLA's, by Mooncake, NIXL or Mori, has not been tried",
-        _WITHOUT,
-        _unlike("disaggregation_mode", "null", None),
+        "own",
+        "between equal dcp sizes, and from a prefill server without one, by Mooncake, NIXL or Mori",
+        given=_mla(_disaggregated),
+        alone="serves",
+        proof="test_kimi_linear_pd_dcp4; arg_groups/pd_disaggregation_hook.py",
     ),
     Row(
-        "storage behind the hierarchical cache, but for MLA in files",
+        "prefill-decode disaggregation of GQA and MHA models",
+        "--disaggregation-mode",
+        "refused",
+        "SGLang's transfer of K and V knows neither owners nor the heads of a group",
+        _WITHOUT,
+        _not_mla(_disaggregated),
+        alone="refuses",
+    ),
+    Row(
+        "MLA in files behind the hierarchical cache",
+        "--hicache-storage-backend file",
+        "works",
+        "answers from files are transformers', hits asserted",
+    ),
+    Row(
+        "Mooncake behind the hierarchical cache of MLA models",
+        "--hicache-storage-backend",
+        "own",
+        "pages of the latent, one share of each rank",
+        given=_storage_of_sglang,
+        alone="serves",
+        proof="arg_groups/hicache_hook.py, managers/cache_controller.py",
+    ),
+    Row(
+        "other storage behind the hierarchical cache",
         "--hicache-storage-backend",
         "refused",
-        "K and V have no page format by owner, and no other store has been tried with MLA",
+        "K and V have no page format by owner, and for MLA no other store has one",
         "Leave the flag out, copies on the host work; for MLA, file works too",
-        _untried_storage,
+        _storage_of_nobody,
+        alone="refuses",
     ),
     Row(
         "LMCache",
@@ -438,6 +683,7 @@ TABLE: tuple[Row, ...] = (
         "it stores whole pages",
         _WITHOUT,
         _flag("enable_lmcache"),
+        alone="refuses",
     ),
     Row(
         "HiSparse",
@@ -504,20 +750,39 @@ TABLE: tuple[Row, ...] = (
         _unlike("kv_cache_dtype", "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
     ),
     Row(
-        "unified memory pool",
+        "unified memory pool of MLA models",
+        "--enable-unified-memory",
+        "own",
+        "on flashinfer, trtllm_mla and cutedsl_mla",
+        given=_mla(_flag("enable_unified_memory")),
+        alone="serves",
+        proof="arg_groups/kv_cache_hook.py",
+    ),
+    Row(
+        "unified memory pool of GQA and MHA models",
         "--enable-unified-memory",
         "refused",
         "its write locations are translated before the owner of a row is known",
         _WITHOUT,
-        _flag("enable_unified_memory"),
+        _not_mla(_flag("enable_unified_memory")),
+        alone="refuses",
     ),
     Row(
-        "LoRA",
+        "LoRA of MLA models",
+        "--enable-lora",
+        "own",
+        "with replicated queries, adapters of the query and key-value up-projections are refused",
+        given=_mla(_lora),
+        alone="serves",
+        proof="lora/lora_manager.py",
+    ),
+    Row(
+        "LoRA of GQA and MHA models",
         "--enable-lora",
         "refused",
         "its buffers are sized by tp size, not by the heads of a group",
         _WITHOUT,
-        _lora,
+        _not_mla(_lora),
     ),
     Row(
         "bitsandbytes weights of GQA and MHA models",
@@ -563,9 +828,11 @@ TABLE: tuple[Row, ...] = (
         "NCCL symmetric memory",
         "--enable-symm-mem",
         "refused",
-        "captured graphs answer wrongly at small batches (sgl-project/sglang#37768)",
+        "captured graphs answer wrongly at small batches",
         _WITHOUT,
         _flag("enable_symm_mem"),
+        alone="wrong",
+        proof="sgl-project/sglang#37768",
     ),
     Row(
         "multi-item scoring",
@@ -579,9 +846,10 @@ TABLE: tuple[Row, ...] = (
         "switching disaggregation roles",
         "--enable-pd-role-switch",
         "refused",
-        "it is prefill-decode disaggregation, which is refused itself",
+        "it is prefill-decode disaggregation that rebuilds no groups",
         _WITHOUT,
         _flag("enable_pd_role_switch"),
+        alone="refuses",
     ),
     Row(
         "two-batch overlap",
@@ -685,7 +953,9 @@ TABLE: tuple[Row, ...] = (
         "refused",
         "windows are not cut by owner",
         _PLAIN,
-        _model("is_hybrid_swa"),
+        _window,
+        alone="wrong",
+        proof="the allocator of windows does not widen, mem_cache/kv_cache_configurator.py",
     ),
     Row(
         "attention sinks",
@@ -694,6 +964,8 @@ TABLE: tuple[Row, ...] = (
         "every rank's part would count the sink",
         _PLAIN,
         _model("has_attention_sinks"),
+        alone="wrong",
+        proof="refused by that reason for HYV4, arg_groups/model_overrides/deepseek_v2.py",
     ),
     Row(
         "chunked local attention",
@@ -702,6 +974,8 @@ TABLE: tuple[Row, ...] = (
         "chunks are not cut by owner",
         _PLAIN,
         _model("attention_chunk_size"),
+        alone="wrong",
+        proof="no backend with chunks knows --dcp-size",
     ),
     Row(
         "encoder-decoder models",
@@ -710,22 +984,55 @@ TABLE: tuple[Row, ...] = (
         "cross attention reads a second cache that is not sharded",
         _PLAIN,
         _model("is_encoder_decoder"),
+        alone="refuses",
     ),
     Row(
-        "hybrid linear attention",
+        "hybrid linear attention of MLA models, of Qwen3.5 and where A is a multiple of KV heads",
+        "",
+        "own",
+        "recurrent states stay as under plain TP; GQA by --attention-backend triton",
+        given=_hybrid_linear_grouped,
+        alone="serves",
+        proof="test_kimi_linear_dcp4, test_qwen3p5_triton_dcp; models/kimi_k3.py",
+    ),
+    Row(
+        "other hybrid linear attention",
         "",
         "refused",
-        "recurrent states cannot be split by token",
-        _PLAIN,
-        _hybrid_linear,
+        "the ranks of a group would hold different key-value heads",
+        "Serve this model without --dcp-size, or with a smaller one",
+        _hybrid_linear_split,
+        alone="wrong",
+        proof="sgl-project/sglang#34355",
     ),
     Row(
-        "sparse attention (DSA, DeepSeek-V4, MiniMax-M3)",
+        "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5)",
+        "",
+        "own",
+        "on Blackwell, by trtllm; with EAGLE of top-k 1",
+        given=_dsa,
+        alone="serves",
+        proof="layers/attention/dsa/dsa_dcp.py, arg_groups/model_overrides/deepseek_v2.py",
+    ),
+    Row(
+        "other sparse attention (DeepSeek-V4, MiniMax-M3)",
         "",
         "refused",
         "top-k indices address the whole sequence",
         _PLAIN,
-        _sparse,
+        _other_sparse,
+        alone="wrong",
+        proof="its backends do not know --dcp-size, whose slots are wider than their pools",
+    ),
+    Row(
+        "query and key norms over all heads (MiniMax-M2)",
+        "",
+        "refused",
+        "their weights are cut by tp size, and a group's ranks hold more heads",
+        "Serve this model without --dcp-size, or with one of at most tp size / key-value heads",
+        _norm_over_heads,
+        alone="wrong",
+        proof="sgl-project/sglang#34355",
     ),
     Row(
         "dual chunk attention",
@@ -737,7 +1044,84 @@ TABLE: tuple[Row, ...] = (
     ),
 )
 
+# By a request to a server that runs, and so by request: `managers/scheduler.py`.
+STORAGE: tuple[Row, ...] = tuple(
+    row for row in TABLE if row.flag == "--hicache-storage-backend" and row.status != "works"
+)
 
-def refusals(situation: Situation) -> list[str]:
-    """Every reason not to start; empty when the combination works."""
-    return [reason for row in TABLE if (reason := row.refusal(situation))]
+# What only the series has, refused where SGLang serves by itself.
+ONLY_THE_SERIES: tuple[Row, ...] = (
+    Row(
+        "attention on fewer head shards than ranks",
+        "--attn-tp-size",
+        "refused",
+        "only the series has it",
+        "Use --dcp-size in its place: tp size / attn tp size",
+        _attn_tp_size,
+        alone="lacks",
+    ),
+    Row(
+        "one-kernel exchange",
+        "--dcp-comm-backend",
+        "refused",
+        "only the series has it",
+        _A2A,
+        _symm_at_all,
+        alone="lacks",
+    ),
+)
+
+# Refused where SGLang serves by itself, beside the rows of `TABLE` that it fails too.
+BESIDE_OWN: tuple[Row, ...] = (
+    *ONLY_THE_SERIES,
+    Row(
+        "CPUs and other devices",
+        "platform",
+        "refused",
+        "SGLang builds its decode-context-parallel group on CUDA, HIP, NPU and XPU only",
+        "Leave --dcp-size out",
+        _no_group,
+        alone="refuses",
+    ),
+    Row(
+        "key-value heads that ranks of a group do not share",
+        "",
+        "refused",
+        "SGLang's loader gives the ranks of a group different key-value heads",
+        "Use a --dcp-size of at most tp size / key-value heads, or leave it out",
+        _split_heads,
+        alone="wrong",
+        proof="sgl-project/sglang#34355; arg_groups/attention_hook.py refuses it on XPUs",
+    ),
+    Row(
+        "MLA models without a plan for a sharded prefix",
+        "",
+        "refused",
+        "SGLang's model class plans no gathering of the latent prefix",
+        "Leave --dcp-size out",
+        _no_plan,
+        alone="wrong",
+        proof="model_executor/runner/eager_runner.py makes none, and attention reads it",
+    ),
+    Row(
+        "attention backends without decode context parallelism, on NVIDIA GPUs",
+        "--attention-backend",
+        "refused",
+        "it reads the rows of other ranks' tokens and returns no LSE",
+        "Use --attention-backend triton for GQA and MHA, flashinfer, trtllm_mla or cutedsl_mla for "
+        "MLA",
+        _backend_without_dcp,
+        alone="wrong",
+        proof="sgl-project/sglang#35384, #39440, #30444",
+    ),
+    Row(
+        "drafts of MLA models that another backend than cutedsl_mla verifies, on NVIDIA GPUs",
+        "--attention-backend",
+        "refused",
+        "its verify pass returns no LSE",
+        "Use --attention-backend cutedsl_mla",
+        _verify_without_lse,
+        alone="wrong",
+        proof="layers/attention/attention_registry.py, flashinfer_mla_backend.py",
+    ),
+)

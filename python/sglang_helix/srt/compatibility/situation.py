@@ -1,0 +1,82 @@
+"""What the rows of the compatibility table look at: a server's arguments and its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_helix.srt.layers.attention.adapters import Attention
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Resolved arguments, the model's configuration, `--attn-tp-size`."""
+
+    args: Any
+    model: Any
+    attn_tp_size: int | None = None
+
+    @property
+    def sharded_by(self) -> tuple[str, int]:
+        """The flag by which the user has the cache sharded, and its value."""
+        if self.attn_tp_size is not None:
+            return "--attn-tp-size", self.attn_tp_size
+        return "--dcp-size", self.args.dcp_size
+
+    @property
+    def attention(self) -> Attention:
+        """What the model's attention is, as the table of adapters has it."""
+        return "MLA" if self.mla else "GQA"
+
+    @property
+    def mla(self) -> bool:
+        """Whether the model's attention is multi-head latent attention."""
+        from sglang.srt.configs.model_config import AttentionArch
+
+        return bool(self.model.attention_arch == AttentionArch.MLA)
+
+    @property
+    def dsa(self) -> bool:
+        """Whether the model is one of DeepSeek's sparse attention (V3.2, GLM-5)."""
+        from sglang.srt.configs.model_config import is_deepseek_dsa
+
+        return bool(is_deepseek_dsa(self.model.hf_config))
+
+    @property
+    def sglang_groups_heads(self) -> bool:
+        """Whether unmodified SGLang gives all ranks of a KVP group the same key-value heads.
+
+        MLA has one latent, Qwen3.5's class shards its heads by group; of the others the ranks of a
+        group agree where plain TP already copies each head to all of them: A is a multiple of KV.
+        """
+        from sglang.srt.configs.model_config import is_qwen3_5
+
+        if self.mla or is_qwen3_5(self.model.hf_config):
+            return True
+        args = self.args
+        shards = args.tp_size // args.attn_dp_size // args.attn_cp_size // args.dcp_size
+        return bool(shards and shards % self.model.get_total_num_kv_heads() == 0)
+
+
+def situation_of(server_args: Any) -> Situation:
+    """The situation of a ServerArgs, as far as it is resolved."""
+    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
+
+    return Situation(
+        resolved_view(server_args), model_config_of(server_args), attn_tp_size_of(server_args)
+    )
+
+
+# SGLang's `attn_tp_size` is another, derived name (tp / dp / cp); ours rides beside the fields of
+# ServerArgs, whose pickled form keeps it.
+_ATTN_TP_SIZE = "_helix_attn_tp_size"
+
+
+def attn_tp_size_of(server_args: Any) -> int | None:
+    """A as the user gave it; None where they did not."""
+    return getattr(server_args, _ATTN_TP_SIZE, None)
+
+
+def keep_attn_tp_size(server_args: Any, attn_tp_size: int | None) -> None:
+    """Keep A beside the fields of a ServerArgs."""
+    setattr(server_args, _ATTN_TP_SIZE, attn_tp_size)
