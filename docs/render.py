@@ -44,8 +44,8 @@ the verdict is own, since that code is not there.
 The last column says what unmodified SGLang does under `--dcp-size`: *serves* it; serves *MLA*,
 while GQA and MHA answer wrongly unless the ranks of a group hold the same heads
 (sgl-project/sglang#34355); *starts*, and nothing of its code, tests or docs speaks of it; starts
-and is *wrong*, or crashes; *refuses* it; *lacks* it. Files are SGLang's, below `sglang/srt`; read,
-not run: no GPU test of this project covers them.
+and is *wrong*, or crashes; *refuses* it; *lacks* it. Files and tests named there are SGLang's
+(files below `sglang/srt`): read, not run; no GPU test of this project covers them.
 
 {rows.getvalue()}"""
 
