@@ -77,9 +77,8 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             create_torch_native_backend,
         )
 
-        from sglang_cpu_reference import kv_transfer, stand_ins, transfer_engine
+        from sglang_cpu_reference import kv_transfer, stand_ins
 
         kv_transfer.install()
         stand_ins.install()
-        transfer_engine.install()
         register_attention_backend("torch_native")(create_torch_native_backend)

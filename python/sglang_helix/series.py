@@ -438,6 +438,18 @@ A2A = Patch(
             for record in ADAPTERS
             if record.own_file
         ),
+        Hook(
+            target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+            kind="after",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.model_runner:prepare_decode",
+            signature="self",
+            why="buffers of Triton's decode grow K times with the heads that a rank attends with, "
+            "and are allocated when the pool has taken its share",
+            how="allocates them before, as large as the splits need that the adapter chooses",
+            upstream="none",
+            until="upstream's backend chooses splits by the size of the batch",
+        ),
     ),
 )
 

@@ -1,5 +1,6 @@
 """What is prepared for `symm` once a model is loaded: heads of a group, widths, largest batch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,8 @@ class Case:
         }
         for name, bag in bags.items():
             monkeypatch.setattr(model_runner, name, lambda bag=bag: bag)
-        monkeypatch.setattr(model_runner, "prepare_symm", self._prepare)
+        symm = replace(model_runner.BACKENDS["symm"], prepare=self._prepare)
+        monkeypatch.setitem(model_runner.BACKENDS, "symm", symm)
         self.runner = SimpleNamespace(
             model=Attention(),
             use_mla_backend=False,

@@ -2,6 +2,9 @@
 
 Replicated query projection of MLA: see `replicas`.
 
+Partial results of the Triton adapter's decode: upstream allocates them when the pool has taken its
+share.
+
 Symmetric memory of the `symm` exchange: as soon as the model is there, its heads, widths and dtype
 are known; every rank is at this point at the same time; and the pool is sized by what is left.
 """
@@ -12,7 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.runtime_context import get_device, get_exec, get_parallel, get_schedule
+from sglang.srt.runtime_context import (
+    attention_backends,
+    get_device,
+    get_exec,
+    get_parallel,
+    get_schedule,
+)
 
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
@@ -24,6 +33,16 @@ def load_model(result: None, runner: Any) -> None:
     parallel = get_parallel()
     if parallel.dcp_replicate_q_proj and runner.use_mla_backend:
         replicate_q_proj(runner.model, required=asked_for(runner.server_args))
+
+
+def prepare_decode(result: None, runner: Any) -> None:
+    """After the weights are loaded and before the pool is sized: what Triton's decode needs."""
+    if "triton" in attention_backends():
+        from sglang_helix.srt.layers.attention.triton_backend import prepare
+
+        decode = get_exec().graph.cuda_graph_config.decode
+        captured = 0 if decode.backend == "disabled" else max(decode.bs or [], default=0)
+        runner.decode_scratch = prepare(runner, captured, _largest_decode_batch() or 1)
 
 
 def prepare_exchange(result: None, runner: Any) -> None:

@@ -237,6 +237,51 @@ def test_a_shard_without_tokens_leaves_no_trace(
     assert (total == -INF).all()
 
 
+SPLITS = [
+    (1, 1, 16, torch.float32),
+    (5, 3, 80, torch.bfloat16),
+    (16, 2, 512, torch.float16),
+    (70, 2, 64, torch.float32),
+    (300, 2, 128, torch.bfloat16),
+    (600, 1, 96, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("S", "h", "D", "dtype"), SPLITS)
+def test_combine_splits(impl: Implementation, S: int, h: int, D: int, dtype: torch.dtype) -> None:
+    """Sequences that are cut into one split, into all, and into some; beside ones of no token."""
+    if dtype == torch.bfloat16 and not impl.rounds_bf16:
+        dtype = torch.float32
+    rng, block = torch.Generator().manual_seed(S), 16
+    lens = torch.tensor([0, 1, block, S * block, S * block - 5, 7 * block, 3 * S])
+    counts = torch.tensor([S, 1, S, S, S, min(3, S), S], dtype=torch.int32)
+    B = len(lens)
+    even = (lens + counts - 1) // counts
+    share = (even + block - 1) // block * block
+    written = torch.arange(S) * share[:, None] < lens[:, None]
+    x = torch.randn((B, h, S, D), generator=rng)
+    lse = 20 * torch.randn((B, h, S), generator=rng)
+    lse[3, :, 0] = math.nan  # a split whose tokens are all masked
+    x[3, :, 0] = math.nan
+    want, want_lse = in_float64(
+        x.movedim(2, 0), torch.where(written[:, None], lse, -INF).movedim(2, 0), False
+    )
+    x.masked_fill_(~written[:, None, :, None], math.nan)
+    lse.masked_fill_(~written[:, None], 99.0)
+    indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
+    x = laid_out(x, [2, 0, 1], 4, 1)  # splits first, as strides allow
+    got, got_lse = lse_combine.combine_splits(
+        *(moved(part, impl.device) for part in (x, lse, indptr, counts)),
+        block,
+        out_dtype=dtype,
+        scale=0.5,
+    )
+    assert (got.dtype, got.shape, got_lse.shape) == (dtype, (B, h, D), (B, h))
+    assert_close(got, want / 2, BOUND[dtype])
+    assert_same_lse(got_lse, want_lse)
+    assert (got[0] == 0).all()
+
+
 def test_one_shard_is_the_identity(impl: Implementation) -> None:
     partials = torch.randn(1, 3, 2, 128, device=impl.device)
     lse = 20 * torch.randn(1, 3, 2, device=impl.device)
@@ -373,6 +418,7 @@ def test_sharded_attention_equals_attention(
 
 X = torch.zeros(2, 3, 4, 16)
 L = torch.zeros(2, 3, 4)
+P, FP32 = torch.zeros(2, dtype=torch.int32), {"out_dtype": torch.float32}
 SEND = torch.zeros(2, 3, 2, 80, dtype=torch.uint8)
 ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("combine", (X[0], L), {}, ValueError, "[3, 4, 16]"),
@@ -395,6 +441,11 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ("rescale", (X[0], L.to("meta"), 0), {}, ValueError, "meta"),
     ("rescale", (X[0], L, 2), {}, ValueError, "rank is 2"),
     ("rescale", (X[0], L, -1), {}, ValueError, "rank is -1"),
+    ("combine_splits", (X, X[..., 0], P, P, 8), FP32, ValueError, "got 2 and 2"),
+    ("combine_splits", (X, L[:1], P, P, 8), FP32, ValueError, "[1, 3, 4]"),
+    ("combine_splits", (X.half(), L, P, P, 8), FP32, TypeError, "float16"),
+    ("combine_splits", (X, L, P, P, 8), {"out_dtype": torch.double}, TypeError, "float64"),
+    ("combine_splits", (X[0], L, P, P, 8), FP32, ValueError, "[3, 4, 16]"),
     ("pack", (X, L, 2), {}, ValueError, "[2, 3, 4, 16]"),
     ("pack", (X[0], L[0], 3), {}, ValueError, "4 heads"),
     ("pack", (X[0], L[0], 0), {}, ValueError, "0 ranks"),

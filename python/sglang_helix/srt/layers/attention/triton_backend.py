@@ -9,42 +9,93 @@ stage and its separate LSE reduction.
 
 from __future__ import annotations
 
-import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from sglang.kernels.ops.attention.decode_attention import (
-    _MIN_BLOCK_KV,
     _decode_att_m_fwd,
-    _decode_grouped_att_m_fwd,
+    _fwd_grouped_kernel_stage1,
 )
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
+from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 from torch import Tensor
 
+from sglang_helix.srt.layers.attention.kv_splits import (
+    BLOCK,
+    GQA,
+    MLA,
+    Scratch,
+    SplitPlan,
+    Tile,
+)
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+# SGLang's default of --triton-attention-num-kv-splits, which it does not tell from the same number
+# asked for: it leaves the splits to the adapter.
+NOT_ASKED = 8
 
 
 class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     """`triton` over a sharded cache: GQA, MHA and absorbed MLA."""
 
+    def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
+        super().__init__(model_runner, **kwargs)
+        self.scratch: Scratch = model_runner.decode_scratch
+        # Upstream's own buffers, which are not read, as small as it makes them.
+        self.max_kv_splits = 1
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
+        self._most_rows = self._rows_to_read(forward_batch)
         super().init_forward_metadata(forward_batch)
-        if (lse := self.forward_metadata.attn_lse) is not None:
-            # The kernel writes only the splits a request has, the same ones in every layer.
-            lse.fill_(-torch.inf)
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: ForwardBatch, in_capture: bool = False
+    def _rows_to_read(self, forward_batch: ForwardBatch) -> int:
+        """Rows of this rank that a batch reads, or a little more, by what the host knows."""
+        batch = forward_batch.batch_size
+        if forward_batch.forward_mode.is_decode_or_idle():
+            tokens = forward_batch.seq_lens_sum
+        elif (prefixes := forward_batch.extend_prefix_lens_cpu) is not None:
+            tokens = sum(prefixes)
+        else:
+            tokens = None
+        if tokens is None:
+            tokens = batch * self.max_context_len
+        return (tokens + batch * (self.shard.size - 1)) // self.shard.size
+
+    def _dcp_kv_indices(
+        self,
+        req_pool_indices: Tensor,
+        lens: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor | None = None,
+        kv_start_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of this rank's tokens. Upstream would ask the device how many, and wait for it."""
+        if kv_indices is None:
+            kv_indices = torch.empty(self._most_rows, dtype=torch.int64, device=self.device)
+        return super()._dcp_kv_indices(req_pool_indices, lens, kv_indptr, kv_indices, kv_start_idx)
+
+    def get_num_kv_splits(
+        self, num_kv_splits: Tensor, seq_lens: Tensor, uneven_batch: Tensor | None = None
     ) -> None:
-        """Prepare the capture or one replay of a decode graph, in place."""
-        super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        self.cuda_graph_attn_lse[: forward_batch.batch_size].fill_(-torch.inf)
+        """Splits of each request of a decode batch, from its local length."""
+        self.scratch.plan.count(seq_lens, num_kv_splits)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
+        """Allocate what captured graphs read; filled anew before every replay."""
+        # Without splits and rows of its own, which upstream sizes by the longest context.
+        super().init_cuda_graph_state(max_bs, max_num_tokens, self.scratch.indices, *args[1:])
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
@@ -52,39 +103,34 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """See `ShardedAttention.partial_decode`."""
         metadata = self.forward_metadata
         keys, values = self._buffers(layer)
-        heads, kv_heads = q.shape[1], keys.shape[1]
+        heads = q.shape[1]
         k_scale, v_scale = _scales(layer)
-        if heads == kv_heads:
-            stage1 = _decode_att_m_fwd
-        else:
-            stage1 = functools.partial(_decode_grouped_att_m_fwd, has_mla=self.use_mla)
-        logits, lse = metadata.attn_logits[: len(q)], metadata.attn_lse[: len(q)]
-        stage1(
+        # Splits were counted for a batch of this size.
+        assert len(q) == len(metadata.kv_indptr) - 1
+        out, lse = self.scratch.of(len(q), heads, layer.v_head_dim)
+        _first_stage(
             q,
             keys,
             values,
-            logits,
+            out,
             lse,
             metadata.kv_indptr,
             metadata.kv_indices,
             metadata.num_kv_splits,
-            self.max_kv_splits,
             layer.scaling * k_scale,
             logit_capping_mod(layer.logit_capping_method, layer.logit_cap),
-            xai_temperature_len=layer.xai_temperature_len,
+            layer.xai_temperature_len,
+            self.use_mla,
+            self.scratch.plan.tile,
         )
-        return Splits(
-            logits, lse, metadata.kv_indptr, metadata.num_kv_splits, _MIN_BLOCK_KV, v_scale
-        )
+        return Splits(out, lse, metadata.kv_indptr, metadata.num_kv_splits, BLOCK, v_scale)
 
     def partial_current(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """See `ShardedAttention.partial_current`."""
         keys, values = self._buffers(layer)
-        return self._extend(
-            q, layer, k, v, keys, values, self.forward_metadata.kv_indices[:0], None, (1.0, 1.0)
-        )
+        return self._extend(q, layer, k, v, keys, values, None, None, (1.0, 1.0))
 
     def _fill_kv_indptr_and_indices(
         self,
@@ -117,7 +163,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             indices, indptr = self.forward_metadata.kv_indices, self.forward_metadata.kv_indptr
         else:
             keys, values = gathered, gathered[..., : layer.v_head_dim]
-            indices = torch.arange(len(gathered), device=q.device)
+            indices = None
             indptr = torch.zeros_like(self.forward_metadata.qo_indptr)
             indptr[1:] = forward_batch.extend_prefix_lens.cumsum(0)
         none = q.new_empty((0, keys.shape[1], layer.qk_head_dim))
@@ -141,11 +187,14 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         v: Tensor,
         keys: Tensor,
         values: Tensor,
-        indices: Tensor,
+        indices: Tensor | None,
         indptr: Tensor | None,
         scales: tuple[float, float],
     ) -> Partial:
-        """Upstream's extend kernel over the current chunk (indptr None) or over cached rows."""
+        """Upstream's extend kernel over the current chunk (indptr None) or over cached rows.
+
+        indices: which rows of keys and values; None where a prefix lies there in order.
+        """
         metadata = self.forward_metadata
         current = indptr is None
         mask = metadata.custom_mask if current else None
@@ -162,7 +211,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             values,
             metadata.qo_indptr,
             indptr,
-            indices,
+            metadata.kv_indices if indices is None else indices,
             mask,
             current,
             metadata.mask_indptr if mask is not None else None,
@@ -174,6 +223,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             lse_extend=lse,
             skip_prefix=current,
             skip_extend=not current,
+            identity_kv_indices=indices is None,
         )
         return out, lse
 
@@ -192,6 +242,129 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     def _buffers(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+
+
+def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
+    """Allocate what decode leaves between its launches, once for a server.
+
+    Called between the weights and the pool, which is sized by what is left: as large as the pool
+    allows it could be too much (DeepSeek-V3 over 8 ranks: 10 to 32 GiB by upstream's formula).
+
+    Args:
+        runner: SGLang's, with its model.
+        captured: requests of the largest batch that is captured; 0 where none is.
+        largest: requests of the largest batch that is captured or may run.
+
+    Raises:
+        ValueError: it does not fit beside the weights under --mem-fraction-static.
+    """
+    parallel, config, kernel = get_parallel(), runner.model_config, get_exec().kernel
+    mla = runner.use_mla_backend
+    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+    local_context = -(-config.context_len // parallel.attn_dcp_size)
+    asked = kernel.triton_attention_num_kv_splits
+    if tile := kernel.triton_attention_split_tile_size:
+        cap: int | None = -(-local_context // tile)
+    else:
+        cap = asked if asked != NOT_ASKED else None
+    plan = SplitPlan.of(
+        MLA if mla else GQA,
+        config.get_max_num_attention_heads() // parallel.tp_size * parallel.attn_dcp_size,
+        1 if mla else max(layer.tp_k_head_num for layer in layers),
+        multiprocessors=get_device_core_count(runner.gpu_id),
+        local_context=local_context,
+        cap=cap,
+    )
+    width = config.kv_lora_rank if mla else max(layer.v_head_dim for layer in layers)
+    index_rows = captured * local_context
+    size = plan.nbytes(largest, width, index_rows) / 2**30
+    slack = runner.pre_model_load_memory * (1 - get_schedule().mem_fraction_static)
+    left = get_available_gpu_memory(runner.device, runner.gpu_id) - slack
+    if size >= left:
+        raise ValueError(
+            f"--attention-backend triton: the partial results of decode for batches of up to "
+            f"{largest} take {size:.2f} GiB, and the weights leave {left:.2f} GiB under "
+            f"--mem-fraction-static {get_schedule().mem_fraction_static}. Lower "
+            "--cuda-graph-max-bs-decode, --max-running-requests, --context-length or "
+            "--triton-attention-num-kv-splits, or raise --mem-fraction-static"
+        )
+    logger.info(
+        "triton: up to %d splits of a request alone and %d in a batch of %d, in %.1f MiB",
+        *(plan.capacity(1), plan.capacity(largest), largest, size * 2**10),
+    )
+    return Scratch(plan, largest, width, index_rows, runner.device)
+
+
+def _first_stage(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scaling: float,
+    logit_cap: float,
+    xai_temperature_len: int,
+    mla: bool,
+    tile: Tile,
+) -> None:
+    """Upstream's first decode stage: q [B, H, Dk] over rows of a pool -> out and lse by split.
+
+    Its launcher has one tile of heads for every model; a launch of its own takes others.
+    """
+    (batch, heads, width), (kv_heads, v_width), most = q.shape, values.shape[1:], out.shape[2]
+    if heads == kv_heads:
+        _decode_att_m_fwd(
+            q,
+            keys,
+            values,
+            out,
+            lse,
+            indptr,
+            indices,
+            counts,
+            most,
+            scaling,
+            logit_cap,
+            xai_temperature_len,
+        )
+        return
+    group = heads // kv_heads
+    # Rotary parts of MLA's keys make a tile of their own, since tiles are powers of two.
+    whole = {576: 512, 288: 256}.get(width, triton.next_power_of_2(width))
+    _fwd_grouped_kernel_stage1[(batch, -(-heads // min(tile.heads, group)), most)](
+        q,
+        keys,
+        values,
+        scaling,
+        indptr,
+        indices,
+        out,
+        lse,
+        counts,
+        *q.stride()[:2],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *(0, 0, 0, 0),  # strides of pages, read where PAGE_SIZE is not 1
+        *out.stride()[:3],
+        kv_group_num=group,
+        q_head_num=heads,
+        BLOCK_DMODEL=whole,
+        BLOCK_DPE=max(0, width - whole),
+        BLOCK_DV=triton.next_power_of_2(v_width),
+        BLOCK_N=tile.tokens,
+        BLOCK_H=tile.heads,
+        MIN_BLOCK_KV=BLOCK,
+        logit_cap=logit_cap,
+        xai_temperature_len=xai_temperature_len,
+        Lk=width,
+        Lv=v_width,
+        HAS_MLA=mla,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def _scales(layer: RadixAttention) -> tuple[float, float]:

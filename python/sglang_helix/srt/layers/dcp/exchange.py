@@ -94,15 +94,19 @@ def exchange_splits(
 ) -> Partial:
     """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
 
-    A backend that `takes_splits` reduces them where it sends them, and lays the result out as
-    [H/K, B, D] where `head_major` asks for it; for the others they are merged first.
+    A backend that `takes_splits` reduces a few of them where it sends them; many, and those of the
+    others, are merged first. The result is laid out as [H/K, B, D] where `head_major` asks for it,
+    which only a backend of that field may be asked for.
     """
     B, H, _, D = splits.out.shape
-    if BACKENDS[backend].takes_splits and (kernel := _prepared_for(group, B, H, D, dtype)):
+    taken = splits.few and BACKENDS[backend].takes_splits
+    if taken and (kernel := _prepared_for(group, B, H, D, dtype)):
         reduced = kernel.reduce_splits(splits, head_major=head_major, return_lse=True, layer=_layer)
         assert reduced.lse is not None
         return reduced.out, reduced.lse
-    return BACKENDS[backend].exchange(*splits.merged(dtype), group)
+    heads_first = {"head_major": True} if head_major else {}
+    out, lse = splits.merged(dtype)
+    return BACKENDS[backend].exchange(out, lse, group, **heads_first)
 
 
 # What `symm` needs before its first call.

@@ -97,6 +97,44 @@ def combine(
     return out if out_lse is None else (out, out_lse)
 
 
+def combine_splits(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    indptr: torch.Tensor,
+    counts: torch.Tensor,
+    block: int,
+    *,
+    out_dtype: torch.dtype,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the splits of each sequence, of which each has its own number; see `partial.Splits`.
+
+    Args:
+        partials: [B, H, S, D] fp32, any strides. Splits without tokens may hold anything.
+        lse: [B, H, S] fp32, natural logarithm, any strides; likewise.
+        indptr: [B+1] integer, prefix sums of lengths.
+        counts: [B] integer, splits per sequence.
+        block: tokens that splits are whole multiples of.
+        out_dtype: bf16, fp16 or fp32.
+        scale: the result is multiplied by it.
+
+    Returns:
+        out [B, H, D] and lse [B, H] fp32; 0 and -inf for sequences without tokens.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is not supported.
+    """
+    _check_splits(partials, lse, indptr, counts, out_dtype)
+    B, H, _, D = partials.shape
+    out = partials.new_empty((B, H, D), dtype=out_dtype)
+    out_lse = lse.new_empty((B, H))
+    if lse.numel():
+        run = _combine_splits_triton if _runs_triton(partials) else _combine_splits_torch
+        run(partials, lse, indptr, counts, block, scale, out, out_lse)
+    return out, out_lse
+
+
 def rescale(
     out: torch.Tensor, lses: torch.Tensor, rank: int, *, base2: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +247,27 @@ def _combine_torch(
         out_lse.copy_(total)
 
 
+def _combine_splits_torch(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    indptr: torch.Tensor,
+    counts: torch.Tensor,
+    block: int,
+    scale: float,
+    out: torch.Tensor,
+    out_lse: torch.Tensor,
+) -> None:
+    B, _, S = lse.shape
+    lens = indptr[1 : B + 1] - indptr[:B]
+    share = -(-lens // counts[:B].clamp_min(1))
+    share = -(-share // block) * block
+    written = torch.arange(S, device=lse.device) * share[:, None] < lens[:, None]
+    lse = lse.masked_fill(~written[:, None], -torch.inf)
+    merged = torch.empty_like(out, dtype=torch.float32)
+    _combine_torch(partials.movedim(2, 0), lse.movedim(2, 0), merged, out_lse, base2=False)
+    out.copy_(merged * scale)
+
+
 def _rescale_torch(
     out: torch.Tensor,
     lses: torch.Tensor,
@@ -247,6 +306,71 @@ if triton is not None:
     @triton.jit
     def _or_empty(lse):  # type: ignore[no-untyped-def]
         return tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
+
+    @triton.jit
+    def live_splits(length, count, block):  # type: ignore[no-untyped-def]
+        """Splits that were written; `partial.Splits` says how tokens are dealt."""
+        share = tl.cdiv(tl.cdiv(length, tl.maximum(count, 1)), block) * block
+        return tl.cdiv(length, tl.maximum(share, 1)).to(tl.int32)
+
+    @triton.jit(do_not_specialize=["block", "x_b", "x_h", "x_s", "l_b", "l_h", "l_s"])
+    def _combine_splits_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        l_ptr,
+        indptr_ptr,
+        counts_ptr,
+        y_ptr,
+        y_lse_ptr,
+        block,
+        scale,
+        x_b,
+        x_h,
+        x_s,
+        l_b,
+        l_h,
+        l_s,
+        x_d: tl.constexpr,
+        X_UNIT: tl.constexpr,
+        HEADS: tl.constexpr,
+        D: tl.constexpr,
+        SPLITS: tl.constexpr,
+        COLS: tl.constexpr,
+        LOG2_E: tl.constexpr,
+    ):
+        row = tl.program_id(0)
+        b = (row // HEADS).to(tl.int64)
+        h = (row % HEADS).to(tl.int64)
+        d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        length = tl.load(indptr_ptr + b + 1) - tl.load(indptr_ptr + b)
+        live = live_splits(length, tl.load(counts_ptr + b), block)
+        l_at = l_ptr + b * l_b + h * l_h
+        x_at = x_ptr + (b * x_b + h * x_h) * X_UNIT + d[None, :] * x_d
+
+        # A few steps over many splits each; in a step no load waits for another.
+        top = float("-inf")
+        total = 0.0
+        y = tl.zeros([COLS], tl.float32)
+        for first in tl.range(0, live, SPLITS):
+            s = first + tl.arange(0, SPLITS)
+            here = s < live
+            lse = tl.load(l_at + s.to(tl.int64) * l_s, mask=here, other=float("-inf"))
+            x_row = (s.to(tl.int64) * x_s * X_UNIT)[:, None]
+            cells = here[:, None] & (d < D)[None, :]
+            x = tl.load(x_at + x_row, mask=cells, other=0.0)
+            lse = _or_empty(lse)
+            x = tl.where((lse == float("-inf"))[:, None], 0.0, x)
+            above = tl.maximum(top, tl.max(lse, 0))
+            shift = tl.where(above == float("-inf"), 0.0, above)
+            weight = tl.exp2((lse - shift) * LOG2_E)
+            before = tl.exp2((top - shift) * LOG2_E)
+            total = total * before + tl.sum(weight, 0)
+            y = y * before + tl.sum(x * weight[:, None], 0)
+            top = above
+        # The total is at least 1, or 0 where there is no token.
+        y *= scale / tl.maximum(total, 1.0)
+        y_at = y_ptr + row.to(tl.int64) * D + d
+        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=d < D)
+        tl.store(y_lse_ptr + row, top + tl.log(total), mask=tl.program_id(1) == 0)
 
     # Batch size and strides vary between calls: none may trigger a compilation.
     @triton.jit(do_not_specialize=["rows", "x_n", "x_b", "x_h", "l_n", "l_b", "l_h", "y_b", "y_h"])
@@ -457,6 +581,44 @@ def _combine_triton(
     )
 
 
+def _combine_splits_triton(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    indptr: torch.Tensor,
+    counts: torch.Tensor,
+    block: int,
+    scale: float,
+    out: torch.Tensor,
+    out_lse: torch.Tensor,
+) -> None:
+    B, H, S, D = partials.shape
+    x = _Strides(partials)
+    # As many splits in a step as a program has registers for, in lines of at least 128 bytes.
+    # Where there are many splits there are few rows, and programs share the columns of each.
+    splits = min(_power_of_2(S), 256)
+    cols = min(_power_of_2(D), max(32, 4096 // splits))
+    _combine_splits_kernel[(B * H, -(-D // cols))](
+        partials,
+        lse,
+        indptr,
+        counts,
+        out,
+        out_lse,
+        block,
+        scale,
+        *x.outer,
+        *lse.stride(),
+        x_d=x.last,
+        X_UNIT=x.unit,
+        HEADS=H,
+        D=D,
+        SPLITS=splits,
+        COLS=cols,
+        LOG2_E=_LOG2_E,
+        num_warps=min(8, max(1, splits * cols // 1024)),
+    )
+
+
 def _rescale_triton(
     out: torch.Tensor,
     lses: torch.Tensor,
@@ -625,6 +787,28 @@ def _check_pack(
             )
         if send.device != out.device:
             raise ValueError(f"send is on {send.device} and out on {out.device}")
+
+
+def _check_splits(
+    partials: torch.Tensor,
+    lse: torch.Tensor,
+    indptr: torch.Tensor,
+    counts: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> None:
+    if partials.ndim != 4:
+        raise ValueError(f"partials must be [B, H, S, D], got {list(partials.shape)}")
+    if partials.dtype != torch.float32 or out_dtype not in _PAYLOADS:
+        raise TypeError(
+            f"splits must be fp32 and their result bf16, fp16 or fp32, got {partials.dtype} and "
+            f"{out_dtype}"
+        )
+    _check_lse(lse, partials.shape[:-1], partials, "partials")
+    if len(indptr) <= len(lse) or len(counts) < len(lse):
+        raise ValueError(
+            f"splits of {len(lse)} sequences need as many counts and one more in indptr, got "
+            f"{len(counts)} and {len(indptr)}"
+        )
 
 
 def _check_lse(lse: torch.Tensor, shape: torch.Size, of: torch.Tensor, name: str) -> None:

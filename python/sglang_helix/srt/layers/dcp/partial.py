@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_helix.srt.layers.dcp.lse_combine import combine
+from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
 
 # `symm` moves rows of an output in vectors of this size.
 VECTOR_BYTES = 16
+# Splits that are read one after the other, at most: arithmetic from the latency of a load, about
+# half a microsecond, against the 2 of a launch; not measured.
+_FEW = 8
 
 # out [B, H, D], and its LSE [B, H] in fp32.
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -24,7 +27,8 @@ class Splits(NamedTuple):
     """What split-KV decoding leaves before its own reduction (SGLang's Triton backend).
 
     Sequence b has indptr[b+1] - indptr[b] tokens, dealt in order to counts[b] splits of equal
-    length rounded up to whole blocks; splits that begin behind the end were never written.
+    length rounded up to whole blocks; splits that begin behind the end were never written, and
+    hold anything.
     """
 
     out: torch.Tensor
@@ -40,12 +44,24 @@ class Splits(NamedTuple):
     v_scale: float = 1.0
     """Dequantisation scale of the values."""
 
+    @property
+    def few(self) -> bool:
+        """Whether an exchange may reduce them one after the other, on the way.
+
+        It has one program for a row, which reads the splits of N heads in turn. Beyond a few, a
+        launch of its own, with programs of many splits at a time, is faster. The shape decides,
+        which captured graphs fix.
+        """
+        return self.out.shape[2] <= _FEW
+
     def merged(self, dtype: torch.dtype) -> Partial:
-        """Out [B, H, D] in dtype and lse [B, H]; unwritten splits must have an LSE of -inf."""
-        out, lse = combine(
-            self.out.permute(2, 0, 1, 3),
-            self.lse.permute(2, 0, 1),
+        """Out [B, H, D] in dtype and lse [B, H]: one launch, whatever the number of splits."""
+        return combine_splits(
+            self.out,
+            self.lse,
+            self.indptr,
+            self.counts,
+            self.block,
             out_dtype=dtype,
-            return_lse=True,
+            scale=self.v_scale,
         )
-        return (out if self.v_scale == 1.0 else out * self.v_scale), lse

@@ -49,6 +49,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_helix.srt.layers.dcp.lse_combine import live_splits
 from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Splits
 
 Protocol = Literal["lamport", "push", "pull"]
@@ -315,13 +316,6 @@ def _words(values, dtype: tl.constexpr, n: tl.constexpr, w: tl.constexpr):
 
 
 @triton.jit
-def _live_splits(length, count, block):
-    """Splits that were written; `Splits` says how tokens are dealt."""
-    share = tl.cdiv(tl.cdiv(length, tl.maximum(count, 1)), block) * block
-    return tl.cdiv(length, tl.maximum(share, 1)).to(tl.int32)
-
-
-@triton.jit
 def _merge_splits(rows, row_step, lses, lse_step, splits, here, d, D: tl.constexpr):
     """Combine the first splits of n heads of a sequence: fp32 [n, d] and LSE [n].
 
@@ -475,7 +469,7 @@ def exchange_kernel(
             if SPLITS:
                 x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * D
                 length = tl.load(indptr_ptr + b + 1) - tl.load(indptr_ptr + b)
-                splits, at = _live_splits(length, tl.load(counts_ptr + b), block), x_ptr + x_row
+                splits, at = live_splits(length, tl.load(counts_ptr + b), block), x_ptr + x_row
                 values, lse = _merge_splits(
                     at, x_s.to(tl.int64) * 4, l_ptr + l_row, l_s, splits, here, d, D
                 )
