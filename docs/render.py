@@ -44,8 +44,8 @@ the verdict is own, since that code is not there.
 The last column says what unmodified SGLang does under `--dcp-size`: *serves* it; serves *MLA*,
 while GQA and MHA answer wrongly unless the ranks of a group hold the same heads
 (sgl-project/sglang#34355); *starts*, and nothing of its code, tests or docs speaks of it; starts
-and is *wrong*, or crashes; *refuses* it; *lacks* it. Files are SGLang's, below `sglang/srt`; read,
-not run: no GPU test of this project covers them.
+and is *wrong*, or crashes; *refuses* it; *lacks* it. Files and tests named there are SGLang's
+(files below `sglang/srt`): read, not run; no GPU test of this project covers them.
 
 {rows.getvalue()}"""
 
@@ -85,18 +85,26 @@ def attention_backends() -> str:
             "adapter" if record.own_class(kind) else "own" if record.classes(kind) else ""
             for kind in ("GQA", "MLA")
         ]
-        needs = "CPU or any GPU" if record.off_cuda else "any NVIDIA GPU"
+        needs = ["CPU or any GPU" if record.off_cuda else "any NVIDIA GPU"]
         if record.majors:
-            needs = " or ".join(f"compute capability {major}.x" for major in record.majors)
+            needs = [f"compute capability {_majors(record.majors)}"]
+        if record.mla_majors:
+            needs.append(f"{_majors(record.mla_majors)} for MLA")
+        needs += [f"no fp8 cache for {kind}: {reason}" for kind, reason in record.no_fp8.items()]
+        if record.pages:
+            needs.append(f"pages of {' or '.join(map(str, record.pages))}")
+        if not record.seen:
+            needs.append("**not seen on a GPU**: only where it is named")
         base = "2" if record.base2 else "e"
-        rows.append(f"| `{record.name}` | {' | '.join(serves)} | {needs} | {base} |")
+        rows.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
     return (
         """# Attention backends under a sharded cache
 
 Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/adapters.py`), in
-order of preference. Where none is named, SGLang's default for the machine is kept if it is here;
-otherwise the first that serves the model and runs on the machine is taken, and the log says so.
-"own": complete upstream, with the series' exchange. To add one: [adding.md](adding.md).
+order of preference. Where none is named, SGLang's default for the machine is kept if it is here and
+was seen on a GPU; otherwise the first that serves the model and runs on the machine is taken, and
+the log says so. "own": complete upstream, with the series' exchange. To add one:
+[adding.md](adding.md).
 
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
 |---|---|---|---|---|
@@ -104,6 +112,10 @@ otherwise the first that serves the model and runs on the machine is taken, and 
         + "\n".join(rows)
         + "\n"
     )
+
+
+def _majors(majors: tuple[int, ...]) -> str:
+    return " or ".join(f"{major}.x" for major in majors)
 
 
 def backends_sentence() -> str:

@@ -77,8 +77,9 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             create_torch_native_backend,
         )
 
-        from sglang_cpu_reference import kv_transfer, stand_ins
+        from sglang_cpu_reference import kv_transfer, stand_ins, transfer_engine
 
         kv_transfer.install()
         stand_ins.install()
+        transfer_engine.install()
         register_attention_backend("torch_native")(create_torch_native_backend)

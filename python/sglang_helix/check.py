@@ -52,10 +52,17 @@ def check(argv: Sequence[str], machine: str | None = None) -> tuple[str, str]:
 
     machine: one of MACHINES; None for this one.
     """
+    from sglang.srt.platforms import current_platform
     from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import get_platform
 
     load_plugins()
     if machine is None:
+        here = get_platform()
+        if not (here.is_cuda or here.is_hip or here.is_npu or here.is_xpu) and (
+            not current_platform.is_out_of_tree()
+        ):
+            return "refused", f"this machine has no GPU: give --on, one of {', '.join(MACHINES)}"
         return _check(argv)
     with told_about(machine):
         return _check([*argv, "--device", "cuda"])
@@ -71,7 +78,7 @@ def _check(argv: Sequence[str]) -> tuple[str, str]:
     try:
         args.resolve_once()
         args.check_server_args()
-    except (ValueError, AssertionError, NotImplementedError, RuntimeError) as refused:
+    except (OSError, ValueError, AssertionError, RuntimeError) as refused:
         return "refused", str(refused)
     verdict, view = verdict_of(args), resolved_view(args)
     if verdict.kind == "whole":

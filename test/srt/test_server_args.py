@@ -4,6 +4,7 @@ One process resolves everything: resolution depends on the flags, on a checkpoin
 and on what SGLang believes about the machine (its `override_platform`), and on nothing else.
 """
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -19,7 +20,7 @@ from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from sglang_cpu_reference.server import free_port
 from sglang_helix.check import MACHINES, facts_of, told_about
 from sglang_helix.srt.compatibility.rows import TABLE
-from sglang_helix.srt.layers.attention.adapters import Attention, serving
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
 from srt.fresh import Fresh
 
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
@@ -182,6 +183,21 @@ def test_a_cache_that_a_backend_cannot_read(resolved: Resolve) -> None:
     assert "fa3" not in advised[1]
     keys = resolved("Hopper", "llama", **sharded)
     assert keys.backends == ("fa3", "fa3"), keys.error
+
+
+def test_a_backend_not_seen_on_a_gpu_is_taken_by_name_alone(resolved: Resolve) -> None:
+    unseen = {record.name: record for record in ADAPTERS if not record.seen}
+    assert "fa4" in unseen
+    for name, record in unseen.items():
+        flags = {"tp_size": 4, "dcp_size": 2, "attention_backend": name}
+        found = resolved("Blackwell", "llama" if record.gqa else "deepseek_v2", **flags)
+        assert found.backends == (name, name), found.error
+        said = f"--attention-backend {name} has not been seen on a GPU with --dcp-size"
+        assert found.said.count(said) == 1
+    for machine, family in itertools.product(MACHINES, WORKING):
+        taken = resolved(machine, family, tp_size=4, dcp_size=2).backends
+        assert taken is not None
+        assert not set(taken) & set(unseen)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -593,13 +593,14 @@ def test_storage_attached_later_obeys_the_rows_of_the_flag(
         assert "is not supported with --dcp-size 2: K and V have no page format by owner" in message
 
 
-def checked(model: str, machine: str, *flags: str) -> tuple[int, str]:
+def checked(model: str, machine: str | None, *flags: str) -> tuple[int, str]:
     """Status and last line of ``python -m sglang_helix check``."""
     from sglang_helix.__main__ import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = main(["check", "--on", machine, "--model-path", model, "--tp", "4", *flags])
+        on = ["--on", machine] if machine else []
+        status = main(["check", *on, "--model-path", model, "--tp", "4", *flags])
     return status, printed.getvalue().splitlines()[-1]
 
 
@@ -610,6 +611,7 @@ def test_check_says_the_verdict_by_the_configuration_alone(
     alone.mkdir()
     (alone / "config.json").write_text((Path(models["llama"]) / "config.json").read_text())
     cases = {
+        (str(alone), None): (1, "refused: this machine has no GPU: give --on, one of Ampere"),
         (str(alone), "Hopper"): (0, "whole: no sharded cache"),
         (str(alone), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(alone), "Ampere", "--attn-tp-size", "3"): (1, "refused: --attn-tp-size 3 does not"),

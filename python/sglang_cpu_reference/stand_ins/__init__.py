@@ -18,6 +18,7 @@ VARIABLE = "SGLANG_CPU_REFERENCE_STAND_INS"
 #: The modules of this package that stand in for what an attention backend calls.
 MODULES: dict[str, tuple[str, ...]] = {
     "fa3": ("flash_attention",),
+    "fa4": ("flash_attention", "flash_attention_v4"),
 }
 
 _installed: set[str] = set()

@@ -70,6 +70,7 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    from sglang.srt.managers.disagg_service import start_disagg_service
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, prepare_server_args
@@ -78,6 +79,8 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
     server_args.resolve_once()
     server_args.check_server_args()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+    if rank == 0:
+        start_disagg_service()  # of a prefill server; nothing otherwise
     scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
     scheduler.idle_sleeper = None
     return scheduler
@@ -86,7 +89,7 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
 def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
     """Admit the prompts at once and turn the scheduler's loop until it is idle; on every rank."""
     scheduler.process_input_requests(
-        [_request(str(number), prompt, new_tokens) for number, prompt in enumerate(prompts)]
+        [generate_request(str(number), prompt, new_tokens) for number, prompt in enumerate(prompts)]
     )
     requests = list(scheduler.waiting_queue)
     assert len(requests) == len(prompts)
@@ -99,10 +102,11 @@ def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) ->
             scheduler.process_batch_result(batch, scheduler.run_batch(batch))
         scheduler.last_batch = batch
     scheduler.on_idle()  # ends the rank if a slot of its pool is lost
-    return [_answer_to(request) for request in requests]
+    return [answer_to(request) for request in requests]
 
 
-def _answer_to(request: Any) -> Answer:
+def answer_to(request: Any) -> Answer:
+    """What a request of a scheduler has been answered."""
     logprob = request.logprob
     top = zip(logprob.output_top_logprobs_idx, logprob.output_top_logprobs_val, strict=True)
     completion = Completion(
@@ -113,7 +117,8 @@ def _answer_to(request: Any) -> Answer:
     return Answer(completion, request.cached_tokens, request.finished_reason.to_json())
 
 
-def _request(name: str, prompt: Sequence[int], new_tokens: int) -> Any:
+def generate_request(name: str, prompt: Sequence[int], new_tokens: int, **fields: Any) -> Any:
+    """A request as the tokenizer manager hands it on: greedy, to the full length."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -132,4 +137,5 @@ def _request(name: str, prompt: Sequence[int], new_tokens: int) -> Any:
         top_logprobs_num=5,
         token_ids_logprob=None,
         stream=False,
+        **fields,
     )

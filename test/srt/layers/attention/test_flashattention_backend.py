@@ -1,13 +1,16 @@
-"""The `fa3` adapter in SGLang's schedulers, on stand-ins for its kernels, against transformers."""
+"""The `fa3` and `fa4` adapters on stand-ins for their kernels."""
 
+import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from sglang_cpu_reference import stand_ins
 from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_helix.srt.layers.attention import adapters
+from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.fresh import Fresh
 from srt.models.serving import _serve, command_line
@@ -32,32 +35,34 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def with_stand_ins(rank: int, *args: Any) -> Any:
-    stand_ins.install(["fa3"])  # the platform's own call was before the fork
+def with_stand_ins(rank: int, backend: str, *args: Any) -> Any:
+    stand_ins.install([backend])  # the platform's own call was before the fork
     return _serve(rank, *args)
 
 
 @pytest.mark.parametrize(
-    ("family", "tp", "layout", "page"),
+    ("backend", "family", "tp", "layout", "page"),
     [
-        ("llama", 2, ("--dcp-size", "2", "--dcp-comm-backend", "a2a"), 1),
-        ("llama", 4, ("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs"), 16),
-        ("deepseek_v2", 2, ("--dcp-size", "2", "--dcp-comm-backend", "ag_rs"), 1),
-        ("deepseek_v2", 4, ("--attn-tp-size", "1", "--dcp-comm-backend", "a2a"), 8),
+        ("fa3", "llama", 2, ("--dcp-size", "2", "--dcp-comm-backend", "a2a"), 1),
+        ("fa3", "llama", 4, ("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs"), 16),
+        ("fa3", "deepseek_v2", 2, ("--dcp-size", "2", "--dcp-comm-backend", "ag_rs"), 1),
+        ("fa3", "deepseek_v2", 4, ("--attn-tp-size", "1", "--dcp-comm-backend", "a2a"), 8),
+        ("fa4", "llama", 2, ("--dcp-size", "2", "--dcp-comm-backend", "a2a"), 16),
     ],
 )
 def test_equals_transformers(
     ready: Fresh,
     checkpoints: dict[str, Path],
+    backend: str,
     family: str,
     tp: int,
     layout: tuple[str, ...],
     page: int,
 ) -> None:
     sizes = ("--page-size", str(page), "--chunked-prefill-size", "80", "--max-total-tokens", "512")
-    flags = ("--attention-backend", "fa3", *layout, *sizes)
+    flags = ("--attention-backend", backend, *layout, *sizes)
     argv = command_line(checkpoints[family], tp, *flags)
-    for report in ready.ranks(with_stand_ins, tp, argv, BATCHES, NEW_TOKENS):
+    for report in ready.ranks(with_stand_ins, tp, backend, argv, BATCHES, NEW_TOKENS):
         for prompts, answers in zip(BATCHES, report.answers, strict=True):
             for tokens, answer in zip(prompts, answers, strict=True):
                 check(checkpoints[family], tokens, answer, NEW_TOKENS)
@@ -75,49 +80,74 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-RANKS, PAGE, HEADS, KV_HEADS, WIDTH = 3, 4, 6, 2, 16
+RANKS, PAGE, HEADS = 3, 4, 6
+LENGTHS = dict(enumerate((1, 2, 3, 40, 17, 64)))
 
 
-def replayed(rank: int) -> list[float]:
-    """Errors of one rank's decode by the metadata of a capture, refreshed for other batches."""
-    stand_ins.install(["fa3"])
-    from sglang_helix.srt.layers.attention import flashattention_backend
-    from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
+class Heads(NamedTuple):
+    """Key-value heads; the widths of keys and of values, which are a part of the keys for MLA."""
 
-    slots = Slots(RANKS, PAGE, pages=40)
-    lengths = dict(enumerate((1, 2, 3, 40, 17, 64)))
-    for request, length in lengths.items():
-        slots.extend(request, length)
-    keys, values = (torch.full((slots.rows, KV_HEADS, WIDTH), torch.nan) for _ in range(2))
-    shard = KVShard(RANKS, rank)
-    for request, length in lengths.items():
-        rows = shard.read_rows(torch.tensor(slots.of[request][:length]))
-        keys[rows], values[rows] = torch.randn(2, len(rows), KV_HEADS, WIDTH)
-    adapter = object.__new__(flashattention_backend.ShardedFlashAttentionBackend)
+    kv: int
+    k_width: int
+    v_width: int
+    mla: bool
+
+
+GQA, MLA = Heads(2, 16, 16, False), Heads(1, 288, 256, True)
+
+
+def adapter_of(name: str, heads: Heads, **attributes: Any) -> tuple[Any, Any]:
+    """An adapter on its stand-ins, without a model, and a layer of it."""
+    stand_ins.install([name])
+    adapter = object.__new__(pkgutil.resolve_name(adapters.adapter(name).gqa[0]))
     adapter.__dict__.update(
-        shard=shard,
+        mla=heads.mla,
         pool_page_size=PAGE,
         page_size=PAGE,
-        mla=False,
         device="cpu",
-        max_context_len=64,
+        max_context_len=max(LENGTHS.values()),
         num_splits=0,
-        fa_impl_ver=3,
+        fa_impl_ver=int(name[-1]),
         kv_cache_dtype_str="auto",
-        kv_cache_is_mxfp8=False,
-        req_to_token_pool=SimpleNamespace(req_to_token=slots.table()),
-        token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda layer: (keys, values)),
+        **attributes,
     )
     layer = SimpleNamespace(
         layer_id=0,
-        tp_k_head_num=KV_HEADS,
-        tp_v_head_num=KV_HEADS,
-        head_dim=WIDTH,
-        qk_head_dim=WIDTH,
-        v_head_dim=WIDTH,
-        scaling=WIDTH**-0.5,
+        tp_q_head_num=HEADS,
+        tp_k_head_num=heads.kv,
+        tp_v_head_num=heads.kv,
+        head_dim=heads.k_width,
+        qk_head_dim=heads.k_width,
+        v_head_dim=heads.v_width,
+        scaling=heads.k_width**-0.5,
         logit_cap=0.0,
         k_scale=None,
+    )
+    return adapter, layer
+
+
+def replayed(rank: int, name: str, heads: Heads) -> list[float]:
+    """Errors of one rank's decode by the metadata of a capture, refreshed for other batches."""
+    slots = Slots(RANKS, PAGE, pages=40)
+    shard = KVShard(RANKS, rank)
+    keys = torch.full((RANKS * slots.rows, heads.kv, heads.k_width), torch.nan)
+    values = torch.full((RANKS * slots.rows, heads.kv, heads.v_width), torch.nan)
+    if heads.mla:
+        values = keys[..., : heads.v_width]
+    rows = {}
+    for request, length in LENGTHS.items():
+        slots.extend(request, length)
+        rows[request] = shard.read_rows(torch.tensor(slots.of[request]))
+        for part in (values, keys):
+            part[rows[request]] = torch.randn_like(part[rows[request]])
+    adapter, layer = adapter_of(
+        name,
+        heads,
+        shard=shard,
+        req_to_token_pool=SimpleNamespace(req_to_token=slots.table()),
+        token_to_kv_pool=SimpleNamespace(
+            get_kv_buffer=lambda layer: (keys, values), get_key_buffer=lambda layer: keys
+        ),
     )
 
     def batch(requests: list[int], size: int) -> Any:
@@ -126,37 +156,76 @@ def replayed(rank: int) -> list[float]:
         return SimpleNamespace(
             batch_size=size,
             req_pool_indices=torch.tensor(requests + padding),
-            seq_lens=torch.tensor([lengths[r] for r in requests] + [1] * len(padding)),
+            seq_lens=torch.tensor([LENGTHS[r] for r in requests] + [1] * len(padding)),
             out_cache_loc=torch.tensor([slots.of[r][-1] for r in requests], dtype=torch.int64),
         )
 
     adapter.init_cuda_graph_state(8, 8)
     adapter.init_forward_metadata_out_graph(batch([], 4), in_capture=True)
-    captured = adapter.pages, adapter.cu_q, adapter.write_rows
-    assert adapter.pages.table.shape[1] == -(-64 // (RANKS * PAGE)), "as wide as a rank needs"
+    captured = {name: getattr(adapter, name, None) for name in ("pages", "cu_q", "write_rows")}
+    width = captured["pages"].table.shape[1]
+    assert width == -(-max(LENGTHS.values()) // (RANKS * PAGE)), "as wide as a rank needs"
     errors = []
     for requests in ([3, 0, 5, 4], [1, 4], [5, 2, 0]):
         replay = batch(requests, 4)
         with NoSync():
             adapter.init_forward_metadata_out_graph(replay)
-        adapter.pages, adapter.cu_q, adapter.write_rows = captured  # what the graph reads
-        q = torch.randn(4, HEADS, WIDTH)
-        out, lse = adapter.partial_decode(q, layer, replay)
+        adapter.__dict__.update(captured)  # what the graph reads
+        q = torch.randn(4, HEADS, heads.k_width)
+        parts = q.split([heads.v_width, heads.k_width - heads.v_width], -1) if heads.mla else q
+        out, lse = adapter.partial_decode(parts, layer, replay)
         for row, request in enumerate(requests):
-            rows = shard.read_rows(torch.tensor(slots.of[request][: lengths[request]]))
-            want = partial_attention(q[row : row + 1], keys[rows], values[rows], scale=WIDTH**-0.5)
-            assert torch.equal(lse[row].isneginf(), want.lse[0].isneginf())
-            seen = not want.lse.isneginf().any()
-            errors.append(float((out[row] - want.out[0]).norm()) if seen else 0.0)
-            errors.append(float((lse[row] - want.lse[0]).norm()) if seen else 0.0)
-        owned = [slots.of[r][-1] for r in requests if slots.of[r][-1] % RANKS == rank]
-        wanted = {slot // RANKS for slot in owned}
-        assert {row for row in adapter.write_rows.tolist() if row >= PAGE} == wanted
+            own = rows[request]
+            want = partial_attention(q[row, None], keys[own], values[own], scale=layer.scaling)
+            if not len(own):
+                assert lse[row].isneginf().all()
+                continue
+            errors.append(float((out[row] - want.out[0]).norm()))
+            errors.append(float((lse[row] - want.lse[0]).norm()))
+        if not heads.mla:
+            ends = [slots.of[r][-1] for r in requests]
+            wanted = {slot // RANKS for slot in ends if slot % RANKS == rank}
+            assert {row for row in adapter.write_rows.tolist() if row >= PAGE} == wanted
     return errors
 
 
-@pytest.mark.parametrize("rank", range(RANKS))
-def test_captured_metadata_is_refreshed_in_place(fresh: Fresh, rank: int) -> None:
-    errors = fresh.value(replayed, rank)
-    assert len(errors) == 18
-    assert max(errors) < 1e-5
+@pytest.mark.parametrize("heads", [GQA, MLA], ids=["GQA", "MLA"])
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_captured_metadata_is_refreshed_in_place(fresh: Fresh, name: str, heads: Heads) -> None:
+    for rank in range(RANKS):
+        errors = fresh.value(replayed, rank, name, heads)
+        assert len(errors) >= 12
+        assert max(errors) < 1e-4
+
+
+def drafts_seen(name: str) -> float:
+    """Error of a verify pass's own part: trees of drafts, each seeing its ancestors and itself."""
+    adapter, layer = adapter_of(name, GQA)
+    count, cached = 4, (1, 5, 9)
+    mode = SimpleNamespace(is_target_verify=lambda: True)
+    below = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    trees = [
+        (below & (torch.rand(count, count) < 0.5)) | torch.eye(count, dtype=torch.bool)
+        for _ in cached
+    ]
+    masks = [
+        torch.cat([torch.ones(count, length, dtype=torch.bool), tree], 1).flatten()
+        for length, tree in zip(cached, trees, strict=True)
+    ]
+    batch = SimpleNamespace(
+        forward_mode=mode,
+        seq_lens=torch.tensor(cached),
+        spec_info=SimpleNamespace(custom_mask=torch.cat(masks)),
+    )
+    adapter.max_q = count
+    q = torch.randn(len(cached) * count, HEADS, GQA.k_width)
+    k, v = torch.randn(2, len(q), GQA.kv, GQA.k_width)
+    out, lse = adapter.partial_current(q, k, v, layer, batch)
+    whole = torch.block_diag(*(tree.float() for tree in trees)).bool()
+    want = partial_attention(q, k, v, scale=layer.scaling, visible=whole)
+    return max(float((out - want.out).norm()), float((lse - want.lse).norm()))
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_drafts_see_their_own_tree(fresh: Fresh, name: str) -> None:
+    assert fresh.value(drafts_seen, name) < 1e-4

@@ -106,6 +106,21 @@ ADAPTERS: tuple[Adapter, ...] = (
         until="upstream's backend attends the rows of its rank and returns LSEs",
     ),
     Adapter(
+        "fa4",
+        base2=False,
+        gqa=(f"{_OURS}.flashattention_backend:ShardedFlashAttention4Backend",),
+        mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttention4Backend",),
+        majors=(9, 10),
+        mla_majors=(10,),
+        chosen_on=(),
+        no_fp8={
+            "GQA": "its prefill reads K and V of another dtype than the queries, not tried here",
+            "MLA": "SGLang would convert the whole pool in every layer",
+        },
+        why="no DCP: attends every rank's slots",
+        until="upstream's backend attends the rows of its rank and returns LSEs",
+    ),
+    Adapter(
         "flashinfer",
         base2=True,
         mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),

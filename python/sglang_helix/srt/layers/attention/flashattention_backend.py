@@ -1,8 +1,9 @@
-"""Adapter for FlashAttention 3. Extends `layers/attention/flashattention_backend.py`.
+"""Adapters for FlashAttention 3 and 4. Extends `layers/attention/flashattention_backend.py`.
 
-The kernels give a natural LSE [heads, T], and 0 with -inf to a request without tokens. Decode reads
-this rank's pages by lengths of its own, with a page table as wide as a rank needs, since from the
-width follows how finely the kernel splits. Scales of a quantized cache are inside its LSE.
+The kernels give a natural LSE, [heads, T] (version 4 beside MLA's two-part queries [T, heads]), and
+0 with -inf to a request without tokens. Decode reads this rank's pages by lengths of its own, with
+a page table as wide as a rank needs, since from the width follows how finely the kernel splits.
+Scales of a quantized cache are inside the LSE.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from sglang.srt.mem_cache.layout.paged_view import paged_view
 from torch import Tensor
 
+from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
 
 if TYPE_CHECKING:
@@ -38,9 +40,9 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         if self.mla and model_runner.kv_cache_dtype != model_runner.dtype:
             # A checkpoint may ask for it too, which start-up does not see.
             raise NotImplementedError(
-                f"fa3 serves MLA with --dcp-size > 1 from a cache of {model_runner.dtype} alone, "
-                f"and this one is of {model_runner.kv_cache_dtype}: give --kv-cache-dtype "
-                "bfloat16, or another --attention-backend"
+                f"{record_of(type(self)).name} serves MLA with --dcp-size > 1 from a cache of "
+                f"{model_runner.dtype} alone, and this one is of {model_runner.kv_cache_dtype}: "
+                "give --kv-cache-dtype bfloat16, or another --attention-backend"
             )
 
     def mla_queries(
@@ -116,7 +118,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
-        return out, lse.T
+        return out, self._by_query(lse, q_v)
 
     def _ragged(
         self,
@@ -149,7 +151,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
-        return out, lse.T
+        return out, self._by_query(lse, q_v)
 
     def _drafts(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
@@ -178,7 +180,21 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
-        return out, lse.T
+        return out, self._by_query(lse, None)
+
+    def _by_query(self, lse: Tensor, q_v: Tensor | None) -> Tensor:
+        """The LSE as [T, heads]."""
+        return lse.T
+
+
+class ShardedFlashAttention4Backend(ShardedFlashAttentionBackend):
+    """`fa4` over a sharded cache: the same interface, other kernels."""
+
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__(model_runner, fa_impl_ver=4)
+
+    def _by_query(self, lse: Tensor, q_v: Tensor | None) -> Tensor:
+        return lse.T if q_v is None else lse
 
 
 def _visible_drafts(forward_batch: ForwardBatch, drafts: int) -> Tensor:

@@ -245,6 +245,16 @@ class ShardedAttention(AttentionBackend):
         if in_capture:
             self.write_rows = rows
 
+    def allocate_pages(self, requests: int, tokens: int) -> LocalPages:
+        """For so many requests of at most so many tokens over all ranks."""
+        return LocalPages.allocate(requests, tokens, self.shard, self.pool_page_size, self.device)
+
+    def fill_pages(self, pages: LocalPages, requests: Tensor, lens: Tensor) -> None:
+        """What this rank holds of the first lens [B] tokens of the requests [B], in place."""
+        pages.fill(
+            self.req_to_token_pool.req_to_token, requests, lens, self.shard, self.pool_page_size
+        )
+
     def mla_queries(self, q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Any:
         """MLA's queries as `partial_decode` and the others take them: [T, heads, latent + rope]."""
         heads = layer.tp_q_head_num
@@ -359,13 +369,13 @@ class ShardedPagedAttention(ShardedAttention):
             longest = max(forward_batch.extend_prefix_lens_cpu)
         if longest is None:
             longest = self.max_context_len
-        self.pages = self._allocate_pages(batch, longest)
-        self._fill_pages(self.pages, forward_batch.req_pool_indices, lens)
+        self.pages = self.allocate_pages(batch, longest)
+        self.fill_pages(self.pages, forward_batch.req_pool_indices, lens)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
         self.allocate_captured_writes(max_num_tokens)
-        self.captured_pages = self._allocate_pages(max_bs, self.max_context_len)
+        self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
         self.captured_cu_q = _steps(max_bs, 1, self.device)
 
     def init_forward_metadata_out_graph(
@@ -375,7 +385,7 @@ class ShardedPagedAttention(ShardedAttention):
         self.prepare_captured_writes(forward_batch, in_capture)
         batch = forward_batch.batch_size
         pages = self.captured_pages.first(batch)
-        self._fill_pages(
+        self.fill_pages(
             pages, forward_batch.req_pool_indices[:batch], forward_batch.seq_lens[:batch]
         )
         if in_capture:
@@ -383,14 +393,6 @@ class ShardedPagedAttention(ShardedAttention):
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Nothing: see `init_forward_metadata_out_graph`."""
-
-    def _allocate_pages(self, requests: int, tokens: int) -> LocalPages:
-        return LocalPages.allocate(requests, tokens, self.shard, self.pool_page_size, self.device)
-
-    def _fill_pages(self, pages: LocalPages, requests: Tensor, lens: Tensor) -> None:
-        pages.fill(
-            self.req_to_token_pool.req_to_token, requests, lens, self.shard, self.pool_page_size
-        )
 
 
 def _longest(lens: Tensor | None) -> int | None:
