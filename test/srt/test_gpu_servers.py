@@ -7,10 +7,13 @@ choice is clear. A cache row lost or read twice moves log-probabilities by far m
 """
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sglang.srt.runtime_context import get_platform
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
@@ -171,18 +174,22 @@ def test_drafts_from_earlier_answers(checkpoints: dict[str, Path]) -> None:
 
 @pytest.mark.timeout(1080)
 @pytest.mark.parametrize(
-    ("layout", "attention"), [("a2a", "triton"), ("symm", "triton"), ("symm", "fa3")]
+    ("layout", "attention", "scaled"),
+    [("a2a", "triton", False), *itertools.product(["symm"], ["triton", "fa3"], [False, True])],
 )
 def test_an_fp8_cache_is_read_as_by_one_rank(
-    checkpoints: dict[str, Path], layout: str, attention: str
+    checkpoints: dict[str, Path], tmp_path: Path, layout: str, attention: str, scaled: bool
 ) -> None:
     """Quantized keys and values differ from the oracle's, but not between layouts."""
+    checkpoint = checkpoints["llama"]
+    if scaled:
+        checkpoint = with_cache_scales(checkpoint, tmp_path / "scaled")
     flags = ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
     flags += ("--kv-cache-dtype", "fp8_e4m3")
     prompts = [prompt(length) for length in (1, 63, 65, 2 * CHUNK + 3)]
     answers = {}
     for name in ("tp 1", layout):
-        with gpu_server(checkpoints["llama"], name, *flags, attention=attention) as server:
+        with gpu_server(checkpoint, name, *flags, attention=attention) as server:
             assert "dtype: torch.float8_e4m3fn" in server.log()
             answers[name] = [server.generate(tokens, NEW_TOKENS).completion for tokens in prompts]
     same = 0
@@ -193,6 +200,27 @@ def test_an_fp8_cache_is_read_as_by_one_rank(
             assert abs(one.logprobs[position] - other.logprobs[position]) < TOLERANCE
             same += 1
     assert same > len(prompts) * NEW_TOKENS // 2
+
+
+def with_cache_scales(checkpoint: Path, directory: Path) -> Path:
+    """The checkpoint with scales of its keys and values, as compressed-tensors writes them."""
+    shutil.copytree(checkpoint, directory)
+    config = json.loads((directory / "config.json").read_text())
+    scheme = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": scheme,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = load_file(directory / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        for part, scale in (("k", 0.03 + 0.01 * layer), ("v", 0.02 + 0.01 * layer)):
+            weights[f"model.layers.{layer}.self_attn.{part}_scale"] = torch.tensor(scale)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 def compared(got: Completion, want: Completion) -> int:

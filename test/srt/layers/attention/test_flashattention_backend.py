@@ -198,6 +198,44 @@ def test_captured_metadata_is_refreshed_in_place(fresh: Fresh, name: str, heads:
         assert max(errors) < 1e-4
 
 
+def quantized() -> float:
+    """Error of a decode from an fp8 cache with scales, by `fa3`, whose queries are fp8 then too."""
+    dtype = torch.float8_e4m3fn
+    scales = {"k_scale": torch.tensor(0.05), "v_scale": torch.tensor(0.02)}
+    lens = torch.tensor([3, 9])
+    slots = Slots(1, PAGE, pages=9)
+    for request, length in enumerate(lens.tolist()):
+        slots.extend(request, length)
+    k, v = (torch.randn(slots.rows, GQA.kv, GQA.k_width) for _ in range(2))
+    k, v = ((x / scales[f"{n}_scale"]).to(dtype) for x, n in ((k, "k"), (v, "v")))
+    adapter, layer = adapter_of(
+        "fa3", GQA, token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda layer: (k, v))
+    )
+    layer.__dict__.update(scales)
+    adapter.__dict__.update(kv_cache_dtype_str="fp8_e4m3", kv_cache_dtype=dtype, max_q=1)
+    adapter.__dict__.update(kv_cache_is_mxfp8=False, shard=KVShard(1, 0))
+    adapter.cu_q = torch.arange(3, dtype=torch.int32)
+    adapter.pages = adapter.allocate_pages(2, 64)
+    adapter.pages.table[:, :3] = slots.table()[:, :9:PAGE] // PAGE
+    adapter.pages.lens.copy_(lens)
+    q = torch.randn(2, HEADS, GQA.k_width)
+    out, lse = adapter.partial_decode(q, layer, None)
+    errors = []
+    for row, length in enumerate(lens.tolist()):
+        rows = torch.tensor(slots.of[row][:length])
+        keys, values = (x[rows].float() * scales[n] for x, n in ((k, "k_scale"), (v, "v_scale")))
+        query = q[row, None].to(dtype)
+        want = partial_attention(query, keys, values, scale=layer.scaling)
+        # The kernel's output is bf16.
+        errors.append(float((out[row].float() - want.out[0]).norm() / want.out.norm()) / 10)
+        errors.append(float((lse[row] - want.lse[0]).norm()))
+    return max(errors)
+
+
+def test_scales_of_an_fp8_cache(fresh: Fresh) -> None:
+    assert fresh.value(quantized) < 1e-3
+
+
 def drafts_seen(name: str) -> float:
     """Error of a verify pass's own part: trees of drafts, each seeing its ancestors and itself."""
     adapter, layer = adapter_of(name, GQA)
