@@ -127,17 +127,22 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
-def make_checkpoint(family: str, directory: Path | str, *, seed: int = 0, **overrides: Any) -> Path:
+def make_checkpoint(
+    family: str | Family, directory: Path | str, *, seed: int = 0, **overrides: Any
+) -> Path:
     """Write a checkpoint of the family into the directory (created if missing); returns the path.
 
-    overrides replace entries of the family's configuration, e.g. ``num_key_value_heads=4`` or
-    ``q_lora_rank=None``. Raises ValueError for an unknown family.
+    family: a name in `FAMILIES`, or any other that transformers has. overrides replace entries of
+    its configuration, e.g. ``num_key_value_heads=4`` or ``q_lora_rank=None``. Raises ValueError for
+    an unknown name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
-    model_type, config = FAMILIES[family]
+    if isinstance(family, str):
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
+        family = FAMILIES[family]
+    model_type, config = family
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_config(

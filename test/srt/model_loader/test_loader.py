@@ -248,18 +248,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "PhiForCausalLM": (
         "phi",
         {"hidden_act": "gelu"},
-        "8 query and 8 key-value heads, other",
+        "8 query and 8 key-value heads in its projection, other",
     ),
     "StableLmForCausalLM": ("stablelm", {"hidden_act": "silu"}, "no num_kv_heads and kv_size"),
     "MiniCPM3ForCausalLM": (
         "minicpm3",
         {**LATENT, "scale_emb": 1, "scale_depth": 1, "dim_model_base": 64, "hidden_act": "silu"},
         "a class of its own",
-    ),
-    "KimiVLForConditionalGeneration": (
-        "kimi_vl",
-        {"text_config": TEXT_OF_KIMI, "vision_config": VISION_OF_KIMI},
-        "no plan for a sharded prefix",
     ),
     # The encoder has the same numbers of heads: its projections cannot be told apart.
     "Qwen2VLForConditionalGeneration": (
@@ -269,6 +264,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     # SGLang has no model of its own and wraps the one of transformers.
     "HeliumForCausalLM": ("helium", {}, "no attention layers of SGLang"),
+}
+
+# Wrappers around MLA of DeepSeek's class that have no plan for a sharded prefix of their own.
+PLANNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "KimiVLForConditionalGeneration": (
+        "kimi_vl",
+        {"text_config": TEXT_OF_KIMI, "vision_config": VISION_OF_KIMI},
+    ),
 }
 
 
@@ -281,7 +284,7 @@ def configuration(architecture: str, model_type: str, entries: dict[str, Any], r
 
 
 def refusals(rank: int, port: int, base: Path, models: Mapping[str, Path]) -> dict[str, str]:
-    """What the start of each model says: the error, or "built"."""
+    """What the start of each model says: the error, or "built" and where its plan is from."""
     import traceback
 
     from sglang.srt.configs.load_config import LoadConfig
@@ -295,8 +298,9 @@ def refusals(rank: int, port: int, base: Path, models: Mapping[str, Path]) -> di
         try:
             config = ModelConfig.from_server_args(server_args, model_path=str(directory))
             with torch.device("meta"):
-                loader._initialize_model(config, LoadConfig())
-            said[architecture] = "built"
+                model = loader._initialize_model(config, LoadConfig())
+            plan = getattr(model, "prepare_context_parallel_metadata_for_dcp", None)
+            said[architecture] = f"built, plan of {getattr(plan, '__module__', None)}"
         except ModelRefusedError as refused:
             said[architecture] = str(refused)
         except Exception:
@@ -311,7 +315,7 @@ def said(
     root = tmp_path_factory.mktemp("configurations")
     configurations = {
         architecture: configuration(architecture, model_type, entries, root)
-        for architecture, (model_type, entries, _) in REFUSED.items()
+        for architecture, (model_type, entries, *_) in [*REFUSED.items(), *PLANNED.items()]
     }
     return fresh.ranks(refusals, N, free_port(), checkpoints["llama 4"], configurations)
 
@@ -326,6 +330,13 @@ def test_model_that_cannot_be_right_is_refused(
         assert error.startswith(f"--dcp-size > 1 does not support {architecture}: "), error
         assert reason in error
         assert error.endswith("Serve it without --dcp-size.")
+
+
+@pytest.mark.parametrize("architecture", PLANNED)
+def test_wrapper_of_mla_is_given_a_plan(said: list[dict[str, str]], architecture: str) -> None:
+    for by_architecture in said:
+        wanted = "built, plan of sglang_helix.srt.layers.dcp.planner"
+        assert by_architecture[architecture] == wanted
 
 
 def vision_and_language(rank: int, port: int, base: Path, directory: Path) -> tuple[int, int, int]:

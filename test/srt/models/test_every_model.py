@@ -18,7 +18,7 @@ import torch
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
-from srt.model_loader.test_loader import SMALL, configuration
+from srt.model_loader.test_loader import SMALL, configuration, vision_of_qwen
 
 WORKS = "works"
 MLA = "MLA of DeepSeek's class"
@@ -33,6 +33,15 @@ WEIGHTS = "weights beside the projections"
 NORM = "a query or key norm over several heads"
 NO_HEADS = "no num_heads, num_kv_heads, q_size and kv_size to set"
 OUTPUT = "something between attention and the output projection"
+INDEXER = "an indexer of the keys that it sees"
+OWN_WRITE = "a write to the cache that passes by the adapter"
+LINEAR = "a linear attention's state, which no adapter sees"
+# Nanbeige refuses such ranks; OLMo's norms over all key heads fail on their weights or their input.
+SHARES_NO_HEADS = "no plain TP on more ranks than key-value heads, so that A is never as many"
+ALL_HEADS = "as many key-value heads as query heads, so that A is never as many"
+
+# What the loader makes of a class where it has to fit it: fewer shards of attention than key-value
+# heads, or replicated queries.
 
 VERDICTS = {
     WORKS: """
@@ -125,8 +134,60 @@ VERDICTS = {
 }
 
 
-def scan() -> dict[str, str]:
-    """Verdict of every attention class, by module and name."""
+# What the classes above that cannot be fitted become where A >= KV: the module stays as plain TP
+# builds it, and only what reaches the softmax counts.
+AS_BUILT = {
+    WORKS: """
+        falcon_h1.FalconH1HybridAttentionDecoderLayer gpt_bigcode.GPTBigCodeAttention
+        granitemoehybrid.GraniteMoeHybridAttention hunyuan.HunYuanAttention
+        interns2_mobius.InternS2MobiusAttentionDecoderLayer lfm2_moe.Lfm2MoeAttention
+        minicpm.MiniCPMAttention minimax_m2.MiniMaxM2Attention phi3_small.Phi3SmallSelfAttention
+        qwen3_next.Qwen3HybridAttentionDecoderLayer stablelm.StablelmAttention
+    """,
+    BY_CONFIGURATION: """
+        afmoe.AfmoeAttention commandr.CohereAttention embedding_gemma2.EmbeddingGemma2Attention
+        gemma3_causal.Gemma3Attention gemma4_causal.Gemma4Attention
+        gemma4_diffusion.DiffusionGemmaAttention iquest_loopcoder.LoopCoderAttention
+        jet_nemotron.JetNemotronAttention laguna.LagunaAttention lfm2.Lfm2Attention
+        muse_glimmer.MuseGlimmerAttention qwen3_5.Qwen3_5AttentionDecoderLayer
+        spark2_5.Spark2_5Attention step3p5.Step3p5Attention
+    """,
+    WEIGHTS: """
+        baichuan.BaiChuanAttention beam.BeamAttention gpt_oss.GptOssAttention
+        iquest_q1.IQuestQ1Attention mimo_v2.MiMoV2Attention
+    """,
+    LINEAR: """
+        bailing_moe_linear.BailingMoELinearAttention minicpm.MiniCPMLightningMixer
+    """,
+    NO_QKV: """
+        deepseek_v4.MQALayer deepseek_v4_dspark.DSparkAttention dflash.DFlashAttention
+        dots3_common/modeling.Dots3AttentionMLA hrm_text.HrmTextAttention
+        inkling_common/attn.InklingAttention minicpm3.MiniCPM3AttentionMLA
+        sarvam_moe.SarvamMoEMLAAttention step3_vl.Step3TextAttention
+        torch_native_llama.LlamaAttention xllm._XllmMoVAAttentionBase zaya.ZayaAttention
+    """,
+    ALL_HEADS: """
+        gpt2.GPT2Attention gpt_j.GPTJAttention olmo.OlmoAttention opt.OPTAttention
+        persimmon.PersimmonAttention phi.PhiAttention qwen.QWenAttention
+    """,
+    INDEXER: """
+        minimax_m3.MiniMaxM3Attention
+    """,
+    CROSS: """
+        mllama.MllamaTextCrossAttention moss_vl.MossVLTextCrossAttention
+        transformers.TransformersBase whisper.WhisperAttention
+    """,
+    OWN_WRITE: """
+        muse_spark.MuseSpark1xAttention
+    """,
+    SHARES_NO_HEADS: """
+        nanbeige.NanbeigeAttention olmo2.Olmo2Attention olmoe.OlmoeAttention
+    """,
+}
+
+
+def scan() -> tuple[dict[str, str], dict[str, str]]:
+    """By module and name, the verdict of every class fitted, and of those that cannot be, built."""
     spec = find_spec("sglang")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -137,10 +198,16 @@ def scan() -> dict[str, str]:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
     }
-    verdicts = {
-        name: verdict(node)
+    attention = {
+        name: node
         for name, node in classes.items()
         if any(called(call) == "RadixAttention" for call in calls(node))
+    }
+    verdicts = {name: verdict(node) for name, node in attention.items()}
+    built = {
+        name: verdict_as_built(attention[name])
+        for name, fitted in verdicts.items()
+        if fitted not in (WORKS, BY_CONFIGURATION, MLA)
     }
     heirs: dict[str, str] = verdicts
     while heirs:
@@ -152,30 +219,20 @@ def scan() -> dict[str, str]:
             if base in known and name not in verdicts
         }
         verdicts |= heirs
-    return verdicts
+    return verdicts, built
 
 
 def verdict(attention: ast.ClassDef) -> str:
-    """Why the loader refuses the class, or in which case it does not; see the constants."""
+    """Why the loader cannot fit the class, or in which case it can; see the constants."""
     if attention.name == "DeepseekV2AttentionMLA":
         return MLA
-    members: defaultdict[str, list[ast.expr]] = defaultdict(list)
-    for node in ast.walk(attention):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                members[member(target)].append(node.value)
-    made = {name: {called(value) for value in values} for name, values in members.items()}
+    members, made = members_of(attention)
     named = {"QKVParallelLinear", "RowParallelLinear", "RadixAttention"}
     projections, outputs, layers = (
-        {name for name, makers in made.items() if name and maker in makers}
+        makers_of(made, maker)
         for maker in ("QKVParallelLinear", "RowParallelLinear", "RadixAttention")
     )
-    options = {
-        keyword.arg
-        for call in calls(attention)
-        if called(call) == "RadixAttention"
-        for keyword in call.keywords
-    }
+    options = options_of(attention)
     rules: list[tuple[str, Any]] = [
         (CROSS, "is_cross_attention" in options),
         (NO_QKV, not projections),
@@ -193,6 +250,69 @@ def verdict(attention: ast.ClassDef) -> str:
         (BY_CONFIGURATION, options & {"sliding_window_size", "attn_type", "use_irope"}),
     ]
     return next((reason for reason, applies in rules if applies), WORKS)
+
+
+def verdict_as_built(attention: ast.ClassDef) -> str:
+    """Why the loader refuses the class where A >= KV, or in which case it does not."""
+    members, made = members_of(attention)
+    options = options_of(attention)
+    tensors = [
+        ast.unparse(call)
+        for call in calls(attention)
+        if called(call) in ("Parameter", "register_buffer")
+    ]
+    whole = [
+        call
+        for call in calls(attention)
+        if called(call) == "QKVParallelLinear" and not has_kv_heads(call)
+    ]
+    rules: list[tuple[str, Any]] = [
+        (CROSS, "is_cross_attention" in options),
+        (NO_QKV, not makers_of(made, "QKVParallelLinear")),
+        (LINEAR, "Lightning" in attention.name or "LinearAttention" in attention.name),
+        (WEIGHTS, [tensor for tensor in tensors if "mup_vector" not in tensor]),
+        (WEIGHTS, "alibi_slopes" in members),
+        (INDEXER, any(name.startswith("index") for name in members)),
+        (OWN_WRITE, any(called(call) == "get_token_to_kv_pool" for call in calls(attention))),
+        (ALL_HEADS, whole),
+        (
+            SHARES_NO_HEADS,
+            attention.name in ("NanbeigeAttention", "Olmo2Attention", "OlmoeAttention"),
+        ),
+        (BY_CONFIGURATION, options & {"sliding_window_size", "attn_type", "use_irope"}),
+    ]
+    return next((reason for reason, applies in rules if applies), WORKS)
+
+
+def members_of(
+    attention: ast.ClassDef,
+) -> tuple[dict[str, list[ast.expr]], dict[str, set[str]]]:
+    """What a class assigns to each member, and what it calls for that."""
+    members: defaultdict[str, list[ast.expr]] = defaultdict(list)
+    for node in ast.walk(attention):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                members[member(target)].append(node.value)
+    return members, {name: {called(v) for v in values} for name, values in members.items()}
+
+
+def makers_of(made: dict[str, set[str]], maker: str) -> set[str]:
+    return {name for name, makers in made.items() if name and maker in makers}
+
+
+def options_of(attention: ast.ClassDef) -> set[str | None]:
+    return {
+        keyword.arg
+        for call in calls(attention)
+        if called(call) == "RadixAttention"
+        for keyword in call.keywords
+    }
+
+
+def has_kv_heads(projection: ast.Call) -> bool:
+    """Whether a QKVParallelLinear is given a number of key-value heads of its own."""
+    named = {keyword.arg for keyword in projection.keywords}
+    return len(projection.args) > 3 or "total_num_kv_heads" in named
 
 
 def is_wide_norm(name: str, value: ast.expr) -> bool:
@@ -246,9 +366,14 @@ def member(node: ast.expr) -> str:
     return ""
 
 
+def by_name(verdicts: dict[str, str]) -> dict[str, str]:
+    return {name: reason for reason, names in verdicts.items() for name in names.split()}
+
+
 def test_every_attention_class_is_classified() -> None:
-    known = {name: reason for reason, names in VERDICTS.items() for name in names.split()}
-    assert scan() == known
+    verdicts, built = scan()
+    assert verdicts == by_name(VERDICTS)
+    assert built == by_name(AS_BUILT)
 
 
 TEXT_OF_MLLAMA = {
@@ -268,6 +393,7 @@ VISION_OF_MLLAMA = {
     "patch_size": 14,
 }
 NOT_ONE_OF_EACH = "not one QKVParallelLinear, RadixAttention and RowParallelLinear"
+GATED_QUERIES = "16 query and 4 key-value heads in its projection, other numbers than the model"
 EVERY_LAYER_FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": None}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # One architecture for each reason that test_loader.py has none for, and some that are built. How
@@ -312,7 +438,26 @@ BUILT = {
     "Qwen3NextForCausalLM": (
         "qwen3_next",
         {**MOE, "full_attention_interval": 1, "mlp_only_layers": [0, 1, 2]},
-        "16 query and 4 key-value heads, other numbers than the model",
+        GATED_QUERIES,
+    ),
+    # Their class brings groups like those of a fitted projection, and at K = 2 queries and gates
+    # sharded by N are as many as queries sharded by A.
+    "Qwen4ExpForConditionalGeneration": (
+        "qwen4_exp",
+        {
+            "text_config": {
+                **SMALL,
+                **MOE,
+                "model_type": "qwen4_exp_text",
+                "layer_types": ["full_attention"] * 3,
+                "full_attention_interval": 1,
+                "shared_expert_intermediate_size": 64,
+                "hc_count": 2,
+                "hc_lowrank": 16,
+            },
+            "vision_config": vision_of_qwen(4) | {"out_hidden_size": 256},
+        },
+        GATED_QUERIES,
     ),
     "IQuestQ1ForCausalLM": (
         "llama",
@@ -333,8 +478,13 @@ BUILT = {
         "weights beside its projections (sink_k)",
     ),
     # Hybrid linear attention, its layers built inline.
-    "FalconH1ForCausalLM": ("falcon_h1", {}, "weights beside its projections (mup_vector)"),
-    "OlmoeForCausalLM": ("olmoe", {}, "a norm over several heads (q_norm)"),
+    "FalconH1ForCausalLM": ("falcon_h1", {}, "a number of heads kept in mamba"),
+    "OlmoeForCausalLM": (
+        "olmoe",
+        {"num_key_value_heads": 2},
+        "a norm over several heads (q_norm). It is served with --dcp-size 2 and no "
+        "--attn-tp-size or --dcp-replicate-q-proj, or without --dcp-size.",
+    ),
     # One query head per rank: its norm over all heads has the shape of one over a head.
     "MiniMaxM2ForCausalLM": (
         "minimax_m2",
@@ -350,6 +500,52 @@ BUILT = {
             "hidden_act": "silu",
         },
         "a number of heads kept in q_norm",
+    ),
+}
+
+
+# The same with two key-value heads and gathered queries, on as many shards of attention: A >= KV.
+TWO = {"num_key_value_heads": 2}
+LEFT_AS_BUILT = {
+    **{
+        architecture: (model_type, {**entries, **TWO}, "built")
+        for architecture, (model_type, entries, _) in BUILT.items()
+        if architecture
+        in (
+            "Qwen3MoeForCausalLM",
+            "AfmoeForCausalLM",
+            "Qwen3NextForCausalLM",
+            "FalconH1ForCausalLM",
+            "OlmoeForCausalLM",
+            "MiniMaxM2ForCausalLM",
+        )
+    },
+    "StableLmForCausalLM": ("stablelm", {**TWO, "hidden_act": "silu"}, "built"),
+    "CohereForCausalLM": ("cohere", {**TWO, "use_qk_norm": True}, "built"),
+    "IQuestQ1ForCausalLM": (
+        "llama",
+        {**BUILT["IQuestQ1ForCausalLM"][1], **TWO},
+        "weights beside its projections (sink_k)",
+    ),
+    "GptOssForCausalLM": (
+        "gpt_oss",
+        {
+            **TWO,
+            "num_local_experts": 4,
+            "sliding_window": 32,
+            "layer_types": ["full_attention"] * 3,
+        },
+        "attention sinks",
+    ),
+    "Gemma3ForCausalLM": (
+        "gemma3_text",
+        {
+            **TWO,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention"] * 3,
+            "query_pre_attn_scalar": 32,
+        },
+        "sliding-window attention",
     ),
 }
 
@@ -389,23 +585,25 @@ def said_of(rank: int, argv: list[str], models: Mapping[str, Path]) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def said(ready: Fresh, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """On each of four ranks, two head shards, with replicated queries."""
-    root = tmp_path_factory.mktemp("configurations")
-    models = {
-        architecture: configuration(architecture, model_type, entries, root)
-        for architecture, (model_type, entries, _) in BUILT.items()
-    }
-    argv = [
-        *("--model-path", str(make_checkpoint("llama", root / "llama")), "--tp-size", "4"),
-        *("--attn-tp-size", "2", "--nccl-port", str(free_port())),
-    ]
-    return ready.ranks(said_of, 4, argv, models)
+def said(ready: Fresh, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """On each of four ranks, two shards of attention: with replicated queries, and gathered."""
+    base = make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+    results = {}
+    for flag, cases in (("--attn-tp-size", BUILT), ("--dcp-size", LEFT_AS_BUILT)):
+        root = tmp_path_factory.mktemp("configurations")
+        models = {
+            architecture: configuration(architecture, model_type, entries, root)
+            for architecture, (model_type, entries, _) in cases.items()
+        }
+        argv = [
+            *("--model-path", str(base), "--tp-size", "4"),
+            *(flag, "2", "--nccl-port", str(free_port())),
+        ]
+        results[flag] = ready.ranks(said_of, 4, argv, models)
+    return results
 
 
-@pytest.mark.parametrize("architecture", BUILT)
-def test_loader_agrees(said: list[dict[str, str]], architecture: str) -> None:
-    reason = BUILT[architecture][2]
+def agrees(said: list[dict[str, str]], architecture: str, reason: str) -> None:
     for by_architecture in said:
         message = by_architecture[architecture]
         if reason == "built":
@@ -413,3 +611,13 @@ def test_loader_agrees(said: list[dict[str, str]], architecture: str) -> None:
         else:
             assert message.startswith(f"--dcp-size > 1 does not support {architecture}: ")
             assert reason in message
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_loader_agrees(said: dict[str, list[dict[str, str]]], architecture: str) -> None:
+    agrees(said["--attn-tp-size"], architecture, BUILT[architecture][2])
+
+
+@pytest.mark.parametrize("architecture", LEFT_AS_BUILT)
+def test_loader_leaves_as_built(said: dict[str, list[dict[str, str]]], architecture: str) -> None:
+    agrees(said["--dcp-size"], architecture, LEFT_AS_BUILT[architecture][2])

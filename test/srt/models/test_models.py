@@ -45,8 +45,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def serve_and_check(ready: Fresh, model: Path, tp: int, attn_tp: int, backend: str) -> list[Report]:
-    layout = ("--attn-tp-size", str(attn_tp), "--dcp-comm-backend", backend)
+def serve_and_check(
+    ready: Fresh, model: Path, tp: int, attn_tp: int, backend: str, *, replicated: bool = True
+) -> list[Report]:
+    """Serve the load with replicated or with gathered queries, and check every answer."""
+    sizes = ("--attn-tp-size", attn_tp) if replicated else ("--dcp-size", tp // attn_tp)
+    layout = (*map(str, sizes), "--dcp-comm-backend", backend)
     reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS)
     widened = PAGE * tp // attn_tp
     for report in reports:

@@ -3,14 +3,21 @@
 Models size their heads by tp_size. Under `--dcp-size K` every rank of a KVP group must hold the
 same key-value heads, KV / A of them, or the group's ranks would keep tokens of different heads and
 answer wrongly without an error; with replicated queries it holds the same H / A query heads too.
-The projection is sharded so while the model is built, the output projection stays sharded by N, and
-afterwards every attention layer is told its new widths. A model whose layers cannot be checked is
-refused by name.
+
+Where A >= KV, plain TP has it so already: rank r of N holds key-value head r // (N / KV), and so do
+the K ranks beside it. Such a model stays as its class builds it, whatever stands in it beside its
+projections, and only the adapter acts. The loader checks the heads of every attention layer, and
+what reaches its softmax.
+
+Otherwise the projection is sharded by A while the model is built, the output projection stays
+sharded by N, and afterwards every attention layer is told its new widths. A model whose layers
+cannot be checked is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,46 +28,81 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.dcp.planner import prepare_decode_context_parallel_metadata
 from sglang_helix.srt.layers.linear import heads_shared_by, is_shared
+
+# Upstream asks the model for its plan of an extend, by this name.
+_PLAN = "prepare_context_parallel_metadata_for_dcp"
+# Held by a layer that is attention and a Mamba mixer in one (Falcon-H1), for the mixer.
+_NOT_OF_ATTENTION = ("mup_vector",)
 
 
 class ModelRefusedError(ValueError):
     """The model would answer wrongly over a sharded cache; the message says why."""
 
 
+class _Misfit(Exception):  # noqa: N818 what is wrong with a layer, not yet told to anybody
+    """A layer and why it cannot be served; `as_built`: whether leaving it as it is would do."""
+
+    def __init__(self, layer: str, reason: str, *, as_built: bool = False) -> None:
+        super().__init__(f"{layer} has {reason}")
+        self.as_built = as_built
+
+
 def initialize_model(
     original: Callable[..., nn.Module], model_config: Any, *args: Any, **kwargs: Any
 ) -> nn.Module:
-    """Build the model (upstream's `_initialize_model`) with its cache heads sharded by A."""
+    """Build the model (upstream's `_initialize_model`) with its cache heads sharded by A.
+
+    Raises ModelRefusedError for a model that cannot be right.
+    """
     parallel = get_parallel()
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
-    if model_config.attention_arch == AttentionArch.MLA:
-        model = original(model_config, *args, **kwargs)
-        _check(model, model_config)
-        _check_mla(model, model_config)
-        return model
     queries = bool(parallel.dcp_replicate_q_proj)
     heads, kv_heads = (
         model_config.get_max_num_attention_heads(),
         model_config.get_total_num_kv_heads(),
     )
-    with heads_shared_by(layout.kvp_size, (heads, kv_heads), queries=queries):
-        model = original(model_config, *args, **kwargs)
-    _check(model, model_config)
-    _fit(
-        model,
-        model_config,
-        heads // (layout.attn_tp_size if queries else layout.tp_size),
-        layout.kv_heads(kv_heads),
-    )
+    build = partial(original, model_config, *args, **kwargs)
+    try:
+        if model_config.attention_arch == AttentionArch.MLA:
+            model = build()
+            _check(model)
+            _check_mla(model)
+        elif layout.attn_tp_size >= kv_heads and not queries:
+            model = build()
+            _check(model)
+            _check_as_built(model, layout.tp_size, heads, kv_heads)
+        else:
+            with heads_shared_by(layout.kvp_size, (heads, kv_heads), queries=queries):
+                model = build()
+            _check(model)
+            _fit(model, layout, heads, kv_heads, queries=queries)
+    except _Misfit as misfit:
+        architecture = " ".join(model_config.hf_config.architectures)
+        raise ModelRefusedError(
+            f"--dcp-size > 1 does not support {architecture}: {misfit}. "
+            + _advice(layout, kv_heads, as_built=misfit.as_built)
+        ) from None
     return model
 
 
-def _check(model: nn.Module, model_config: Any) -> None:
+def _advice(layout: Layout, kv_heads: int, *, as_built: bool) -> str:
+    """What to do instead, for a model that can be served where its own heads stay as they are."""
+    widest, rest = divmod(layout.tp_size, kv_heads)
+    if not as_built or rest or widest < 2:
+        return "Serve it without --dcp-size."
+    return (
+        f"It is served with --dcp-size {widest} and no --attn-tp-size or --dcp-replicate-q-proj, "
+        "or without --dcp-size."
+    )
+
+
+def _check(model: nn.Module) -> None:
     """Refuse attention that no adapter computes over a sharded cache, or that cannot be seen."""
     if not _attention_layers(model):
         # SGLang's wrapper of a transformers model, for one, keeps them out of the module tree.
-        raise _refusal(model_config, "the model", "no attention layers of SGLang")
+        raise _Misfit("the model", "no attention layers of SGLang")
     for name, layer in _attention_layers(model):
         reasons = {
             "sliding-window attention": layer.sliding_window_size > -1,
@@ -72,22 +114,57 @@ def _check(model: nn.Module, model_config: Any) -> None:
         }
         for reason, applies in reasons.items():
             if applies:
-                raise _refusal(model_config, name, reason)
+                raise _Misfit(name, reason)
 
 
-def _check_mla(model: nn.Module, model_config: Any) -> None:
-    """Refuse MLA other than DeepSeek's class: only there does upstream gather and exchange."""
+def _check_mla(model: nn.Module) -> None:
+    """Refuse MLA other than DeepSeek's class: only there does upstream gather and exchange.
+
+    What plans an extend over a sharded prefix needs nothing of the model: where a class of model,
+    or of a wrapper around one, has no such method, it is given the series'.
+    """
     modules = dict(model.named_modules())
     for name, _ in _attention_layers(model):
         parent = modules[name.rpartition(".")[0]]
         if not hasattr(parent, "attn_mqa_for_dcp_decode"):
-            raise _refusal(model_config, name, "latent attention of a class of its own")
-    if not hasattr(model, "prepare_context_parallel_metadata_for_dcp"):
-        raise _refusal(model_config, "the model", "no plan for a sharded prefix")
+            raise _Misfit(name, "latent attention of a class of its own")
+        if getattr(parent, "learnable_sink_param", None) is not None:
+            raise _Misfit(name, "attention sinks")
+        if getattr(parent, "use_dsa", False) and not hasattr(model, _PLAN):
+            raise _Misfit(name, "sparse attention")
+    if not hasattr(model, _PLAN):
+        setattr(model, _PLAN, prepare_decode_context_parallel_metadata)
 
 
-def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None:
-    """Tell every attention layer and its parent that it holds so many query and K/V heads."""
+def _check_as_built(model: nn.Module, ranks: int, heads: int, kv_heads: int) -> None:
+    """Check every attention layer of a model that is served as plain TP builds it."""
+    modules = dict(model.named_modules())
+    own = (heads // ranks, 1)
+    for name, layer in _attention_layers(model):
+        parent = _owner(modules, name)
+        _check_own_tensors(name, parent)
+        children = dict(parent.named_children())
+        projections = [c for c in children.values() if isinstance(c, QKVParallelLinear)]
+        if any(child.startswith("index") for child in children):
+            raise _Misfit(name, "an indexer of the keys that it sees")
+        if hasattr(parent, "_fused_kv_store"):
+            raise _Misfit(name, "a write to the cache that passes by the adapter")
+        if not projections:
+            raise _Misfit(name, "no QKVParallelLinear to tell its key-value heads by")
+        for total in (projection.total_num_kv_heads for projection in projections):
+            if total != kv_heads:
+                raise _Misfit(name, f"{total} key-value heads, the model {kv_heads}")
+        found = (layer.tp_q_head_num, layer.tp_k_head_num)
+        if found != own:
+            raise _Misfit(name, _heads_not(found, own))
+
+
+def _fit(
+    model: nn.Module, layout: Layout, total_heads: int, total_kv_heads: int, *, queries: bool
+) -> None:
+    """Tell every attention layer and its parent how many query and K/V heads it holds."""
+    heads = total_heads // (layout.attn_tp_size if queries else layout.tp_size)
+    kv_heads = layout.kv_heads(total_kv_heads)
     modules = dict(model.named_modules())
     shared = {
         module: name
@@ -101,31 +178,29 @@ def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None
         projections = [c for c in children.values() if isinstance(c, QKVParallelLinear)]
         outputs = [c for c in children.values() if isinstance(c, RowParallelLinear)]
         if len(projections) != 1 or len(outputs) != 1:
-            raise _refusal(
-                model_config,
+            raise _Misfit(
                 name,
                 "attention that is not one QKVParallelLinear, RadixAttention and RowParallelLinear",
+                as_built=bool(projections),
             )
         projection = projections[0]
-        _check_own_tensors(model_config, name, parent)
-        if projection not in shared:
-            raise _refusal(
-                model_config,
+        _check_own_tensors(name, parent)
+        totals = (projection.total_num_heads, projection.total_num_kv_heads)
+        # A class may bring groups like ours for a projection that holds a gate beside the queries.
+        if projection not in shared or totals != (total_heads, total_kv_heads):
+            raise _Misfit(
                 name,
-                f"{projection.total_num_heads} query and {projection.total_num_kv_heads} key-value "
-                "heads, other numbers than the model",
+                f"{totals[0]} query and {totals[1]} key-value heads in its projection, other "
+                "numbers than the model",
+                as_built=totals[1] == total_kv_heads,
             )
         fitted.add(projection)
-        if (projection.num_heads, projection.num_kv_heads) != (heads, kv_heads):
-            raise _refusal(
-                model_config,
-                name,
-                f"{projection.num_heads} query and {projection.num_kv_heads} key-value "
-                f"heads per rank, not {heads} and {kv_heads}",
-            )
+        found = (projection.num_heads, projection.num_kv_heads)
+        if found != (heads, kv_heads):
+            raise _Misfit(name, _heads_not(found, (heads, kv_heads)))
         if (layer.tp_q_head_num, layer.tp_k_head_num) == (heads, kv_heads):
             continue
-        _check_beside_heads(model_config, name, layer, children, heads)
+        _check_beside_heads(name, layer, children, heads)
         for count, size, old, new in (
             ("num_heads", "q_size", layer.tp_q_head_num, heads),
             ("num_kv_heads", "kv_size", layer.tp_k_head_num, kv_heads),
@@ -134,41 +209,39 @@ def _fit(model: nn.Module, model_config: Any, heads: int, kv_heads: int) -> None
                 old,
                 old * layer.qk_head_dim,
             ):
-                raise _refusal(model_config, name, f"no {count} and {size} to set")
+                raise _Misfit(name, f"no {count} and {size} to set", as_built=True)
             setattr(parent, count, new)
             setattr(parent, size, new * layer.qk_head_dim)
         layer.tp_q_head_num = heads
         layer.tp_k_head_num = layer.tp_v_head_num = kv_heads
     for projection, name in shared.items():
         if projection not in fitted:
-            raise _refusal(model_config, name, "the heads of attention, but is no layer of it")
+            raise _Misfit(name, "the heads of attention, but is no layer of it", as_built=True)
 
 
-def _check_own_tensors(model_config: Any, name: str, parent: nn.Module) -> None:
+def _check_own_tensors(name: str, parent: nn.Module) -> None:
     """Refuse attention with weights beside its projections, such as slopes or a sink per head.
 
-    Its code takes their heads, and its position among them, from N; and no adapter is given them.
+    They reach the softmax, and no adapter is given them.
     """
     if getattr(parent, "sinks", None) is not None:
-        raise _refusal(model_config, name, "attention sinks")
+        raise _Misfit(name, "attention sinks")
     tensors = {**parent._parameters, **parent._buffers, **parent.__dict__}
     for own, value in tensors.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            raise _refusal(model_config, name, f"weights beside its projections ({own})")
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and own not in _NOT_OF_ATTENTION:
+            raise _Misfit(name, f"weights beside its projections ({own})")
 
 
-def _check_beside_heads(
-    model_config: Any, name: str, layer: Any, children: dict[str, nn.Module], heads: int
-) -> None:
+def _check_beside_heads(name: str, layer: Any, children: dict[str, nn.Module], heads: int) -> None:
     """Refuse what depends on the number of heads in a way that `_fit` cannot follow."""
     for child_name, child in children.items():
         if isinstance(child, LinearBase | RadixAttention):
             continue
         weight = getattr(child, "weight", None)
         if weight is not None and tuple(weight.shape) != (layer.qk_head_dim,):
-            raise _refusal(model_config, name, f"a norm over several heads ({child_name})")
+            raise _Misfit(name, f"a norm over several heads ({child_name})", as_built=True)
         if hasattr(child, "num_heads") or hasattr(child, "num_kv_heads"):
-            raise _refusal(model_config, name, f"a number of heads kept in {child_name}")
+            raise _Misfit(name, f"a number of heads kept in {child_name}", as_built=True)
     if layer.tp_q_head_num == heads:
         return
     for child_name, child in children.items():
@@ -176,16 +249,22 @@ def _check_beside_heads(
         if isinstance(child, LinearBase) and not isinstance(
             child, QKVParallelLinear | RowParallelLinear
         ):
-            raise _refusal(model_config, name, f"a projection beside q, k, v and o ({child_name})")
+            raise _Misfit(name, f"a projection beside q, k, v and o ({child_name})", as_built=True)
+
+
+def _owner(modules: dict[str, nn.Module], layer: str) -> nn.Module:
+    """The module that projects a layer's queries; a class may keep several layers in a list."""
+    parent = layer.rpartition(".")[0]
+    while isinstance(modules[parent], nn.ModuleList):
+        parent = parent.rpartition(".")[0]
+    return modules[parent]
 
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, RadixAttention)]
 
 
-def _refusal(model_config: Any, layer: str, reason: str) -> ModelRefusedError:
-    architecture = " ".join(model_config.hf_config.architectures)
-    return ModelRefusedError(
-        f"--dcp-size > 1 does not support {architecture}: {layer} has {reason}. "
-        "Serve it without --dcp-size."
+def _heads_not(found: tuple[int, int], wanted: tuple[int, int]) -> str:
+    return (
+        f"{found[0]} query and {found[1]} key-value heads per rank, not {wanted[0]} and {wanted[1]}"
     )

@@ -1,0 +1,61 @@
+"""Models that the loader leaves as plain TP builds them, or only gives a plan, and transformers.
+
+With A >= KV nothing is fitted, whatever names a class has. The load is that of `test_models.py`.
+"""
+
+from pathlib import Path
+
+import pytest
+from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
+from srt.fresh import Fresh
+from srt.models.test_models import serve_and_check
+
+COMMON = {**FAMILIES["llama"].config, "num_hidden_layers": 2}
+WIDE = {**COMMON, "head_dim": 16}  # for configurations that take it from the hidden size
+MLA = {**FAMILIES["deepseek_v2"].config, "num_hidden_layers": 2}
+
+# Two key-value heads, or one.
+GQA = {
+    "gpt_bigcode": Family(
+        "gpt_bigcode",
+        {
+            "vocab_size": COMMON["vocab_size"],
+            "n_embd": 128,
+            "n_head": 8,
+            "n_layer": 2,
+            "n_inner": 256,
+            "n_positions": 4096,
+            "multi_query": True,
+        },
+    ),
+    "stablelm": Family("stablelm", {**WIDE, "hidden_act": "silu"}),
+}
+
+
+@pytest.mark.parametrize("family", GQA)
+def test_model_as_built_equals_transformers(ready: Fresh, tmp_path: Path, family: str) -> None:
+    model = make_checkpoint(GQA[family], tmp_path)
+    serve_and_check(ready, model, 4, 2, "a2a", replicated=False)
+
+
+# MLA of DeepSeek's class in models that have no plan of their own.
+PLANNED = {
+    "glm4_moe_lite": Family(
+        "glm4_moe_lite",
+        {
+            **MLA,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "norm_topk_prob": True,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PLANNED)
+def test_model_without_a_plan_equals_transformers(
+    ready: Fresh, tmp_path: Path, family: str
+) -> None:
+    serve_and_check(ready, make_checkpoint(PLANNED[family], tmp_path), 4, 2, "a2a")
