@@ -177,29 +177,43 @@ def test_drafts_from_earlier_answers(checkpoints: dict[str, Path]) -> None:
     ("layout", "attention", "scaled"),
     [("a2a", "triton", False), *itertools.product(["symm"], ["triton", "fa3"], [False, True])],
 )
-def test_an_fp8_cache_is_read_as_by_one_rank(
+def test_an_fp8_cache_costs_no_more_than_on_one_rank(
     checkpoints: dict[str, Path], tmp_path: Path, layout: str, attention: str, scaled: bool
 ) -> None:
-    """Quantized keys and values differ from the oracle's, but not between layouts."""
+    """Quantized keys and values move answers away from the oracle's, as far as on one rank.
+
+    Not by the same steps: plain TP attends a chunk with its quantized keys, the series with its own.
+    """
     checkpoint = checkpoints["llama"]
+    oracle = Oracle(checkpoint)
     if scaled:
         checkpoint = with_cache_scales(checkpoint, tmp_path / "scaled")
     flags = ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
     flags += ("--kv-cache-dtype", "fp8_e4m3")
     prompts = [prompt(length) for length in (1, 63, 65, 2 * CHUNK + 3)]
-    answers = {}
+    errors: dict[str, list[float]] = {}
     for name in ("tp 1", layout):
         with gpu_server(checkpoint, name, *flags, attention=attention) as server:
             assert "dtype: torch.float8_e4m3fn" in server.log()
-            answers[name] = [server.generate(tokens, NEW_TOKENS).completion for tokens in prompts]
-    same = 0
-    for one, other in zip(*answers.values(), strict=True):
-        for position, token in enumerate(one.token_ids):
-            if other.token_ids[position] != token:  # a close choice
-                break
-            assert abs(one.logprobs[position] - other.logprobs[position]) < TOLERANCE
-            same += 1
-    assert same > len(prompts) * NEW_TOKENS // 2
+            errors[name] = [
+                abs(said - exact)
+                for tokens in prompts
+                for answer in [server.generate(tokens, NEW_TOKENS).completion]
+                for said, exact in zip(
+                    answer.logprobs, scored(oracle, tokens, answer.token_ids), strict=True
+                )
+            ]
+    one, sharded = errors.values()
+    assert sum(sharded) < 1.5 * sum(one) + len(one) * TOLERANCE / 8, (sum(sharded), sum(one))
+    assert max(sharded) < max(one) + TOLERANCE
+
+
+@torch.inference_mode()
+def scored(oracle: Oracle, tokens: list[int], continuation: list[int]) -> list[float]:
+    """The oracle's log-probabilities of a continuation that another has chosen."""
+    logits = oracle.model(torch.tensor([tokens + continuation])).logits[0, len(tokens) - 1 : -1]
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    return logprobs.gather(1, torch.tensor(continuation)[:, None])[:, 0].tolist()
 
 
 def with_cache_scales(checkpoint: Path, directory: Path) -> Path:
