@@ -182,7 +182,8 @@ def test_an_fp8_cache_costs_no_more_than_on_one_rank(
 ) -> None:
     """Quantized keys and values move answers away from the oracle's, as far as on one rank.
 
-    Not by the same steps: plain TP attends a chunk with its quantized keys, the series with its own.
+    Not by the same steps: plain TP attends a chunk with its quantized keys, the series with whole
+    ones.
     """
     checkpoint = checkpoints["llama"]
     oracle = Oracle(checkpoint)
