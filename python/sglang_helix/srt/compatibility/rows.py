@@ -433,13 +433,6 @@ TABLE: tuple[Row, ...] = (
     Row("sampling penalties, several samples", "", "works", "answers equal plain TP"),
     Row("health and metrics", "--enable-metrics", "works", "served, GQA and MLA"),
     Row("sessions", "/open_session", "works", "turns and branches equal plain TP, GQA and MLA"),
-    Row("expert parallelism", "--ep-size", "works", "answers equal plain TP, MLA"),
-    Row(
-        "memory released and resumed",
-        "/release_memory_occupation",
-        "works",
-        "answers equal plain TP afterwards, GQA and MLA; on the CPU, where nothing is unmapped",
-    ),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
     Row("graceful shutdown", "", "works", "what runs at SIGTERM is answered; no process is left"),
