@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "kernels": "combine, pack and the one-kernel exchange beside their peers, on one device",
+    "attention": "decode over a shard of the cache, by each adapter beside plain TP's kernels",
     "collectives": "the exchange through real process groups",
     "serve": "whole servers: tensor parallelism beside the layouts of the series",
 }
