@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -46,7 +45,10 @@ class Forked:
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
         if self.returncode is None:
-            self.returncode = self._source.ask("status", self.pid)
+            try:
+                self.returncode = self._source.ask("status", self.pid)
+            except (EOFError, OSError):  # the source is gone, and its forks died with it
+                self.returncode = -signal.SIGKILL
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -78,6 +80,10 @@ class Source:
         )
         theirs.close()
 
+    def alive(self) -> bool:
+        """Whether it can still fork."""
+        return self._process.poll() is None
+
     def start(self, flags: Sequence[str], env: Mapping[str, str], log: Path) -> Forked:
         """``python -m sglang.launch_server`` with these flags, in a session of its own."""
         return Forked(self, self.ask("start", list(flags), dict(env), os.getcwd(), str(log)))
@@ -89,15 +95,21 @@ class Source:
             return self._connection.recv()
 
 
-@cache
+_source: Source | None = None
+
+
 def source() -> Source:
     """This process's own, on the CPU platform; made on the first call."""
-    return Source({**os.environ, "HF_HUB_OFFLINE": "1", "SGLANG_PLATFORM": PLATFORM_NAME})
+    global _source
+    if _source is None or not _source.alive():
+        _source = Source({**os.environ, "HF_HUB_OFFLINE": "1", "SGLANG_PLATFORM": PLATFORM_NAME})
+    return _source
 
 
 def main() -> None:
     """Import, then fork a server for each request; returns in a server that has ended."""
     connection = Connection(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks, and has its forks end
     for name in _IMPORTED:
         import_module(name)
     gc.freeze()  # a collection in a fork would copy the pages of every module
@@ -119,6 +131,7 @@ def main() -> None:
 
 def _launch(flags: list[str], env: dict[str, str], folder: str, log: str) -> None:
     """In a fork: be the launcher."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     forkserver.die_with_parent()
     os.chdir(folder)

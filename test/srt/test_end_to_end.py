@@ -1,7 +1,8 @@
 """The real server over HTTP against ``transformers``, on the same fp32 checkpoint.
 
-Every layout serves the same load, one request at a time and in batches. The oracle shares no code
-with SGLang. Each rank checks at idle that no slot of its pool is lost (see
+Every layout serves the same load, one request at a time and in batches: with one exchange through a
+server, with the other through SGLang's schedulers without one. The oracle shares no code with
+SGLang. Each rank checks at idle that no slot of its pool is lost (see
 `managers/invariant_checker.py`); a rank that finds one lost ends the server, and the test with it.
 """
 
@@ -10,19 +11,22 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server
 from srt.expected import check, expected, oracle, prompt  # noqa: F401 until their users land
+from srt.fresh import Fresh
+from srt.models import serving
 
 FAMILIES = ("llama", "qwen3", "deepseek_v2")
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))
 BACKENDS = ("ag_rs", "a2a")
 CASES = [
-    (family, tp, dcp, backend)
-    for family, (tp, dcp), backend in itertools.product(FAMILIES, LAYOUTS, BACKENDS)
-    if dcp > 1 or backend == BACKENDS[0]
+    (family, tp, dcp, BACKENDS[(number + turn) % 2], BACKENDS[(number + turn + 1) % 2])
+    for number, family in enumerate(FAMILIES)
+    for turn, (tp, dcp) in enumerate(LAYOUTS)
 ]
 # Some layouts run with pages of 1, so that a widened page is as short as it can be.
 PAGE_SIZES = {(2, 2): 64, (4, 2): 1, (4, 4): 16, (1, 1): 1}
@@ -83,44 +87,88 @@ def row_bytes(checkpoint: Path, head_shards: int) -> int:
     return config["num_hidden_layers"] * width * 4
 
 
-@pytest.mark.server
-@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), CASES)
-def test_layout(checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str) -> None:
-    checkpoint, page, chunk = checkpoints[family], PAGE_SIZES[tp, dcp], CHUNKS[tp, dcp]
-    flags = (
-        *("--page-size", str(page), "--chunked-prefill-size", str(chunk)),
-        *("--max-total-tokens", str(ROWS)),
+def sizes(tp: int, dcp: int) -> tuple[str, ...]:
+    return (
+        *("--page-size", str(PAGE_SIZES[tp, dcp]), "--max-total-tokens", str(ROWS)),
+        *("--chunked-prefill-size", str(CHUNKS[tp, dcp])),
     )
-    with serve(checkpoint, tp, dcp, backend, *flags) as server:
+
+
+def check_pool(checkpoint: Path, tp: int, dcp: int, kv_tokens: int, kv_bytes: int) -> None:
+    """As many rows as without sharding, and K times the tokens in them."""
+    assert kv_tokens == ROWS * dcp
+    assert kv_bytes == (ROWS + PAGE_SIZES[tp, dcp]) * row_bytes(checkpoint, tp // dcp)
+
+
+class Prompts(NamedTuple):
+    """The load of a layout, in its order."""
+
+    alone: list[list[int]]
+    # The longest of them again, continued differently.
+    continued: list[list[int]]
+    # At once, of mixed length, new to the cache.
+    batch: list[list[int]]
+
+    def check_cached(self, cached: list[int], unit: int) -> None:
+        """Prompt tokens that the cache had, of those alone and continued: whole widened pages."""
+        assert not any(cached[: len(self.alone)])
+        for tokens in cached[len(self.alone) :]:
+            assert 0 < tokens <= len(self.alone[-1])
+            assert tokens % unit == 0
+
+
+def prompts_of(tp: int, dcp: int) -> Prompts:
+    alone = [prompt(length) for length in lengths(PAGE_SIZES[tp, dcp], dcp, CHUNKS[tp, dcp])]
+    return Prompts(
+        alone,
+        [alone[-1] + tail for tail in (prompt(5, seed=1), prompt(9, seed=2))],
+        [prompt(length, seed=3) for length in (1, 2, 3, 31, 64, 65, 130, 200)],
+    )
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), [case[:4] for case in CASES])
+def test_layout(checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str) -> None:
+    checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
+    with serve(checkpoint, tp, dcp, backend, *sizes(tp, dcp)) as server:
         info = server.server_info()
         assert dcp == 1 or info["dcp_comm_backend"] == backend
-        # As many rows as without sharding, and K times the tokens in them.
-        assert info["sglang_helix"]["kv_tokens"] == ROWS * dcp
-        assert info["sglang_helix"]["kv_bytes"] == (ROWS + page) * row_bytes(checkpoint, tp // dcp)
-        prompts = [prompt(length) for length in lengths(page, dcp, chunk)]
-        for tokens in prompts:
+        pool = info["sglang_helix"]
+        check_pool(checkpoint, tp, dcp, pool["kv_tokens"], pool["kv_bytes"])
+        cached = []
+        for tokens in prompts.alone + prompts.continued:
             answer = server.generate(tokens, NEW_TOKENS)
             check(checkpoint, tokens, answer, NEW_TOKENS)
-            assert answer.cached_tokens == 0
+            cached.append(answer.cached_tokens)
+        prompts.check_cached(cached, PAGE_SIZES[tp, dcp] * dcp)
 
-        # The same prefix again, continued differently: the tree answers whole widened pages.
-        shared = prompts[-1]
-        for tail in (prompt(5, seed=1), prompt(9, seed=2)):
-            answer = server.generate(shared + tail, NEW_TOKENS)
-            check(checkpoint, shared + tail, answer, NEW_TOKENS)
-            assert 0 < answer.cached_tokens <= len(shared)
-            assert answer.cached_tokens % (page * dcp) == 0
-
-        # Eight at once, of mixed length, new to the cache.
         server.flush_cache()
-        batch = [prompt(length, seed=3) for length in (1, 2, 3, 31, 64, 65, 130, 200)]
-        for tokens, answer in zip(batch, server.generate_batch(batch, NEW_TOKENS), strict=True):
+        answers = server.generate_batch(prompts.batch, NEW_TOKENS)
+        for tokens, answer in zip(prompts.batch, answers, strict=True):
             check(checkpoint, tokens, answer, NEW_TOKENS)
 
         abort_midway(server, prompt(20, seed=4))
         again = prompt(33, seed=5)
         check(checkpoint, again, server.generate(again, NEW_TOKENS), NEW_TOKENS)
         everything_is_free(server)
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "dcp", "backend"), [(*case[:3], case[4]) for case in CASES if case[2] > 1]
+)
+def test_layout_in_schedulers(
+    ready: Fresh, checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str
+) -> None:
+    checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
+    layout = ("--dcp-size", str(dcp), "--dcp-comm-backend", backend, *sizes(tp, dcp))
+    batches = [*([tokens] for tokens in prompts.alone + prompts.continued), prompts.batch]
+    for report in serving.serve(ready, checkpoint, tp, layout, batches, NEW_TOKENS):
+        check_pool(checkpoint, tp, dcp, report.kv_tokens, report.kv_bytes)
+        asked, answers = map(itertools.chain.from_iterable, (batches, report.answers))
+        for tokens, answer in zip(asked, answers, strict=True):
+            check(checkpoint, tokens, answer, NEW_TOKENS)
+        cached = [answer.cached_tokens for (answer,) in report.answers[:-1]]
+        prompts.check_cached(cached, PAGE_SIZES[tp, dcp] * dcp)
 
 
 def everything_is_free(server: Server) -> None:

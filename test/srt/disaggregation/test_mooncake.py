@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.disaggregation.pair import Side, outcomes
+from srt.expected import check, prompt
 from srt.fresh import Fresh
-from srt.test_end_to_end import check, prompt
 
 NEW_TOKENS = 4
 PAGE = 4

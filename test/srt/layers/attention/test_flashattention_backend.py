@@ -12,11 +12,11 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.srt.layers.attention import adapters
 from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp.ownership import KVShard
+from srt.expected import check
 from srt.fresh import Fresh
 from srt.models.serving import _serve, command_line
 from srt.models.test_models import BATCHES, NEW_TOKENS
 from srt.slots import Slots
-from srt.test_end_to_end import check
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Heads that the kernels exist for: latent ones are attended whole in prefill.
