@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from sglang_helix.srt.layers.dcp import symm
+from sglang_helix.srt.layers.dcp import lse_combine, symm
 from sglang_helix.srt.layers.dcp.symm import Layout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -64,6 +65,10 @@ def instructions(
         target=GPUTarget("cuda", sm, 32),
         options={"num_warps": layout.warps(splits), "maxnreg": symm._MAX_REGISTERS},
     )
+    return machine_code(compiled, folder)
+
+
+def machine_code(compiled: Any, folder: Path) -> tuple[Counter[str], str]:
     (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
 
     def dump(option: str) -> str:
@@ -107,3 +112,31 @@ def test_machine_code(layout: Layout, kind: str, sm: int, tmp_path: Path) -> Non
         assert counts["LDG.E.64.STRONG.SYS"] == 2
     assert not matching(counts, r"(LDG|STG)\.E\.[US](8|16).*")
     assert not matching(counts, r"(ATOM|RED\b).*")  # peers may be reached over PCIe
+
+
+@pytest.mark.parametrize(("splits", "width"), [(8, 128), (512, 128), (66, 512)])
+def test_many_splits_are_looped_over(splits: int, width: int, tmp_path: Path) -> None:
+    """Neither spilled nor unrolled: the code is no longer for 512 splits than for 8."""
+    kernel, (step, columns, warps) = (
+        lse_combine._combine_splits_kernel,
+        lse_combine._splits_tile(splits, width),
+    )
+    constants = {"x_d": 1, "X_UNIT": 4, "HEADS": 64, "D": width, "LOG2_E": 1.4427}
+    constants |= {"SPLITS": step, "COLS": columns}
+    kinds = {"x_ptr": "*fp32", "l_ptr": "*fp32", "y_ptr": "*bf16", "y_lse_ptr": "*fp32"}
+    kinds |= {"indptr_ptr": "*i32", "counts_ptr": "*i32", "scale": "fp32"}
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
+        if signature[name].startswith("*"):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps},
+    )
+    counts, report = machine_code(compiled, tmp_path)
+    assert re.findall(r"STACK:(\d+)", report) == ["0"]
+    assert not matching(counts, r"(LDL|STL).*")
+    assert counts["LDG.E.128"] == step * columns // 4 // (32 * warps)
+    assert counts.total() < 1500

@@ -593,10 +593,7 @@ def _combine_splits_triton(
 ) -> None:
     B, H, S, D = partials.shape
     x = _Strides(partials)
-    # As many splits in a step as a program has registers for, in lines of at least 128 bytes.
-    # Where there are many splits there are few rows, and programs share the columns of each.
-    splits = min(_power_of_2(S), 256)
-    cols = min(_power_of_2(D), max(32, 4096 // splits))
+    splits, cols, warps = _splits_tile(S, D)
     _combine_splits_kernel[(B * H, -(-D // cols))](
         partials,
         lse,
@@ -615,8 +612,19 @@ def _combine_splits_triton(
         SPLITS=splits,
         COLS=cols,
         LOG2_E=_LOG2_E,
-        num_warps=min(8, max(1, splits * cols // 1024)),
+        num_warps=warps,
     )
+
+
+def _splits_tile(S: int, D: int) -> tuple[int, int, int]:
+    """Splits and columns that a program takes in a step, and its warps.
+
+    As many splits as it has registers for, in lines of at least 128 bytes. Where there are many
+    splits there are few rows, and programs share the columns of each.
+    """
+    splits = min(_power_of_2(S), 256)
+    cols = min(_power_of_2(D), max(32, 4096 // splits))
+    return splits, cols, min(8, max(1, splits * cols // 1024))
 
 
 def _rescale_triton(
