@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from sglang_cpu_reference.oracle import Completion
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
@@ -86,6 +87,7 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
     return scheduler
 
 
+@torch.no_grad()  # as SGLang's loop does: some models have parameters that ask for a gradient
 def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
     """Admit the prompts at once and turn the scheduler's loop until it is idle; on every rank."""
     scheduler.process_input_requests(

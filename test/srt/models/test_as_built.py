@@ -16,6 +16,18 @@ MLA = {**FAMILIES["deepseek_v2"].config, "num_hidden_layers": 2}
 
 # Two key-value heads, or one.
 GQA = {
+    "afmoe": Family(  # a gate beside the projections; its experts are Triton only
+        "afmoe",
+        {
+            **COMMON,
+            "layer_types": ["full_attention"] * 2,
+            "num_dense_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "num_shared_experts": 1,
+        },
+    ),
     "gpt_bigcode": Family(
         "gpt_bigcode",
         {
