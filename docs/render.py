@@ -93,8 +93,9 @@ def attention_backends() -> str:
         needs += [f"no fp8 cache for {kind}: {reason}" for kind, reason in record.no_fp8.items()]
         if record.pages:
             needs.append(f"pages of {' or '.join(map(str, record.pages))}")
-        if not record.seen:
-            needs.append("**not seen on a GPU**: only where it is named")
+        if record.unseen:
+            kinds = " and ".join(record.unseen)
+            needs.append(f"**not seen on a GPU** with {kinds}: only where it is named")
         base = "2" if record.base2 else "e"
         rows.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
     return (

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from sglang_cpu_reference import stand_ins
 from srt.fresh import Fresh
 
 
@@ -17,4 +18,13 @@ def fresh() -> Iterator[Fresh]:
 def ready() -> Iterator[Fresh]:
     """Processes that have installed the series already, to be ranks of a sharded cache."""
     with Fresh("cpu_reference", timeout=120, preload=("srt.models.series_installed",)) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Iterator[Fresh]:
+    """As `ready`, with stand-ins for every GPU kernel that has one."""
+    variables = {stand_ins.VARIABLE: ",".join(stand_ins.MODULES)}
+    preload = ("srt.models.series_installed",)
+    with Fresh("cpu_reference", timeout=120, preload=preload, **variables) as process:
         yield process

@@ -46,16 +46,22 @@ class Fresh:
         platform: value of SGLANG_PLATFORM; None leaves the choice to SGLang.
         timeout: seconds that a call may take.
         preload: modules to import beside SGLang's, by name, before any fork.
+        variables: of the environment, for the process and all of its forks.
     """
 
     def __init__(
-        self, platform: str | None = None, timeout: float = 60, preload: Sequence[str] = ()
+        self,
+        platform: str | None = None,
+        timeout: float = 60,
+        preload: Sequence[str] = (),
+        **variables: str,
     ) -> None:
         self.timeout = timeout
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, preload), daemon=True)
         env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env.update(variables)
         with mock.patch.dict(os.environ, env):
             os.environ.pop("SGLANG_PLATFORM", None)
             if platform is not None:

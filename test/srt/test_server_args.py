@@ -136,7 +136,7 @@ def choices() -> list[str]:
 # Refused by the series itself, on some machine; the rest needs hardware or models that SGLang
 # asks for first.
 BY_THE_SERIES = {
-    "llama": {"fa4", "flashinfer", "flex_attention", "trtllm_mha", "aiter", "wave"},
+    "llama": {"fa4", "flex_attention", "trtllm_mha", "aiter", "wave"},
     "deepseek_v2": {"fa4", "flex_attention", "flashmla", "aiter", "wave"},
 }
 
@@ -186,18 +186,21 @@ def test_a_cache_that_a_backend_cannot_read(resolved: Resolve) -> None:
 
 
 def test_a_backend_not_seen_on_a_gpu_is_taken_by_name_alone(resolved: Resolve) -> None:
-    unseen = {record.name: record for record in ADAPTERS if not record.seen}
-    assert "fa4" in unseen
-    for name, record in unseen.items():
-        flags = {"tp_size": 4, "dcp_size": 2, "attention_backend": name}
-        found = resolved("Blackwell", "llama" if record.gqa else "deepseek_v2", **flags)
-        assert found.backends == (name, name), found.error
-        said = f"--attention-backend {name} has not been seen on a GPU with --dcp-size"
+    unseen = [(record, kind) for record in ADAPTERS for kind in record.unseen]
+    assert ("fa4", "GQA") in [(record.name, kind) for record, kind in unseen]
+    families = {"GQA": "llama", "MLA": "deepseek_v2"}
+    for record, kind in unseen:
+        majors = record.mla_majors if kind == "MLA" and record.mla_majors else record.majors
+        machine = "Hopper" if majors is None or 9 in majors else "Blackwell"
+        flags = {"tp_size": 4, "dcp_size": 2, "attention_backend": record.name}
+        found = resolved(machine, families[kind], **flags)
+        assert found.backends == (record.name, record.name), found.error
+        said = f"--attention-backend {record.name} has not been seen on a GPU with --dcp-size"
         assert found.said.count(said) == 1
-    for machine, family in itertools.product(MACHINES, WORKING):
+    for machine, (kind, family) in itertools.product(MACHINES, families.items()):
         taken = resolved(machine, family, tp_size=4, dcp_size=2).backends
         assert taken is not None
-        assert not set(taken) & set(unseen)
+        assert not set(taken) & {record.name for record, served in unseen if served == kind}
 
 
 @pytest.mark.parametrize("machine", MACHINES)

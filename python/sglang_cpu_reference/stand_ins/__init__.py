@@ -19,6 +19,8 @@ VARIABLE = "SGLANG_CPU_REFERENCE_STAND_INS"
 MODULES: dict[str, tuple[str, ...]] = {
     "fa3": ("flash_attention",),
     "fa4": ("flash_attention", "flash_attention_v4"),
+    "flashinfer": ("flashinfer",),
+    "flashmla": ("flash_mla", "flashinfer"),
 }
 
 _installed: set[str] = set()

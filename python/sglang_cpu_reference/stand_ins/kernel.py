@@ -1,15 +1,18 @@
 """What the stand-ins share: ragged attention, pages, and operators by their schemas."""
 
+import contextlib
+import functools
 import importlib.util
 import itertools
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # What tensor cores multiply, and what this platform serves checkpoints in, which stands for it.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,6 +42,7 @@ def define_operator(
     defaults = {argument.name: argument.default_value for argument in arguments}
     names = tuple(defaults)
 
+    @on_the_device
     def call(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False))
         return function(SimpleNamespace(**{**defaults, **given, **kwargs}))
@@ -56,6 +60,46 @@ def _schema(library: Path, name: str) -> str:
         if not start:
             raise RuntimeError(f"{library} registers no operator {name}")
         return content[start : content.find(b"\0", start)].decode()
+
+
+def on_the_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the function does happens in a kernel: no mode of the caller watches its operations."""
+
+    @functools.wraps(function)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return kernel
+
+
+class Shadow(ModuleType):
+    """A module with some of its attributes replaced, for those who are given it in its place."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(replaced)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def host_torch() -> Shadow:
+    """``torch`` for modules that ask for pinned memory, or for "cuda", by name: host memory."""
+    factories = ("empty", "zeros", "ones", "full", "arange", "tensor", "empty_like")
+    return Shadow(
+        torch,
+        cuda=Shadow(torch.cuda, device=lambda _: contextlib.nullcontext()),
+        **{name: _on_the_host(getattr(torch, name)) for name in factories},
+    )
+
+
+def _on_the_host(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
+        return factory(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    return made
 
 
 def demand(condition: bool, what: str) -> None:

@@ -266,7 +266,7 @@ def _backend_refusals(situation: Situation, backends: tuple[str, str]) -> list[s
                 f"{'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}: "
                 f"use one of {instead}."
             )
-        elif not adapter(backend).seen:
+        elif attention in adapter(backend).unseen:
             logger.warning(
                 "--%s-backend %s has not been seen on a GPU with %s.", half, backend, flag
             )

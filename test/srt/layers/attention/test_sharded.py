@@ -73,6 +73,9 @@ class Pool:
     def get_value_buffer(self, layer_id: int) -> torch.Tensor:
         return self.values
 
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
+
     def set_kv_buffer(
         self, layer: Any, where: Any, k: torch.Tensor, v: torch.Tensor, *scales: None
     ) -> None:
@@ -96,13 +99,17 @@ class LatentPool(Pool):
 
 @pytest.fixture(autouse=True)
 def _ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    translator = SimpleNamespace(
-        translate_dcp_read_ids=lambda slots: slots // get_parallel().attn_dcp_size
-    )
-    backend = SimpleNamespace(kv_index_translator=translator)
     for module in (sharded, planner, comm, upstream_comm):
         monkeypatch.setattr(module, "get_parallel", get_parallel)
-    monkeypatch.setattr(planner, "get_attn_backend", lambda: backend)
+    monkeypatch.setattr(planner, "get_attn_backend", lambda: TRANSLATING)
+
+
+# In the place of a backend: how slots become rows.
+TRANSLATING = SimpleNamespace(
+    kv_index_translator=SimpleNamespace(
+        translate_dcp_read_ids=lambda slots: slots // get_parallel().attn_dcp_size
+    )
+)
 
 
 def backend_of(rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: bool) -> Any:
@@ -127,8 +134,12 @@ def layer_of(queries: int, kv: int, heads: Heads) -> Any:
         logit_cap=0.0,
         logit_capping_method="tanh",
         layer_id=0,
+        head_dim=heads.k_width,
+        tp_v_head_num=kv,
         k_scale=None,
         v_scale=None,
+        k_scale_float=None,
+        v_scale_float=None,
         is_cross_attention=False,
         attn_type=AttentionType.DECODER,
         sliding_window_size=-1,
@@ -183,7 +194,18 @@ def forward_batch(step: Step, slots: Slots) -> tuple[Any, list[tuple[int, int]]]
         extend_seq_lens_cpu=list(step.tokens.values()),
         spec_info=None,
         attn_dcp_metadata=None,
+        batch_size=len(lens),
+        seq_lens_cpu=torch.tensor(lens),
+        seq_lens_sum=sum(lens),
+        extend_prefix_lens=torch.tensor(list(prefixes.values())),
+        extend_seq_lens=torch.tensor(list(step.tokens.values())),
+        kv_loc_plan=None,
+        encoder_lens=None,
+        attn_attend_prefix_cache=None,
+        positions=torch.arange(sum(step.tokens.values())),
     )
+    if step.mode == "decode":
+        batch.forward_mode = ForwardMode.DECODE
     order = [(r, prefixes[r] + n) for r, count in step.tokens.items() for n in range(count)]
     return batch, order
 
@@ -229,19 +251,21 @@ def plan(batch: Any, slots: Slots, pool: LatentPool) -> Any:
 
 def mla_on_rank(
     rank: int, group: ThreadGroup, heads: Heads, page: int, exchange: str
-) -> list[torch.Tensor]:
-    """Output of every step, [T, own heads, latent], as SGLang's forward_mla gets it."""
+) -> list[torch.Tensor | None]:
+    """Output of every step, [T, own heads, latent], as SGLang's forward_mla gets it, if it does."""
     tokens = random_tokens(heads, 1, mla=True)
     slots = Slots(group.world_size, page, pages=300)
     backend = backend_of(rank, group, heads, slots, mla=True)
     own, latent = heads.queries // group.world_size, heads.v_width
     mine = slice(own * rank, own * (rank + 1))
-    outputs = []
+    outputs: list[torch.Tensor | None] = []
     for step in STEPS:
         batch, order = forward_batch(step, slots)
         backend.req_to_token_pool.req_to_token = slots.table()
         q, k, _ = (torch.stack([part[r, t] for r, t in order]) for part in tokens)
         compressed, rope = k[..., :latent], k[..., latent:]
+        if step.mode == "extend":
+            batch.attn_dcp_metadata = plan(batch, slots, backend.token_to_kv_pool)
         backend.init_forward_metadata(batch)
         if step.mode == "decode":
             out, lse = backend.forward_decode(
@@ -260,7 +284,6 @@ def mla_on_rank(
                     out, lse, group, is_lse_base_on_e=True
                 ).transpose(0, 1)
         else:
-            batch.attn_dcp_metadata = plan(batch, slots, backend.token_to_kv_pool)
             upstream_comm.all_gather_kv_cache_for_mla_extend(
                 backend.token_to_kv_pool,
                 None,
@@ -272,6 +295,11 @@ def mla_on_rank(
                 compressed,
                 rope,
             )
+            if backend.upstream_prefill and not any(batch.extend_prefix_lens_cpu):
+                # SGLang attends such a chunk with keys and values of its own.
+                backend._store_mla(layer_of(own, 1, heads), batch, compressed, rope)
+                outputs.append(None)
+                continue
             merged = backend.forward_extend(
                 q[:, mine, :latent].flatten(1),
                 compressed,
@@ -285,7 +313,7 @@ def mla_on_rank(
     return outputs
 
 
-def check(outputs: list[list[torch.Tensor]], tokens: Tokens) -> None:
+def check(outputs: list[list[torch.Tensor | None]], tokens: Tokens) -> None:
     """Every rank's own heads, step by step."""
     lengths = dict.fromkeys(range(REQUESTS), 0)
     ranks = len(outputs)
@@ -296,7 +324,9 @@ def check(outputs: list[list[torch.Tensor]], tokens: Tokens) -> None:
             lengths[request] += count
         wanted = torch.stack(rows).chunk(ranks, dim=1)
         for rank in range(ranks):
-            got = outputs[rank][number].double()
+            if (found := outputs[rank][number]) is None:
+                continue
+            got = found.double()
             error = (got - wanted[rank]).norm() / wanted[rank].norm()
             assert error < RELATIVE_ERROR, f"step {number} {step}, rank {rank}: {error:.1e}"
 

@@ -33,8 +33,8 @@ class Adapter:
         mla_majors: where MLA asks for others.
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
     pages: the page sizes it takes; None: any.
-    chosen_on: majors where it may be taken when the user names none; None: wherever it runs. Empty
-        for one that has not run on a GPU yet.
+    chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
+    unseen: attention that it has not served on a GPU yet: for that, it is taken by name alone.
     off_cuda: whether it runs where there is no CUDA device, too.
     why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
         upstream's backend, see `Hook`.
@@ -50,6 +50,7 @@ class Adapter:
     no_fp8: Mapping[Attention, str] = field(default_factory=dict)
     pages: tuple[int, ...] | None = None
     chosen_on: tuple[int, ...] | None = None
+    unseen: tuple[Attention, ...] = ()
     why: str = ""
     upstream: str = "none"
     until: str = ""
@@ -68,11 +69,6 @@ class Adapter:
         own = self.own_class("GQA") or self.own_class("MLA")
         return own and own.partition(":")[0].partition(".srt.")[2].replace(".", "/") + ".py"
 
-    @property
-    def seen(self) -> bool:
-        """Whether it ran on a GPU."""
-        return self.chosen_on != ()
-
     def runs_on(self, platform: Any, attention: Attention) -> bool:
         """Whether a user may name it on a machine, SGLang's `get_platform()`.
 
@@ -86,7 +82,7 @@ class Adapter:
         if not platform.is_cuda:
             return self.off_cuda
         chosen = self.chosen_on is None or platform.device_sm // 10 in self.chosen_on
-        return chosen and self.runs_on(platform, attention)
+        return chosen and attention not in self.unseen and self.runs_on(platform, attention)
 
 
 # In order of preference: the first that serves the model and runs on the machine is taken where
@@ -112,7 +108,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttention4Backend",),
         majors=(9, 10),
         mla_majors=(10,),
-        chosen_on=(),
+        unseen=("GQA", "MLA"),
         no_fp8={
             "GQA": "its prefill reads K and V of another dtype than the queries, not tried here",
             "MLA": "SGLang would convert the whole pool in every layer",
@@ -123,7 +119,21 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "flashinfer",
         base2=True,
+        gqa=(f"{_OURS}.flashinfer_backend:ShardedFlashInferAttnBackend",),
         mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),
+        unseen=("GQA",),
+        why="no DCP with GQA: attends every rank's slots, planned for the heads of one rank",
+        until="upstream's backend attends the rows of its rank and returns LSEs",
+    ),
+    Adapter(
+        "flashmla",
+        base2=False,
+        mla=(f"{_OURS}.flashmla_backend:ShardedFlashMLABackend",),
+        majors=(9,),
+        pages=(64,),
+        unseen=("MLA",),
+        why="decodes with the heads of one rank over all ranks' slots, and no cache in fp8",
+        until="upstream's backend reads the rows of its rank, with the heads of its group",
     ),
     Adapter(
         "trtllm_mla",

@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.layout.paged_view import paged_view
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.adapters import record_of
-from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention, visible_drafts
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -162,7 +162,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         names the drafts it sees, in pages of one token.
         """
         drafts = self.max_q
-        visible = _visible_drafts(forward_batch, drafts)
+        visible = visible_drafts(forward_batch, drafts)
         # What is seen comes first, in order.
         order = torch.sort((~visible).int(), dim=1, stable=True).indices
         trees = torch.arange(0, len(visible), drafts, device=q.device).repeat_interleave(drafts)
@@ -195,16 +195,3 @@ class ShardedFlashAttention4Backend(ShardedFlashAttentionBackend):
 
     def _by_query(self, lse: Tensor, q_v: Tensor | None) -> Tensor:
         return lse.T if q_v is None else lse
-
-
-def _visible_drafts(forward_batch: ForwardBatch, drafts: int) -> Tensor:
-    """[B * drafts, drafts] bool: which drafts of its request each draft sees.
-
-    SGLang's mask has a row for each draft, over the cached tokens and then the drafts.
-    """
-    columns = forward_batch.seq_lens + drafts
-    before = drafts * (columns.cumsum(0) - columns)
-    own = torch.arange(drafts, device=columns.device)
-    first = before[:, None] + own * columns[:, None] + forward_batch.seq_lens[:, None]
-    cells = (first[..., None] + own).view(-1, drafts)
-    return forward_batch.spec_info.custom_mask[cells]

@@ -428,3 +428,16 @@ def _any_prefix(forward_batch: ForwardBatch) -> bool:
     """
     lens = forward_batch.extend_prefix_lens_cpu
     return lens is None or any(lens)
+
+
+def visible_drafts(forward_batch: ForwardBatch, drafts: int) -> Tensor:
+    """[B * drafts, drafts] bool: which drafts of its request each draft sees.
+
+    SGLang's mask has a row for each draft, over the cached tokens and then the drafts.
+    """
+    columns = forward_batch.seq_lens + drafts
+    before = drafts * (columns.cumsum(0) - columns)
+    own = torch.arange(drafts, device=columns.device)
+    first = before[:, None] + own * columns[:, None] + forward_batch.seq_lens[:, None]
+    cells = (first[..., None] + own).view(-1, drafts)
+    return forward_batch.spec_info.custom_mask[cells]

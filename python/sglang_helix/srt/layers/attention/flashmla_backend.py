@@ -1,0 +1,134 @@
+"""Adapter for FlashMLA. Extends `layers/attention/flashmla_backend.py`.
+
+Decode is FlashMLA's kernel with the heads of the whole KVP group over this rank's pages. Prefill is
+that of upstream's parent class, FlashInfer's MLA backend, which knows sharded caches: the model
+gathers the latent prefix, and this rank attends it with its own heads.
+
+The kernels give a natural LSE [B, heads, 1]. A request of which this rank holds no token gets +inf
+from the bf16 kernel, which counts as empty; the fp8 kernel would read in front of its page table,
+so it is given one row in place of none, and its LSE is overwritten.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from sglang.kernels.ops.attention.flash_mla_interface import (
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
+from sglang.kernels.ops.quantization.fp8_kernel import scaled_fp8_quant
+from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+from sglang.srt.layers.attention.flashmla_backend import PAGE_SIZE, FlashMLABackend
+from sglang.srt.mem_cache.layout.paged_view import paged_view
+from torch import Tensor
+
+from sglang_helix.srt.layers.attention.local_pages import LocalPages
+from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_helix.srt.layers.dcp.partial import Partial
+
+
+class Schedule(NamedTuple):
+    """How the kernel deals out the tokens of B requests, and how many it takes each to have.
+
+    programs [P, 8], splits [B + 1], lens [B], all int32. P follows from heads and device alone.
+    """
+
+    programs: Tensor
+    splits: Tensor
+    lens: Tensor
+
+
+class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
+    """`flashmla` over a sharded cache: MLA, in bf16 or fp8, in pages of 64 tokens."""
+
+    upstream_prefill = True
+    schedule: Schedule
+
+    def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
+        super().__init__(model_runner, **kwargs)
+        if self.data_type == torch.float8_e5m2:
+            raise NotImplementedError(
+                "flashmla reads no cache in fp8_e5m2 with --dcp-size > 1: give --kv-cache-dtype "
+                "fp8_e4m3 or bfloat16"
+            )
+        self.unit_scale = torch.ones(1, dtype=torch.float32, device=self.device)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Prepare one eager forward pass."""
+        super().init_forward_metadata(forward_batch)
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self.schedule = self._schedule(self.pages)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
+        """Allocate what captured graphs read; filled anew before every replay."""
+        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
+        self.captured_schedule = Schedule(
+            *(part.clone() for part in self._schedule(self.captured_pages))
+        )
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Prepare the capture or one replay of a decode graph, in place."""
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        batch, captured = forward_batch.batch_size, self.captured_schedule
+        view = Schedule(captured.programs, captured.splits[: batch + 1], captured.lens[:batch])
+        for part, fresh in zip(view, self._schedule(self.captured_pages.first(batch)), strict=True):
+            part.copy_(fresh)
+        if in_capture:
+            self.schedule = view
+
+    def partial_decode(
+        self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> Partial:
+        """See `ShardedAttention.partial_decode`."""
+        queries, scales = q[:, None], {}
+        if self.is_fp8_kvcache:
+            scale = self.unit_scale if layer.k_scale is None else layer.k_scale.reshape(1)
+            quantized, _ = scaled_fp8_quant(q.reshape(-1, q.shape[-1]), scale)
+            queries = quantized.view(queries.shape)
+            scales = {"descale_q": scale, "descale_k": scale}
+        out, lse = flash_mla_with_kvcache(
+            q=queries,
+            k_cache=paged_view(self.token_to_kv_pool.get_key_buffer(layer.layer_id), PAGE_SIZE),
+            block_table=self.pages.table,
+            cache_seqlens=self.schedule.lens,
+            head_dim_v=self.kv_lora_rank,
+            tile_scheduler_metadata=self.schedule.programs,
+            num_splits=self.schedule.splits,
+            softmax_scale=layer.scaling,
+            causal=True,
+            **scales,
+        )
+        lse = lse[..., 0]
+        if self.is_fp8_kvcache:
+            lse = lse.masked_fill(self.pages.empty[:, None], -torch.inf)
+        return out[:, 0], lse
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE."""
+        return FlashInferMLAAttnBackend.forward_extend(
+            self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+        )
+
+    def _schedule(self, pages: LocalPages) -> Schedule:
+        lens = pages.lens.clamp_min(1) if self.is_fp8_kvcache else pages.lens
+        programs, splits = get_mla_metadata(lens, self.heads, 1, is_fp8_kvcache=self.is_fp8_kvcache)
+        return Schedule(programs, splits, lens)

@@ -1,0 +1,185 @@
+"""Every adapter of the table against unsharded attention in float64.
+
+A record is tested by being there: each of the series' own classes is built by its own constructor
+and attends what `test_sharded.py` has the torch reference attend, its ranks threads, its kernels
+stand-ins. Pool rows are NaN until they are written.
+"""
+
+import itertools
+import pkgutil
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
+from sglang_helix.srt.layers.dcp import planner
+from sglang_helix.srt.layers.dcp.ownership import KVShard
+from srt.fresh import Fresh
+from srt.layers.attention import test_sharded
+from srt.layers.attention.test_sharded import Heads, LatentPool, Pool
+from srt.slots import Slots
+from srt.threads import ThreadGroup, get_parallel, run_threads
+
+CONTEXT = 128  # tokens of a request, at most
+REQUESTS = 8
+
+CASES: dict[Attention, list[tuple[int, Heads]]] = {
+    # Ranks and heads, of widths that every kernel has: one key-value head, a few, groups that
+    # ranks cut through, as many as queries.
+    "GQA": [
+        (2, Heads(4, 1, 16, 16)),
+        (3, Heads(6, 2, 16, 16)),
+        (4, Heads(8, 2, 64, 64)),
+        (2, Heads(8, 8, 16, 16)),
+    ],
+    "MLA": [(2, Heads(4, 1, 576, 512)), (4, Heads(8, 1, 576, 512))],
+}
+OWN = [
+    (record.name, attention)
+    for record in ADAPTERS
+    for attention in ("GQA", "MLA")
+    if record.own_class(attention)
+]
+
+
+# Modules in which a thread is a rank.
+RANKED = ("sglang_helix.", "sglang.srt.layers.attention.", "sglang.srt.layers.dcp.")
+
+
+class RequestTable:
+    """SGLang's ReqToTokenPool: one tensor for ever, which backends may keep."""
+
+    size = REQUESTS - 1
+
+    def __init__(self) -> None:
+        self._table = torch.zeros(REQUESTS, CONTEXT, dtype=torch.int32)
+
+    @property
+    def req_to_token(self) -> torch.Tensor:
+        return self._table
+
+    @req_to_token.setter
+    def req_to_token(self, table: torch.Tensor) -> None:
+        self._table[: table.shape[0], : table.shape[1]] = table
+
+
+def build(
+    backend: str, rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: bool
+) -> Any:
+    """A rank's adapter, as SGLang would have it made."""
+    shard = KVShard(group.world_size, rank)
+    pool = (LatentPool if mla else Pool)(slots.rows, shard, heads)
+    kind = pkgutil.resolve_name(adapter(backend).own_class("MLA" if mla else "GQA"))
+    return kind(runner_of(backend, slots.page // shard.size, pool, heads, mla))
+
+
+def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool) -> Any:
+    """What a backend's constructor asks of its ModelRunner."""
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+    from sglang.srt.runtime_context import get_context
+
+    pool.get_kv_cache_quant_method = UnquantizedKVCacheMethod
+    requests = RequestTable()
+    model = SimpleNamespace(
+        attention_arch=AttentionArch.MLA if mla else AttentionArch.MHA,
+        context_len=CONTEXT,
+        head_dim=heads.k_width,
+        v_head_dim=heads.v_width,
+        swa_v_head_dim=heads.v_width,
+        kv_lora_rank=heads.v_width,
+        qk_nope_head_dim=heads.v_width,
+        qk_rope_head_dim=heads.k_width - heads.v_width,
+        scaling=heads.k_width**-0.5,
+        num_attention_heads=heads.queries,
+        get_max_num_attention_heads=lambda: heads.queries,
+        get_num_kv_heads=lambda *_: heads.kv,
+        hf_text_config=SimpleNamespace(num_attention_heads=heads.queries),
+        hf_config=SimpleNamespace(architectures=[]),
+        is_encoder_decoder=False,
+        is_local_attention_model=False,
+        is_multimodal=False,
+        num_hidden_layers=1,
+    )
+    return SimpleNamespace(
+        model_config=model,
+        server_args=get_context().server_args,
+        use_mla_backend=mla,
+        page_size=page_size,
+        device="cpu",
+        gpu_id=0,
+        dtype=torch.float32,
+        kv_cache_dtype=torch.float32,
+        kv_cache_dtype_str="auto",
+        req_to_token_pool=requests,
+        token_to_kv_pool=pool,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        kv_index_translator=KVIndexTranslator(
+            req_to_token=requests.req_to_token,
+            token_to_kv_pool_allocator=None,
+            token_to_kv_pool=pool,
+            page_size=page_size,
+            device="cpu",
+        ),
+        prefill_attention_backend_str=backend,
+        decode_attention_backend_str=backend,
+        decode_num_tokens_per_req=1,
+        init_new_workspace=False,
+        is_draft_worker=False,
+        sliding_window_size=None,
+        attention_chunk_size=None,
+        spec_algorithm=SimpleNamespace(is_dspark=lambda: False, is_frozen_kv_mtp=lambda: False),
+    )
+
+
+def publish(backend: str) -> None:
+    """Resolved flags of a server with this backend, for constructors that ask for them."""
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
+
+    publish(
+        ServerArgs(model_path="dummy", attention_backend=backend, device="cpu"),
+        role="scheduler",
+        ranks=SpawnRanks(world_rank=0, gpu_id=0),
+    )
+
+
+def failures(backend: str, attention: Attention, page: int) -> list[str]:
+    """In a process of its own: what went wrong in which case."""
+    publish(backend)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(RANKED) and hasattr(module, "get_parallel"):
+            module.get_parallel = get_parallel
+    planner.get_attn_backend = lambda: test_sharded.TRANSLATING
+    mla = attention == "MLA"
+    test_sharded.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
+    wrong = []
+    for (ranks, heads), exchange in itertools.product(CASES[attention], ("a2a", "ag_rs")):
+        layout = {
+            "tp_size": ranks,
+            "attn_tp_size": ranks,
+            "attn_cp_size": 1,
+            "attn_dp_enabled": False,
+            "enable_prefill_cp": False,
+            "dcp_comm_backend": exchange,
+        }
+        on_rank = test_sharded.mla_on_rank if mla else test_sharded.gqa_on_rank
+        last: Any = exchange if mla else exchange == "a2a"
+        outputs = run_threads(on_rank, ranks, heads, page, last, **layout)
+        try:
+            test_sharded.check(outputs, test_sharded.random_tokens(heads, int(mla), mla))
+        except AssertionError as difference:
+            wrong.append(f"{ranks} ranks, {heads}, page {page}, {exchange}: {difference}")
+    return wrong
+
+
+@pytest.mark.parametrize(("backend", "attention"), OWN)
+def test_attends_what_an_unsharded_cache_would(
+    kernels: Fresh, backend: str, attention: Attention
+) -> None:
+    pages = adapter(backend).pages or (1, 16)
+    for page in pages:
+        assert kernels.value(failures, backend, attention, page) == []
