@@ -21,6 +21,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "fa4": ("flash_attention", "flash_attention_v4"),
     "flashinfer": ("flashinfer",),
     "flashmla": ("flash_mla", "flashinfer"),
+    "trtllm_mha": ("flashinfer", "trtllm"),
 }
 
 _installed: set[str] = set()

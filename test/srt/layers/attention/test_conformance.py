@@ -109,6 +109,7 @@ def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool) 
         server_args=get_context().server_args,
         use_mla_backend=mla,
         page_size=page_size,
+        max_running_requests=REQUESTS,
         device="cpu",
         gpu_id=0,
         dtype=torch.float32,

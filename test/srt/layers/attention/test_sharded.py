@@ -115,6 +115,7 @@ TRANSLATING = SimpleNamespace(
 def backend_of(rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: bool) -> Any:
     pool = (LatentPool if mla else Pool)(slots.rows, KVShard(group.world_size, rank), heads)
     runner = SimpleNamespace(
+        device="cpu",
         page_size=slots.page // group.world_size,
         use_mla_backend=mla,
         req_to_token_pool=SimpleNamespace(req_to_token=None),

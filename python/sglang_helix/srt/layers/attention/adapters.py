@@ -136,6 +136,16 @@ ADAPTERS: tuple[Adapter, ...] = (
         until="upstream's backend reads the rows of its rank, with the heads of its group",
     ),
     Adapter(
+        "trtllm_mha",
+        base2=True,
+        gqa=(f"{_OURS}.trtllm_mha_backend:ShardedTRTLLMHAAttnBackend",),
+        majors=(10,),
+        unseen=("GQA",),
+        pages=(16, 32, 64),
+        why="no DCP: attends every rank's slots, and returns no LSE",
+        until="upstream's backend attends the rows of its rank and returns LSEs",
+    ),
+    Adapter(
         "trtllm_mla",
         base2=True,
         mla=(

@@ -60,6 +60,7 @@ class ShardedAttention(AttentionBackend):
         self.kvp_group = parallel.dcp_group
         self.shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
         self.pool_page_size: int = model_runner.page_size
+        self.device: str = model_runner.device  # not every backend of SGLang keeps it
         self.mla: bool = model_runner.use_mla_backend
         # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
         self.comm_backend: str = parallel.dcp_comm_backend
