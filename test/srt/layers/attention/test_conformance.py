@@ -6,6 +6,7 @@ stand-ins. Pool rows are NaN until they are written.
 """
 
 import itertools
+import math
 import pkgutil
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
+from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp import planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.fresh import Fresh
@@ -21,6 +24,7 @@ from srt.layers.attention import test_sharded
 from srt.layers.attention.test_sharded import Heads, LatentPool, Pool
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CONTEXT = 128  # tokens of a request, at most
 REQUESTS = 8
@@ -36,11 +40,12 @@ CASES: dict[Attention, list[tuple[int, Heads]]] = {
     ],
     "MLA": [(2, Heads(4, 1, 576, 512)), (4, Heads(8, 1, 576, 512))],
 }
+# But Triton's: its kernels run in the interpreter, which runs no threads (`test_end_to_end.py`).
 OWN = [
     (record.name, attention)
     for record in ADAPTERS
     for attention in ("GQA", "MLA")
-    if record.own_class(attention)
+    if record.own_class(attention) and record.name != "triton"
 ]
 
 
@@ -148,25 +153,35 @@ def publish(backend: str) -> None:
     )
 
 
-def failures(backend: str, attention: Attention, page: int) -> list[str]:
-    """In a process of its own: what went wrong in which case."""
+def prepare(backend: str) -> None:
+    """In a process of its own: SGLang's backends can be built, and a thread is a rank."""
     publish(backend)
     for name, module in list(sys.modules.items()):
         if name.startswith(RANKED) and hasattr(module, "get_parallel"):
             module.get_parallel = get_parallel
     planner.get_attn_backend = lambda: test_sharded.TRANSLATING
+
+
+def parallel(ranks: int, exchange: str = "a2a") -> dict[str, Any]:
+    """What a thread's `get_parallel` answers, beside its rank."""
+    return {
+        "tp_size": ranks,
+        "attn_tp_size": ranks,
+        "attn_cp_size": 1,
+        "attn_dp_enabled": False,
+        "enable_prefill_cp": False,
+        "dcp_comm_backend": exchange,
+    }
+
+
+def failures(backend: str, attention: Attention, page: int) -> list[str]:
+    """In a process of its own: what went wrong in which case."""
+    prepare(backend)
     mla = attention == "MLA"
     test_sharded.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
     wrong = []
     for (ranks, heads), exchange in itertools.product(CASES[attention], ("a2a", "ag_rs")):
-        layout = {
-            "tp_size": ranks,
-            "attn_tp_size": ranks,
-            "attn_cp_size": 1,
-            "attn_dp_enabled": False,
-            "enable_prefill_cp": False,
-            "dcp_comm_backend": exchange,
-        }
+        layout = parallel(ranks, exchange)
         on_rank = test_sharded.mla_on_rank if mla else test_sharded.gqa_on_rank
         last: Any = exchange if mla else exchange == "a2a"
         outputs = run_threads(on_rank, ranks, heads, page, last, **layout)
@@ -184,3 +199,100 @@ def test_attends_what_an_unsharded_cache_would(
     pages = adapter(backend).pages or (1, 16)
     for page in pages:
         assert kernels.value(failures, backend, attention, page) == []
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where the host would wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+LENGTHS = (1, 2, 3, 40, 17, 64)
+BATCHES = ([3, 0, 5, 4], [1, 4], [5, 2, 0])  # of one graph of four requests, padded
+
+
+def replays_on_rank(
+    rank: int, group: ThreadGroup, backend: str, heads: Heads, page: int, mla: bool
+) -> list[str]:
+    """A decode graph is captured for padding alone; what it reads is refreshed for others."""
+    generator = torch.Generator().manual_seed(rank)
+    slots = Slots(group.world_size, page, pages=40)
+    for request, length in enumerate(LENGTHS):
+        slots.extend(request, length)
+    adapter_ = build(backend, rank, group, heads, slots, mla)
+    adapter_.req_to_token_pool.req_to_token = slots.table()
+    pool, shard = adapter_.token_to_kv_pool, KVShard(group.world_size, rank)
+    held = [shard.read_rows(torch.tensor(slots.of[request])) for request in range(len(LENGTHS))]
+    for rows in held:
+        for part in (pool.keys, pool.values):
+            part[rows] = torch.randn(len(rows), *part.shape[1:], generator=generator)
+
+    def batch(requests: list[int]) -> Any:
+        padding = 4 - len(requests)  # request 0, one token long, without a slot
+        lens = torch.tensor([LENGTHS[r] for r in requests] + [1] * padding)
+        return SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=4,
+            req_pool_indices=torch.tensor(requests + [0] * padding),
+            seq_lens=lens,
+            seq_lens_cpu=lens.clone(),
+            out_cache_loc=torch.tensor([slots.of[r][-1] for r in requests], dtype=torch.int64),
+        )
+
+    adapter_.init_cuda_graph_state(8, 8)
+    adapter_.init_forward_metadata_out_graph(batch([]), in_capture=True)
+    captured = dict(vars(adapter_))
+    layer = test_sharded.layer_of(heads.queries, heads.kv, heads)
+    wrong = []
+    for requests in BATCHES:
+        with NoSync():
+            adapter_.init_forward_metadata_out_graph(batch(requests))
+        vars(adapter_).update(captured)  # what the graph reads
+        q = torch.randn(4, heads.queries, heads.k_width, generator=generator)
+        queries = q
+        if mla:
+            parts = q[..., : heads.v_width], q[..., heads.v_width :]
+            queries = adapter_.mla_queries(*parts, layer)
+        out, lse = adapter_.partial_decode(queries, layer, batch(requests))
+        for row, request in enumerate(requests):
+            keys, values = pool.get_key_buffer(0)[held[request]], pool.get_value_buffer(0)
+            want = partial_attention(
+                q[row : row + 1], keys, values[held[request]], scale=layer.scaling
+            )
+            if not len(keys):
+                if lse[row].isfinite().any():
+                    wrong.append(f"rank {rank}: request {request} has no tokens, LSE {lse[row]}")
+                continue
+            natural = lse[row] * (math.log(2) if adapter(backend).base2 else 1.0)
+            error = max(
+                float((out[row] - want.out[0]).norm() / want.out.norm()),
+                float((natural - want.lse[0]).abs().max()),
+            )
+            if not error < 1e-5:
+                wrong.append(f"rank {rank}, requests {requests}, request {request}: {error:.1e}")
+    return wrong
+
+
+def replay_failures(backend: str, attention: Attention, page: int) -> list[str]:
+    prepare(backend)
+    mla = attention == "MLA"
+    heads = Heads(6, 1, 576, 512) if mla else Heads(6, 2, 16, 16)
+    found = run_threads(replays_on_rank, 3, backend, heads, page, mla, **parallel(3))
+    return list(itertools.chain(*found))
+
+
+# The reference captures nothing.
+CAPTURED = [(name, kind) for name, kind in OWN if name != "torch_native"]
+
+
+@pytest.mark.parametrize(("backend", "attention"), CAPTURED)
+def test_captured_metadata_is_refreshed_in_place(
+    kernels: Fresh, backend: str, attention: Attention
+) -> None:
+    page = (adapter(backend).pages or (4,))[0]
+    assert kernels.value(replay_failures, backend, attention, page) == []

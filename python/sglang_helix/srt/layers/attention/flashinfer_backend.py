@@ -59,6 +59,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
                     f"--attention-backend flashinfer does not serve {what} with --dcp-size > 1: "
                     "use --attention-backend triton"
                 )
+        self.device: str = model_runner.device
         self.group_kv_heads: int = self.indices_updater_decode.num_kv_heads
         self.head_dim: int = self.indices_updater_decode.head_dim
         self.q_dtype: torch.dtype = model_runner.dtype
@@ -119,11 +120,12 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         on_host = forward_batch.seq_lens_cpu
         if on_host is None:
             raise RuntimeError("flashinfer plans by lengths on the host, and this batch has none")
-        indptr = _summed(self.shard.lens(on_host[:batch]).tolist())
+        held = self.shard.lens(on_host[:batch]).tolist()
+        indptr = _summed(held)
         rows = self._local_rows(
             forward_batch.req_pool_indices[:batch],
             self.shard.lens(forward_batch.seq_lens[:batch]),
-            int(indptr[-1]),
+            sum(held),
             wrapper._paged_kv_indices_buf if wrapper.is_cuda_graph_enabled else None,
         )
         planned: dict[str, Any] = {}
@@ -181,10 +183,9 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         )
         if not any(cached):
             return
-        kv_indptr = _summed(self.shard.lens(torch.tensor(cached)).tolist())
-        rows = self._local_rows(
-            forward_batch.req_pool_indices, self.shard.lens(before), int(kv_indptr[-1])
-        )
+        held = self.shard.lens(torch.tensor(cached)).tolist()
+        kv_indptr = _summed(held)
+        rows = self._local_rows(forward_batch.req_pool_indices, self.shard.lens(before), sum(held))
         self.prefill_wrappers_paged[0].begin_forward(
             qo_indptr,
             kv_indptr,
