@@ -6,6 +6,7 @@ plugin earlier. Torch does: importing it calls every entry point of the group `t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -20,9 +21,14 @@ def load_plugins_for_help() -> None:
     """Entry point of `torch.backends`: does nothing but in `sglang serve --help`.
 
     There it has SGLang's plugins loaded as soon as the module of the flags is.
+
+    Torch lets `import torch` fail over whatever an entry point raises, in every process of the
+    environment. So this module imports nothing but Python's own, nothing leaves this function, and
+    its name stays what environments have noted that were installed before.
     """
-    if sys.argv[1:2] == ["serve"] and {"-h", "--help"} & set(sys.argv[2:]):
-        sys.meta_path.insert(0, _ServerArgsFinder())
+    with contextlib.suppress(Exception):
+        if sys.argv[1:2] == ["serve"] and {"-h", "--help"} & set(sys.argv[2:]):
+            sys.meta_path.insert(0, _ServerArgsFinder())
 
 
 class _ServerArgsFinder(MetaPathFinder):
