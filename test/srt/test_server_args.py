@@ -245,6 +245,17 @@ def test_symm_without_a_sharded_cache(resolved: Resolve) -> None:
     assert "give --dcp-size or --attn-tp-size too" in said
 
 
+@pytest.mark.parametrize(("nodes", "tp_size", "kept"), [(2, 4, (2,)), (4, 8, (2,)), (2, 8, (2, 4))])
+def test_symm_stays_inside_of_a_host(
+    resolved: Resolve, nodes: int, tp_size: int, kept: tuple[int, ...]
+) -> None:
+    place = {"nnodes": nodes, "node_rank": 1, "dist_init_addr": "127.0.0.1:1"}
+    flags = {**place, "tp_size": tp_size, "dcp_comm_backend": "symm", "attention_backend": "triton"}
+    for size in (size for size in range(2, tp_size + 1) if tp_size % size == 0):
+        error = resolved("Hopper", "deepseek_v2", dcp_size=size, **flags).error
+        assert ("on several hosts" in error) == (size not in kept)
+
+
 def test_unset_keeps_sglangs_choice(resolved: Resolve) -> None:
     for machine in ("Ampere", "Hopper"):
         assert resolved(machine, "llama", tp_size=4, dcp_size=2).args["dcp_comm_backend"] == "a2a"
@@ -396,6 +407,16 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "Ray": ({"use_ray": True}, ""),
     "one-kernel exchange in pipeline stages": (
         {"dcp_comm_backend": "symm", "pp_size": 2, "attention_backend": "triton"},
+        "",
+    ),
+    "one-kernel exchange between hosts": (
+        {
+            "dcp_comm_backend": "symm",
+            "attention_backend": "triton",
+            "nnodes": 4,
+            "node_rank": 0,
+            "dist_init_addr": "127.0.0.1:1",
+        },
         "",
     ),
     "one-kernel exchange of the reference backend": (

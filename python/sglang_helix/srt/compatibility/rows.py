@@ -405,6 +405,12 @@ def _symm_stages(situation: Situation) -> object | None:
     return _symm(situation, situation.args.pp_size > 1)
 
 
+def _symm_hosts(situation: Situation) -> object | None:
+    args = situation.args
+    ranks_of_a_host = args.tp_size // max(args.nnodes // args.pp_size, 1)
+    return _symm(situation, ranks_of_a_host % args.dcp_size != 0)
+
+
 _ONE_GROUP = "use --tp-size and --dcp-size alone"
 _WITHOUT = "Leave the flag out, or leave --dcp-size out"
 _A2A = "Use --dcp-comm-backend a2a"
@@ -538,6 +544,15 @@ TABLE: tuple[Row, ...] = (
         "next stage meanwhile and which peers wait for",
         _A2A,
         _symm_stages,
+        alone="lacks",
+    ),
+    Row(
+        "one-kernel exchange between hosts",
+        "--dcp-comm-backend",
+        "refused",
+        "it needs peer access inside a KVP group, and some of these groups are on several hosts",
+        "Use --dcp-comm-backend a2a, or a --dcp-size that divides the ranks of a host",
+        _symm_hosts,
         alone="lacks",
     ),
     Row(

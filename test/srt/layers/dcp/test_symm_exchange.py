@@ -136,6 +136,25 @@ def test_size_and_dtype_decide(
     assert len(recorder.calls) == 3
 
 
+def test_what_goes_to_a2a_is_said_once(
+    group: Any,
+    recorder: Recorder,
+    went_to_a2a: list[tuple[Any, ...]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exchange._say_once.cache_clear()
+    with caplog.at_level("INFO"):
+        BACKENDS["symm"].exchange(*some(4), group)
+        assert not caplog.messages
+        for B in (5, 6, 7):
+            BACKENDS["symm"].exchange(*some(B), group)
+            BACKENDS["symm"].exchange(*some(B, torch.float32), group)
+    assert caplog.messages == [
+        "symm: batches of more than 4 tokens go to a2a",
+        "symm: 8 heads of 16 elements in torch.float32 go to a2a",
+    ]
+
+
 def test_splits_are_reduced_by_the_exchange_or_merged_before_it(
     group: Any, recorder: Recorder, went_to_a2a: list[tuple[Any, ...]]
 ) -> None:

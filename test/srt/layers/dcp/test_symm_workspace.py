@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.dcp import symm_workspace
+from sglang_helix.srt.layers.dcp.symm import Layout, plan
 from sglang_helix.srt.layers.dcp.symm_workspace import (
     Stall,
     SymmExchange,
@@ -58,16 +59,38 @@ def test_memory_that_one_rank_cannot_have_is_an_error_on_all(
 
     said: list[str] = []
     monkeypatch.setattr(symm_workspace, "is_available", lambda group: None)
-    monkeypatch.setattr(symm_workspace, "_gather", lambda group, value: [value, None])
+    monkeypatch.setattr(symm_workspace, "_gather", gathered([..., None]))
     with monkeypatch.context() as broken:
         broken.setattr(symm_workspace.symm_mem, "empty", empty)
         make()
     assert "no symmetric memory on rank 0 of the KVP group (CUDA out of memory)" in said[0]
     # The other rank has its own, and learns of it.
-    monkeypatch.setattr(symm_workspace, "_gather", lambda group, value: [said[0], value])
+    monkeypatch.setattr(symm_workspace, "_gather", gathered([said[0], ...]))
     monkeypatch.setattr(symm_workspace.symm_mem, "empty", torch.empty)
     make()
     assert "CUDA out of memory" in said[1]
+
+
+def gathered(values: list[Any]) -> Callable[[Any, Any], list[Any]]:
+    """A `_gather` of problems: `...` stands for this rank's; all ranks have the same layout."""
+
+    def gather(group: Any, value: Any) -> list[Any]:
+        if isinstance(value, Layout):
+            return [value] * len(values)
+        return [value if other is ... else other for other in values]
+
+    return gather
+
+
+def test_layouts_that_differ_are_refused_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = [plan(2, 8, 128, torch.bfloat16, tokens) for tokens in (8, 16)]
+    monkeypatch.setattr(symm_workspace, "is_available", lambda group: None)
+    monkeypatch.setattr(symm_workspace, "_gather", lambda group, value: layouts)
+    for layout in layouts:
+        with pytest.raises(RuntimeError, match="lay out symm's memory differently") as refused:
+            symm_workspace.between_ranks(Group(), layout, torch.device("cpu"))
+        assert "lamport_tokens=8" in str(refused.value)
+        assert "lamport_tokens=16" in str(refused.value)
 
 
 class Group:
@@ -83,17 +106,27 @@ class Group:
 @pytest.mark.parametrize(
     ("peer", "access", "reason"),
     [
-        (_Probe("one", "GPU-b"), True, None),
-        (_Probe("one", "GPU-b"), False, "GPU GPU-a has no peer access to that of rank 1"),
-        (_Probe("one", "GPU-elsewhere"), False, None),  # not visible here: rendezvous will tell
-        (_Probe("one", "GPU-a"), True, "share GPU GPU-a"),
-        (_Probe("two", "GPU-b"), True, r"spans hosts \(one, two\)"),
+        (_Probe("a1", "one", "GPU-b"), True, None),
+        (_Probe("a1", "one", "GPU-b"), False, "GPU GPU-a has no peer access to that of rank 1"),
+        (
+            _Probe("a1", "one", "GPU-elsewhere"),
+            False,
+            None,
+        ),  # not visible here: rendezvous will tell
+        (_Probe("a1", "one", "GPU-a"), True, "share GPU GPU-a"),
+        # Containers of one host are called differently, copies of one image the same.
+        (_Probe("a1", "two", "GPU-b"), True, None),
+        (
+            _Probe("b2", "one", "GPU-b"),
+            True,
+            r"spans hosts \(one, boot a1, one, boot b2\)",
+        ),
     ],
 )
 def test_peer_access(
     monkeypatch: pytest.MonkeyPatch, peer: _Probe, access: bool, reason: str | None
 ) -> None:
-    mine = _Probe("one", "GPU-a")
+    mine = _Probe("a1", "one", "GPU-a")
 
     def gather(group: Any, value: Any) -> list[Any]:
         return [mine, peer] if isinstance(value, _Probe) else [value, None]

@@ -12,6 +12,7 @@ in its out is never used.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,4 +217,15 @@ def _prepared_for(
     if group.unique_name not in _prepared:
         raise RuntimeError(f"no symm exchange was prepared for the group {group.unique_name}")
     kernel = _prepared[group.unique_name].get((num_heads, head_dim, dtype))
-    return kernel if kernel is not None and tokens <= kernel.max_tokens else None
+    if kernel is None:
+        _say_once("symm: %d heads of %d elements in %s go to a2a", num_heads, head_dim, dtype)
+    elif tokens > kernel.max_tokens:
+        _say_once("symm: batches of more than %d tokens go to a2a", kernel.max_tokens)
+        return None
+    return kernel
+
+
+@functools.cache
+def _say_once(line: str, *values: object) -> None:
+    """Log a line the first time: who asked for `symm` reads what it does not serve."""
+    logger.info(line, *values)

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
@@ -216,8 +217,8 @@ class SymmExchange:
 def is_available(group: dist.ProcessGroup) -> str | None:
     """Why the group cannot exchange through symmetric memory, or None. Collective."""
     probes = _gather(group, _Probe.local())
-    if len({probe.host for probe in probes}) > 1:
-        hosts = ", ".join(sorted({probe.host for probe in probes}))
+    if len({probe.boot for probe in probes}) > 1:
+        hosts = ", ".join(sorted({f"{probe.name}, boot {probe.boot}" for probe in probes}))
         reason: str | None = (
             f"the KVP group spans hosts ({hosts}), and symm needs peer access inside the group"
         )
@@ -245,7 +246,9 @@ def _mapped(handle: Any) -> Any:
 
 
 class _Probe(NamedTuple):
-    host: str
+    boot: str
+    """Which start of which machine: containers of one host share it, whatever they are called."""
+    name: str
     gpu: str | None
 
     @classmethod
@@ -253,12 +256,13 @@ class _Probe(NamedTuple):
         gpu = None
         if torch.cuda.is_available():
             gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        return cls(socket.gethostname(), gpu)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return cls(boot, socket.gethostname(), gpu)
 
 
 def _no_access(mine: _Probe, probes: list[_Probe]) -> str | None:
     if mine.gpu is None:
-        return f"symm needs CUDA devices, and a rank on {mine.host} has none"
+        return f"symm needs CUDA devices, and a rank on {mine.name} has none"
     visible = {
         str(torch.cuda.get_device_properties(index).uuid): index
         for index in range(torch.cuda.device_count())
@@ -286,9 +290,16 @@ def between_ranks(group: dist.ProcessGroup, layout: Layout, device: torch.device
     """This rank's end of an exchange with the other ranks of a group.
 
     Collective, and synchronises; every rank may make its first call as soon as it returns. Nobody
-    watches over it: `SymmExchange` does. Raises RuntimeError on every rank where there is no peer
-    access inside the group, or a rank has no memory.
+    watches over it: `SymmExchange` does. Raises RuntimeError on every rank where the layouts
+    differ, there is no peer access inside the group, or a rank has no memory.
     """
+    for rank, other in enumerate(_gather(group, layout)):
+        if other != layout:
+            # Pieces would land where the owner does not look for them.
+            raise RuntimeError(
+                f"ranks of the KVP group lay out symm's memory differently: rank {group.rank()} as "
+                f"{layout}, rank {rank} as {other}"
+            )
     if reason := is_available(group):
         raise RuntimeError(f"{reason}: {_INSTEAD}")
     buffer = _on_every_rank(
