@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -385,6 +386,24 @@ def test_dtypes_that_do_not_fit_are_refused() -> None:
         small(wire=torch.float64)
     with pytest.raises(ValueError, match=r"whole 16-byte vectors.*a2a"):
         small(head_dim=4)
+
+
+def test_what_every_call_reads_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eager decode calls once a layer; working it out again took longer than all the rest."""
+    workspace = Ranks(Layout(8, 128, 512, torch.bfloat16, 0, 64), "cpu").apart[0]
+    calls: list[dict[str, object]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            return lambda *arguments, **constants: calls.append(constants)
+
+    monkeypatch.setattr(symm, "exchange_kernel", Kernel())
+    partial = torch.zeros(2, 128, 512, dtype=torch.bfloat16), torch.zeros(2, 128)
+    symm.exchange(workspace, partial)
+    for name in ("parts", "owned", "_places", "owned_by"):
+        monkeypatch.delattr(Layout, name)
+    symm.exchange(workspace, partial)
+    assert calls[0] == calls[1]
 
 
 @pytest.mark.parametrize(("splits", "programs"), [(False, 64), (True, 16)])

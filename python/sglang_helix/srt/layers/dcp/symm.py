@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -98,6 +99,8 @@ _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Vo
 class Layout:
     """What one rank's workspace holds and where; the same on every rank.
 
+    What follows from the attributes is worked out once: every exchange reads it.
+
     Attributes:
         ranks: N.
         heads: H, query heads of a partial output; need not be divisible by N.
@@ -123,7 +126,7 @@ class Layout:
                 f"needs: use --dcp-comm-backend a2a"
             )
 
-    @property
+    @cached_property
     def owned(self) -> int:
         """Places for heads per rank: ceil(H/N)."""
         return -(-self.heads // self.ranks)
@@ -132,7 +135,7 @@ class Layout:
         """The heads that a rank owns; the last ranks' may be fewer, or none."""
         return range(min(rank * self.owned, self.heads), min((rank + 1) * self.owned, self.heads))
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """Rows that a head's output of one token is cut into: whole vectors, whole fp8 groups."""
         unit = _VECTOR // self.wire.itemsize
@@ -142,22 +145,22 @@ class Layout:
         fewest = -(-self.head_dim // _WIDTH)
         return next(parts for parts in range(fewest, units + 1) if units % parts == 0)
 
-    @property
+    @cached_property
     def rows_per_token(self) -> int:
         """Rows that a rank receives per token."""
         return self.owned * self.parts
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Size of one row, without its LSE."""
         return self.head_dim // self.parts * self.wire.itemsize
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """What a rank sends per token, without LSEs."""
         return self.ranks * self.rows_per_token * self.row_bytes
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         """Largest batch."""
         return max(self.lamport_tokens, self.staged_tokens)
@@ -183,7 +186,7 @@ class Layout:
         tokens = self.lamport_tokens if protocol == "lamport" else self.staged_tokens
         return tokens * self.rows_per_token
 
-    @property
+    @cached_property
     def line(self) -> int:
         """Words set aside for a row's N LSEs, or N flags: whole cache lines of its own.
 
@@ -192,7 +195,7 @@ class Layout:
         """
         return _align(4 * self.ranks) // 4
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the workspace."""
         at, size = self._places()["staged_data"]
@@ -200,6 +203,13 @@ class Layout:
 
     def constants(self, protocol: Protocol) -> dict[str, Any]:
         """What the kernel is compiled for."""
+        return self._constants[protocol]
+
+    @cached_property
+    def _constants(self) -> dict[Protocol, dict[str, Any]]:
+        return {protocol: self._constants_of(protocol) for protocol in PROTOCOLS}
+
+    def _constants_of(self, protocol: Protocol) -> dict[str, Any]:
         places = {name: at for name, (at, _) in self._places().items()}
         region = "lamport" if protocol == "lamport" else "staged"
         return {
@@ -225,6 +235,13 @@ class Layout:
 
     def warps(self, splits: bool) -> int:
         """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
+        return self._warps[splits]
+
+    @cached_property
+    def _warps(self) -> dict[bool, int]:
+        return {splits: self._warps_of(splits) for splits in (False, True)}
+
+    def _warps_of(self, splits: bool) -> int:
         words = self.head_dim // self.parts if splits else self.row_bytes // 4
         tile = _power_of_2(self.ranks) * _power_of_2(words)
         share = _WORDS_PER_THREAD // 2 if splits else _WORDS_PER_THREAD  # sums are held beside it
@@ -602,6 +619,12 @@ class Workspace:
     memory: object
     local_ranks: int = 1
 
+    @cached_property
+    def heads(self) -> int:
+        """Heads of a result: those the rank owns, or places of each where there are several."""
+        layout = self.layout
+        return layout.owned if self.local_ranks > 1 else len(layout.owned_by(self.rank))
+
 
 def exchange(
     workspace: Workspace,
@@ -632,9 +655,8 @@ def exchange(
             f"symm was set up for at most {fit} tokens per call and got {tokens}: raise "
             f"max_tokens, or use --dcp-comm-backend a2a for such batches"
         )
-    heads = layout.owned if workspace.local_ranks > 1 else len(layout.owned_by(workspace.rank))
+    heads, B, D = workspace.heads, len(x), layout.head_dim
     dtype = into.dtype if into is not None else out_dtype or layout.wire
-    B, D = x.shape[0], layout.head_dim
     if into is not None:
         out = into
     elif head_major:
@@ -644,12 +666,13 @@ def exchange(
     if scales is None and dtype == torch.float8_e4m3fn:
         scales = lse.new_empty((B, heads * D // _FP8_GROUP.value))
     out_lse = lse.new_empty((B, heads)) if return_lse else None
-    _check_result((B, heads, D), out, scales, sinks, layout.heads)
+    if into is not None or scales is not None or sinks is not None or dtype != layout.wire:
+        _check_result((B, heads, D), out, scales, sinks, layout.heads)
     if tokens == 0:  # on every rank: the epochs stand still together
         return Reduced(out, out_lse, scales)
 
-    if not splits:
-        x = _vector_rows(x)
+    if not splits and not _rows_are_vectors(x):
+        x = x.contiguous()
     warps = layout.warps(splits)
     programs = min(tokens * layout.rows_per_token, max(1, workspace.warps // warps))
     exchange_kernel[(programs, workspace.local_ranks)](
@@ -667,9 +690,9 @@ def exchange(
         workspace.rank,
         tokens,
         layer,
-        *(_vectors(x, 0), _vectors(x, 1), _vectors(x, 2) if splits else 0),
-        *(lse.stride(0), lse.stride(1), lse.stride(2) if splits else 0),
-        *(_vectors(out, 0), _vectors(out, 1)),
+        *(_vectors(x) if splits else (*_vectors(x), 0)),
+        *(lse.stride() if splits else (*lse.stride(), 0)),
+        *_vectors(out),
         *(out_lse.stride() if out_lse is not None else (0, 0)),
         *(scales.stride() if scales is not None else (0, 0)),
         partial.block if isinstance(partial, Splits) else 1,
@@ -704,23 +727,27 @@ def resident_warps(device: torch.device, local_ranks: int = 1) -> int:
     return _WARPS_PER_SM * multiprocessors // local_ranks
 
 
-def _vector_rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its rows are whole 16-byte vectors, else a copy of which that holds."""
-    return x if _rows_are_vectors(x) else x.contiguous()
-
-
 def _rows_are_vectors(x: torch.Tensor) -> bool:
-    whole = all(
-        stride * x.element_size() % _VECTOR == 0
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-        if size > 1
+    """Whether every row starts on a 16-byte vector and is contiguous."""
+    *steps, step = x.stride()
+    vector = _VECTOR // x.element_size()
+    return (
+        step == 1
+        and x.data_ptr() % _VECTOR == 0
+        and (
+            all(step % vector == 0 for step in steps)
+            or all(  # what has one element takes no step
+                step % vector == 0 for size, step in zip(x.shape, steps, strict=False) if size > 1
+            )
+        )
     )
-    return whole and x.stride(-1) == 1 and x.data_ptr() % _VECTOR == 0
 
 
-def _vectors(x: torch.Tensor, dim: int) -> int:
-    """A stride in 16-byte vectors."""
-    return x.stride(dim) * x.element_size() // _VECTOR if x.shape[dim] > 1 else 0
+def _vectors(x: torch.Tensor) -> list[int]:
+    """Strides of rows in 16-byte vectors."""
+    vector = _VECTOR // x.element_size()
+    sizes, steps = x.shape, x.stride()
+    return [steps[dim] // vector if sizes[dim] > 1 else 0 for dim in range(len(sizes) - 1)]
 
 
 def _check_partial(
@@ -728,8 +755,9 @@ def _check_partial(
 ) -> int:
     """Tokens per rank of a valid partial."""
     layout, (x, lse) = workspace.layout, partial[:2]
+    shape = x.shape
     if isinstance(partial, Splits):
-        shape, dtype = "[B, H, S, D]", torch.float32
+        expected, dims, dtype = "[B, H, S, D]", 4, torch.float32
         if base2:
             raise ValueError("the LSE of splits is a natural logarithm: base2 does not apply")
         if not _rows_are_vectors(x):
@@ -740,17 +768,17 @@ def _check_partial(
                 f"{len(partial.counts)} and {len(partial.indptr)}"
             )
     else:
-        shape, dtype = "[B, H, D]", layout.wire
-    if x.ndim != len(shape.split()) or x.shape[1] != layout.heads or x.shape[-1] != layout.head_dim:
+        expected, dims, dtype = "[B, H, D]", 3, layout.wire
+    if len(shape) != dims or shape[1] != layout.heads or shape[-1] != layout.head_dim:
         raise ValueError(
-            f"the partial output must be {shape} with H = {layout.heads}, D = {layout.head_dim}, "
-            f"got {list(x.shape)}"
+            f"the partial output must be {expected} with H = {layout.heads}, "
+            f"D = {layout.head_dim}, got {list(shape)}"
         )
     if x.dtype != dtype or lse.dtype != torch.float32:
         raise TypeError(f"expected {dtype} with an fp32 lse, got {x.dtype} and {lse.dtype}")
-    if lse.shape != x.shape[:-1]:
-        raise ValueError(f"lse must be {list(x.shape[:-1])}, got {list(lse.shape)}")
-    return len(x) // workspace.local_ranks
+    if lse.shape != shape[:-1]:
+        raise ValueError(f"lse must be {list(shape[:-1])}, got {list(lse.shape)}")
+    return shape[0] // workspace.local_ranks
 
 
 def _check_result(
