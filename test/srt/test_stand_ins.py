@@ -10,6 +10,8 @@ import pytest
 import torch
 from srt.fresh import Fresh
 
+pytestmark = pytest.mark.quick
+
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
     """One head of one query [D] over keys [S, D]: out in float64, and its natural-log LSE."""

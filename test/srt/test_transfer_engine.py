@@ -4,6 +4,8 @@ import pytest
 import torch
 from sglang_cpu_reference.transfer_engine import TransferEngine
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def engines() -> tuple[TransferEngine, TransferEngine, str]:
