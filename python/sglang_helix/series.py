@@ -411,6 +411,31 @@ A2A = Patch(
             until="upstream counts slots and not pages",
         ),
         Hook(
+            target="sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"
+            ".requires_dcp_relayout",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.disaggregation.mooncake.conn:requires_dcp_relayout",
+            signature="self, dst_dcp_size, dst_dcp_rank",
+            why="raises in the thread that decode servers register with, which ends, and every "
+            "later request waits for its timeout",
+            how="leaves the refusal to the check of the peer's layout",
+            upstream="none",
+            until="upstream rejects the peer",
+        ),
+        Hook(
+            target="sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"
+            "._validate_peer_state_layout",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.disaggregation.mooncake.conn:validate_peer_state_layout",
+            signature="self, registration_info",
+            why="see requires_dcp_relayout",
+            how="rejects a peer with another layout, with both values; its requests end at once",
+            upstream="none",
+            until="see requires_dcp_relayout",
+        ),
+        Hook(
             target="sglang.srt.managers.scheduler_components.invariant_checker"
             ".SchedulerInvariantChecker._check_full_pool",
             kind="around",

@@ -29,7 +29,8 @@ from srt.test_server_args import LATENT, SMALL
 HYBRID = "hybrid linear attention of MLA models, of Qwen3.5 and where A is a multiple of KV heads"
 DRAFTS = "draft models of MLA models and Qwen3.5"
 DSA = "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5)"
-PD = "prefill-decode disaggregation of MLA models"
+PD = "prefill-decode disaggregation of MLA models by NIXL, Mori, or beside more of its flags"
+NIXL = {"disaggregation_transfer_backend": "nixl"}
 PLATFORM = "AMD, Ascend and Intel accelerators"
 
 LINEAR = {"num_heads": 8, "head_dim": 32, "short_conv_kernel_size": 4}
@@ -96,7 +97,7 @@ OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "Kimi-Linear PD": (
         "Blackwell",
         "kimi_linear",
-        {"disaggregation_mode": "prefill", "attention_backend": "cutedsl_mla"},
+        {**NIXL, "disaggregation_mode": "prefill", "attention_backend": "cutedsl_mla"},
         (PD, HYBRID),
     ),
     "Qwen3.5": ("Blackwell", "qwen3_5", {"attention_backend": "triton"}, (HYBRID,)),
@@ -105,7 +106,7 @@ OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "PD decode": (
         "Hopper",
         "deepseek_v2",
-        {"disaggregation_mode": "decode", "attention_backend": "flashinfer"},
+        {**NIXL, "disaggregation_mode": "decode", "attention_backend": "flashinfer"},
         (PD,),
     ),
     "MTP": ("Blackwell", "deepseek_v2", {**EAGLE, **CUTEDSL}, (DRAFTS,)),
@@ -268,7 +269,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "MLA by the default of Hopper": (
         "Hopper",
         "deepseek_v2",
-        {"disaggregation_mode": "decode"},
+        {**NIXL, "disaggregation_mode": "decode"},
         (f"--attention-backend fa3 {ALONE}{PD} here", "flashinfer, trtllm_mla or cutedsl_mla"),
     ),
     "verified by flashinfer": (
@@ -298,7 +299,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "CPU": (
         "CPU",
         "deepseek_v2",
-        {"disaggregation_mode": "prefill", "attention_backend": "torch_native"},
+        {**NIXL, "disaggregation_mode": "prefill", "attention_backend": "torch_native"},
         (f"platform cpu {ALONE}{PD} here",),
     ),
 }

@@ -30,18 +30,65 @@ BATCHES = (
 def servers() -> Iterator[Fresh]:
     """Processes that have loaded the plugins, to be ranks of two servers."""
     preload = ("srt.models.plugins_loaded", "sglang.srt.disaggregation.mooncake.conn")
-    with Fresh("cpu_reference", timeout=150, preload=preload) as processes:
+    with Fresh("cpu_reference", timeout=60, preload=preload) as processes:
         yield processes
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
-def test_plain_servers_equal_transformers(servers: Fresh, tmp_path: Path, family: str) -> None:
+def sharded(tp: int, *layout: str) -> Side:
+    return Side(tp, (*SIZES, *layout))
+
+
+PLAIN = sharded(1)
+A2A = sharded(2, "--dcp-size", "2", "--dcp-comm-backend", "a2a")
+AG_RS = sharded(2, "--dcp-size", "2", "--dcp-comm-backend", "ag_rs")
+HELIX = sharded(4, "--attn-tp-size", "2", "--dcp-comm-backend", "a2a")
+
+
+@pytest.mark.parametrize(
+    ("family", "prefill", "decode"),
+    [
+        ("llama", PLAIN, PLAIN),
+        ("deepseek_v2", PLAIN, PLAIN),
+        ("deepseek_v2", PLAIN, A2A),
+        ("deepseek_v2", PLAIN, HELIX),
+        ("deepseek_v2", AG_RS, AG_RS),
+    ],
+    ids=["llama", "deepseek_v2", "1 to a2a of 2", "1 to 4 on 2 shards", "2 to 2, ag_rs"],
+)
+def test_answers_equal_transformers(
+    servers: Fresh, tmp_path: Path, family: str, prefill: Side, decode: Side
+) -> None:
     model = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
-    side = Side(1, SIZES)
-    sent, received = outcomes(servers, model, side, side, BATCHES, NEW_TOKENS)
+    sent, received = outcomes(servers, model, prefill, decode, BATCHES, NEW_TOKENS)
     for rank in sent + received:
         assert rank.status == 0, rank.output
     for rank in received:
         for prompts, answers in zip(BATCHES, rank.value, strict=True):
             for tokens, answer in zip(prompts, answers, strict=True):
                 check(model, tokens, answer, NEW_TOKENS)
+
+
+def test_layouts_that_do_not_match_are_named(servers: Fresh, tmp_path: Path) -> None:
+    """By both values, at the first request, on both servers; which go on."""
+    model = make_checkpoint("deepseek_v2", tmp_path / "model", num_hidden_layers=2)
+    sent, received = outcomes(servers, model, AG_RS, PLAIN, [[prompt(9)], [prompt(5)]], 2)
+    for rank in sent + received:
+        assert rank.status == 0, rank.output
+        for [answer] in rank.value:
+            assert answer.finish["type"] == "abort"
+            assert "--dcp-size 2" in answer.finish["message"]
+            assert "the decode server with 1" in answer.finish["message"]
+
+
+def test_retracted_requests_are_answered(servers: Fresh, tmp_path: Path) -> None:
+    """Their rows are kept by owner meanwhile: two answers that the decode pool holds one of."""
+    model = make_checkpoint("deepseek_v2", tmp_path / "model", num_hidden_layers=2)
+    small = ("--max-total-tokens", "24", "--num-reserved-decode-tokens", "1")
+    decode = Side(2, (*A2A.flags, *small))
+    prompts = [prompt(15, seed=seed) for seed in (1, 2)]
+    _, received = outcomes(servers, model, PLAIN, decode, [prompts], 12)
+    for rank in received:
+        assert rank.status == 0, rank.output
+        for tokens, answer in zip(prompts, *rank.value, strict=True):
+            check(model, tokens, answer, 12)
+    assert "Retract requests" in received[0].output

@@ -137,21 +137,24 @@ LONGEST = HELD - 7
 @pytest.mark.parametrize(
     ("family", "flags"),
     [
-        ("llama", ("--disable-radix-cache",)),
+        ("llama", ("--disable-radix-cache", "--allow-auto-truncate")),
         ("deepseek_v2", ("--chunked-prefill-size", "64")),
     ],
 )
 def test_prompts_up_to_the_end_of_the_pool_are_answered(
     ready: Fresh, tmp_path: Path, family: str, flags: tuple[str, ...]
 ) -> None:
+    """And longer ones are shortened or refused."""
     model = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
-    lengths = (HELD - 2 * WIDENED + 1, HELD - WIDENED, HELD - WIDENED + 1, LONGEST, LONGEST + 1)
+    lengths = (HELD - 2 * WIDENED + 1, HELD - WIDENED, HELD - WIDENED + 1, LONGEST, LONGEST + 2)
     asked = 9
     sizes = ("--page-size", str(PAGE), "--max-total-tokens", str(ROWS), "--dcp-size", str(RANKS))
     batches = [[prompt(length)] for length in lengths]
     for report in serve(ready, model, RANKS, (*sizes, *flags), batches, asked):
         for [tokens], [answer] in zip(batches, report.answers, strict=True):
-            if len(tokens) > LONGEST:
+            if len(tokens) > LONGEST and "--allow-auto-truncate" in flags:
+                check(model, tokens[: LONGEST + 1], answer, HELD - 2 - (LONGEST + 1))
+            elif len(tokens) > LONGEST:
                 assert answer.finish["status_code"] == 400
                 assert str(len(tokens)) in answer.finish["message"]
                 assert str(LONGEST + 1) in answer.finish["message"]

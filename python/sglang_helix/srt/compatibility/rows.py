@@ -281,6 +281,22 @@ def _disaggregated(situation: Situation) -> object | None:
     return None if mode in ("null", None) else mode
 
 
+def _transfer_of_sglang(situation: Situation) -> object | None:
+    """What of disaggregation is not proven: every way but plain Mooncake."""
+    args = situation.args
+    if _disaggregated(situation) is None:
+        return None
+    if args.disaggregation_transfer_backend not in ("mooncake", "mooncake_tcp"):
+        return args.disaggregation_transfer_backend
+    return (
+        args.disaggregation_decode_enable_radix_cache
+        or args.disaggregation_decode_enable_offload_kvcache
+        or args.disaggregation_decode_retraction_backup
+        or args.disaggregation_decode_host_receive_threshold != 1
+        or None
+    )
+
+
 def _lora(situation: Situation) -> object | None:
     args = situation.args
     # SGLang turns the flag on for the paths, but only after resolution.
@@ -643,13 +659,24 @@ TABLE: tuple[Row, ...] = (
         _flag("dllm_algorithm"),
     ),
     Row(
-        "prefill-decode disaggregation of MLA models",
+        "prefill-decode disaggregation of MLA models by Mooncake",
         "--disaggregation-mode",
-        "own",
-        "between equal dcp sizes, and from a prefill server without one, by Mooncake, NIXL or Mori",
-        given=_mla(_disaggregated),
+        "works",
+        "from a plain prefill server and between equal layouts, answers are transformers'; other "
+        "layouts are named at the first request",
         alone="serves",
         proof="test_kimi_linear_pd_dcp4; arg_groups/pd_disaggregation_hook.py",
+    ),
+    Row(
+        "prefill-decode disaggregation of MLA models by NIXL, Mori, or beside more of its flags",
+        "--disaggregation-transfer-backend",
+        "own",
+        "between equal dcp sizes, and from a prefill server without one; the flags are "
+        "--disaggregation-decode-enable-radix-cache, -enable-offload-kvcache, "
+        "-retraction-backup and -host-receive-threshold",
+        given=_mla(_transfer_of_sglang),
+        alone="serves",
+        proof="arg_groups/pd_disaggregation_hook.py",
     ),
     Row(
         "prefill-decode disaggregation of GQA and MHA models",

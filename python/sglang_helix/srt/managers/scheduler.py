@@ -61,12 +61,15 @@ def init_req_max_new_tokens(original: Callable[..., None], scheduler: Any, req: 
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
     from sglang.srt.runtime_context import get_serving
 
-    if get_serving().allow_auto_truncate:
+    shortens = get_serving().allow_auto_truncate
+    if shortens:
         validate_input_length(req, scheduler.max_req_input_len, True)
     asked = req.sampling_params.max_new_tokens
     original(scheduler, req)
     length = len(req.origin_input_ids)
-    if length < scheduler.max_req_input_len and asked != 0 == req.sampling_params.max_new_tokens:
+    # A longer one that is not shortened is refused next, by its length.
+    fits = shortens or length < scheduler.max_req_input_len
+    if fits and asked != 0 == req.sampling_params.max_new_tokens:
         req.set_finish_with_abort(
             f"Input length ({length} tokens) leaves no room for an answer: the KV cache holds "
             f"{scheduler.max_total_num_tokens} tokens, and a step takes "
