@@ -27,7 +27,7 @@ def validate_peer_state_layout(
 ) -> tuple[bool, str | None]:
     """What upstream checks of a decode rank that registers, and first its place in its layout.
 
-    Requests of a rank that is rejected end with the reason, on both servers.
+    Requests to a rank that is rejected end with the reason.
     """
     from sglang.srt.disaggregation.common.conn import CommonKVManager
 
