@@ -20,7 +20,7 @@ from sglang_helix.srt.layers.attention.torch_native_backend import partial_atten
 from sglang_helix.srt.layers.dcp import planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.fresh import Fresh
-from srt.layers.attention import test_sharded
+from srt.layers.attention import test_sharded, test_verify
 from srt.layers.attention.test_sharded import Heads, LatentPool, Pool
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
@@ -317,3 +317,31 @@ def test_captured_metadata_is_refreshed_in_place(
         return  # refused at start-up
     page = (adapter(backend).pages or (4,))[0]
     assert kernels.value(replay_failures, backend, attention, page, dtype) == []
+
+
+def verify_failures(backend: str) -> list[str]:
+    """Trees of drafts, as `test_verify.py` has the torch reference attend them."""
+    prepare(backend)
+    test_verify.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
+    wrong = []
+    for (ranks, heads), (name, parents) in itertools.product(
+        CASES["GQA"][:2], test_verify.TREES.items()
+    ):
+        found = run_threads(test_verify.verify_on_rank, ranks, heads, 4, parents, **parallel(ranks))
+        tokens = test_sharded.random_tokens(heads, 0, mla=False)
+        wanted = torch.stack(
+            [
+                test_verify.expected(tokens, request, row.nonzero().flatten())
+                for request in test_verify.CACHED
+                for row in test_verify.ancestry(parents)
+            ]
+        )
+        error = float((torch.cat(found, dim=1).double() - wanted).norm() / wanted.norm())
+        if not error < 1e-5:
+            wrong.append(f"{ranks} ranks, {heads}, {name}: {error:.1e}")
+    return wrong
+
+
+@pytest.mark.parametrize("backend", [name for name, kind in OWN if kind == "GQA"])
+def test_drafts_attend_their_ancestors_and_the_prefix(kernels: Fresh, backend: str) -> None:
+    assert kernels.value(verify_failures, backend) == []

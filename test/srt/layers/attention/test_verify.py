@@ -57,6 +57,7 @@ def verify_on_rank(
     batch, order = forward_batch(Step("extend", dict.fromkeys(CACHED, drafts)), slots)
     batch.forward_mode = ForwardMode.TARGET_VERIFY
     batch.seq_lens = batch.seq_lens - drafts
+    batch.seq_lens_cpu = batch.seq_lens.clone()
     batch.extend_seq_lens_cpu = batch.extend_prefix_lens_cpu = None
     seen = ancestry(parents)
     masks = [torch.cat([seen.new_ones(drafts, n), seen], 1).flatten() for n in CACHED.values()]

@@ -152,10 +152,9 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         batch = forward_batch.batch_size
         if forward_batch.forward_mode.is_target_verify():
             drafts = forward_batch.spec_info.draft_token_num
-            on_host = forward_batch.seq_lens_cpu
-            if on_host is None:
-                on_host = forward_batch.seq_lens.cpu()
-            queries, cached = [drafts] * batch, on_host.tolist()
+            # Not the host's lengths, which for some algorithms count the drafts; packing the mask
+            # waits for the device as well.
+            queries, cached = [drafts] * batch, forward_batch.seq_lens.tolist()
             if self.drafts_wrapper is None:
                 self.drafts_wrapper = BatchPrefillWithRaggedKVCacheWrapper(
                     self.workspace_buffer, "NHD", backend="fa2"
