@@ -41,14 +41,15 @@ def check_backend(backend: Any, *, mla: bool) -> None:
 
     Another plugin may register a factory under the same name after the series did.
     """
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
     from sglang_helix.hook import SeriesError
 
     attention: Attention = "MLA" if mla else "GQA"
     known = {name for record in serving(attention) for name in record.classes(attention)}
-    for part in (
-        getattr(backend, "prefill_backend", backend),
-        getattr(backend, "decode_backend", backend),
-    ):
+    # FlashInfer's has attributes of the same names, of other things.
+    halves = isinstance(backend, HybridAttnBackend)
+    for part in (backend.prefill_backend, backend.decode_backend) if halves else (backend,):
         found = f"{type(part).__module__}:{type(part).__qualname__}"
         if found not in known:
             raise SeriesError(
