@@ -48,8 +48,10 @@ class Server:
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
     of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
     start_timeout: seconds until health before ServerError. progress: report on stderr while
-    starting. cold: start the command itself even where servers are forked. The log is at
-    ``log_path`` while the server lives, which is at most as long as the thread that started it.
+    starting. cold: start the command itself even where servers are forked. nodes: launchers that
+    share the ranks, as on so many hosts; requests go to the first. node_flags: what single nodes
+    are given besides, by their number. A server lives at most as long as the thread that started
+    it.
     """
 
     #: Whether this process forks its servers on the CPU platform instead (see `warm`); those with
@@ -65,12 +67,16 @@ class Server:
         start_timeout: float = 300,
         progress: bool = True,
         cold: bool = False,
+        nodes: int = 1,
+        node_flags: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.port = free_port()
         self.command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)),
             *("--host", "127.0.0.1", "--port", str(self.port), *flags),
         ]
+        self.nodes, self._node_flags = nodes, node_flags or {}
+        self._meet_at = f"127.0.0.1:{free_port()}"
         self.env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
         if platform is not None:
             self.env["SGLANG_PLATFORM"] = platform
@@ -78,17 +84,53 @@ class Server:
         self.progress = progress
         self.start_seconds: float | None = None
         self.warm = self.forks and platform == PLATFORM_NAME and not env and not cold
-        self._process: subprocess.Popen[bytes] | warm.Forked | None = None
+        self._processes: list[subprocess.Popen[bytes] | warm.Forked] = []
+        self._log_paths: list[Path] = []
 
     def __enter__(self) -> Self:
+        for node in range(self.nodes):
+            self._launch(node)
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for process in self._processes:
+            process.terminate()
+        for node, process in enumerate(self._processes):
+            if node == 0:  # the others wait for it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=15)
+            self.kill_node(node)
+        for path in self._log_paths:
+            path.unlink(missing_ok=True)
+
+    def kill_node(self, node: int) -> None:
+        """Kill the launcher and all ranks of a node, as if its host were gone."""
+        process = self._processes[node]
+        with contextlib.suppress(ProcessLookupError):  # raised when nobody is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _launch(self, node: int) -> None:
+        command = self.command
+        if self.nodes > 1:
+            place = ("--nnodes", str(self.nodes), "--node-rank", str(node))
+            port = ("--port", str(free_port())) if node else ()
+            meet = ("--dist-init-addr", self._meet_at)
+            command = [*command, *place, *meet, *port, *self._node_flags.get(node, ())]
         log, name = tempfile.mkstemp(prefix="sglang-server-", suffix=".log")
-        self.log_path = Path(name)
+        self._log_paths.append(Path(name))
+        process: subprocess.Popen[bytes] | warm.Forked
         if self.warm:
-            self._process = warm.source().start(self.command[3:], self.env, self.log_path)
+            process = warm.source().start(command[3:], self.env, Path(name))
         else:
             # A session of its own, so that the whole family can be signalled at once.
-            self._process = subprocess.Popen(
-                self.command,
+            process = subprocess.Popen(
+                command,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -98,22 +140,7 @@ class Server:
                 preexec_fn=die_with_parent,  # noqa: PLW1509 one system call, no lock taken
             )
         os.close(log)
-        try:
-            self._wait_until_healthy()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        assert self._process is not None
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=15)
-        with contextlib.suppress(ProcessLookupError):  # raised when nobody is left
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self.log_path.unlink(missing_ok=True)
+        self._processes.append(process)
 
     def generate(
         self,
@@ -177,22 +204,20 @@ class Server:
 
     @property
     def session(self) -> int:
-        """Session of all of the server's processes, and the launcher's process."""
-        assert self._process is not None
-        return self._process.pid
+        """Session of all of the first node's processes, and its launcher's process."""
+        return self._processes[0].pid
 
-    def wait_until_gone(self, timeout: float) -> bool:
-        """Whether the launcher ends by itself within so many seconds."""
-        assert self._process is not None
+    def wait_until_gone(self, timeout: float, node: int = 0) -> bool:
+        """Whether a node's launcher ends by itself within so many seconds."""
         try:
-            self._process.wait(timeout)
+            self._processes[node].wait(timeout)
         except subprocess.TimeoutExpired:
             return False
         return True
 
-    def log(self, lines: int | None = None) -> str:
-        """The log so far, or its last lines."""
-        text = self.log_path.read_text(errors="replace")
+    def log(self, lines: int | None = None, node: int = 0) -> str:
+        """A node's log so far, or its last lines."""
+        text = self._log_paths[node].read_text(errors="replace")
         return text if lines is None else "\n".join(text.splitlines()[-lines:])
 
     def _url(self, path: str) -> str:
@@ -216,15 +241,11 @@ class Server:
             return text
 
     def _wait_until_healthy(self) -> None:
-        assert self._process is not None
         start = reported = time.monotonic()
         while True:
             elapsed = time.monotonic() - start
-            if self._process.poll() is not None:
-                raise ServerError(
-                    f"the server exited with status {self._process.returncode} after "
-                    f"{elapsed:.0f} s\n{self.log(60)}"
-                )
+            if any(process.poll() is not None for process in self._processes):
+                raise ServerError(self._ended(elapsed))
             if elapsed > self.start_timeout:
                 raise ServerError(
                     f"the server was not healthy after {self.start_timeout:.0f} s\n{self.log(60)}"
@@ -240,6 +261,19 @@ class Server:
                     f"starting, {elapsed:.0f} s of at most {self.start_timeout:.0f}: {last}"
                 )
             time.sleep(0.2)
+
+    def _ended(self, elapsed: float) -> str:
+        """How a start has failed. One node's end has the others end soon."""
+        for node in range(self.nodes):
+            self.wait_until_gone(15, node)
+        stories = []
+        for node, process in enumerate(self._processes):
+            named = f"node {node} of the server" if self.nodes > 1 else "the server"
+            outcome = f"{named} exited with status {process.returncode} after {elapsed:.0f} s"
+            if process.returncode is None:
+                outcome = f"{named} is still there"
+            stories.append(f"{outcome}\n{self.log(60, node)}")
+        return "\n".join(stories)
 
     def _healthy(self) -> bool:
         try:

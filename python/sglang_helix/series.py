@@ -89,6 +89,19 @@ A2A = Patch(
             until="SGLang's plugins can register hooks for scheduler processes alone",
         ),
         Hook(
+            target="sglang.srt.distributed.parallel_state.init_distributed_environment",
+            kind="after",
+            stage="launch",
+            impl=f"{_SRT}.distributed.agreement:agree",
+            signature="world_size=, rank=, distributed_init_method=, local_rank=, backend=, "
+            "timeout=, moe_a2a_backend=, recovered_rank=, max_world_size=",
+            why="each launcher hears from its own node's ranks; a node with another version, "
+            "exchange or page size hangs the others, or makes answers wrong",
+            how="all ranks say what they run through the store and go on only when it is the same",
+            upstream="none",
+            until="SGLang compares the nodes of a server",
+        ),
+        Hook(
             target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
             kind="after",
             stage="launch",
@@ -611,17 +624,6 @@ ATTN_TP = Patch(
             how="sets dcp_size = N / A and replicated queries before any of them",
             upstream="sgl-project/sglang#29736",
             until="upstream has the flag",
-        ),
-        Hook(
-            target="sglang.srt.distributed.parallel_state.destroy_model_parallel",
-            kind="after",
-            stage="serve",
-            impl=f"{_SRT}.distributed.parallel_state:destroy_model_parallel",
-            signature="",
-            why="the attention TP group is not one of upstream's",
-            how="destroys it with the others",
-            upstream="sgl-project/sglang#29736",
-            until="upstream builds the group",
         ),
     ),
 )

@@ -266,8 +266,7 @@ def near_tie(top: list[tuple[int, float]]) -> bool:
 def nothing_left_of(server: Server) -> Iterator[None]:
     """Serve, then see every process of the server gone."""
     with server:
-        assert server._process is not None
-        launcher = psutil.Process(server._process.pid)
+        launcher = psutil.Process(server.session)
         processes = [launcher, *launcher.children(recursive=True)]
         assert len(processes) > 3
         yield

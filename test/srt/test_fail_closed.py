@@ -17,7 +17,7 @@ from sglang_helix.srt.compatibility.verdict import Verdict
 from sglang_helix.srt.entrypoints.engine import check_reports, launch_scheduler_processes
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 from sglang_helix.srt.managers.data_parallel_controller import add_series_reports
-from sglang_helix.srt.managers.scheduler import SERIES_KEY
+from sglang_helix.srt.managers.scheduler import OTHER_NODES, SERIES_KEY
 from srt.expected import check, prompt
 from srt.fresh import Fresh
 
@@ -156,7 +156,14 @@ def test_launch_targets_may_be_shared(fresh: Fresh) -> None:
 def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The launcher's layout."""
     layout = SimpleNamespace(
-        tp_size=4, attn_dcp_size=2, dcp_comm_backend="a2a", dcp_replicate_q_proj=False
+        tp_size=4,
+        pp_size=1,
+        dp_size=1,
+        nnodes=1,
+        node_rank=0,
+        attn_dcp_size=2,
+        dcp_comm_backend="a2a",
+        dcp_replicate_q_proj=False,
     )
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: layout)
     arguments = SimpleNamespace(_helix_verdict=Verdict("works"))
@@ -222,10 +229,39 @@ def test_the_launch_stage_alone_where_the_series_does_not_serve(
         check_reports([report(stages=["launch"]), {}])
     with pytest.raises(SeriesError):
         check_reports([report()])
+    with pytest.raises(SeriesError, match="0 scheduler processes of at least 1 have"):
+        check_reports([])
 
 
-@pytest.mark.usefixtures("parallel")
-def test_reports_of_replicas_come_through_their_controller() -> None:
+def test_no_rank_is_missing(parallel: SimpleNamespace) -> None:
+    for count in range(4):
+        with pytest.raises(SeriesError, match=f"{count} scheduler processes of at least 4 have"):
+            check_reports([report()] * count)
+    parallel.pp_size = 2
+    with pytest.raises(SeriesError, match="4 scheduler processes of at least 8 have"):
+        check_reports([report()] * 4)
+    check_reports([report()] * 8)
+
+
+def test_the_first_node_hears_of_all_others(parallel: SimpleNamespace) -> None:
+    def first(*others: dict[str, Any]) -> dict[str, Any]:
+        info = report()
+        return {SERIES_KEY: {**info[SERIES_KEY], OTHER_NODES: [one[SERIES_KEY] for one in others]}}
+
+    parallel.nnodes = 2
+    check_reports([first(report(), report()), report()])
+    with pytest.raises(SeriesError, match="3 scheduler processes of at least 4 have"):
+        check_reports([first(report()), report()])
+    with pytest.raises(SeriesError, match=r"scheduler process 3 runs .*'version': '0.0.1'"):
+        check_reports([first(report(), report(version="0.0.1")), report()])
+    # The other node hears of its own only.
+    parallel.node_rank = 1
+    check_reports([report()] * 2)
+    with pytest.raises(SeriesError, match="1 scheduler processes of at least 2 have"):
+        check_reports([report()])
+
+
+def test_reports_of_replicas_come_through_their_controller(parallel: SimpleNamespace) -> None:
     """The launcher hears from the data-parallel controller only."""
 
     def controller(*infos: dict[str, Any]) -> list[dict[str, Any]]:
@@ -233,7 +269,10 @@ def test_reports_of_replicas_come_through_their_controller() -> None:
         add_series_reports(result, SimpleNamespace(_scheduler_init_infos=list(infos)))
         return [result]
 
-    check_reports(controller(report(), report(), report()))
+    parallel.dp_size = 2
+    check_reports(controller(*[report()] * 8))
+    with pytest.raises(SeriesError, match="7 scheduler processes of at least 8 have"):
+        check_reports(controller(*[report()] * 7))
     with pytest.raises(SeriesError, match="scheduler process 2 runs without sglang-helix"):
         check_reports(controller(report(), report(), {}))
     with pytest.raises(SeriesError, match=r"scheduler process 1 runs .*'dcp_size': 4"):

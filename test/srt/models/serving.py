@@ -46,9 +46,13 @@ def serve(
     flags: Sequence[str],
     batches: Sequence[Sequence[Sequence[int]]],
     new_tokens: int,
+    nodes: int = 1,
 ) -> list[Report]:
     """Answer batches of prompts, one batch after the other, on `tp` ranks; their reports."""
-    return processes.ranks(_serve, tp, command_line(model, tp, *flags), batches, new_tokens)
+    argv = command_line(model, tp, *flags)
+    if nodes > 1:
+        argv += ["--nnodes", str(nodes), "--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    return processes.ranks(_serve, tp, argv, tp // nodes, batches, new_tokens)
 
 
 def command_line(model: Path, tp: int, *flags: str) -> list[str]:
@@ -59,8 +63,8 @@ def command_line(model: Path, tp: int, *flags: str) -> list[str]:
     ]
 
 
-def _serve(rank: int, argv: list[str], batches: Any, new_tokens: int) -> Report:
-    scheduler = scheduler_of(rank, argv)
+def _serve(rank: int, argv: list[str], a_node: int, batches: Any, new_tokens: int) -> Report:
+    scheduler = scheduler_of(rank, [*argv, "--node-rank", str(rank // a_node)])
     pool = scheduler.get_init_info()["sglang_helix"]
     answers = [answer(scheduler, prompts, new_tokens) for prompts in batches]
     return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
@@ -68,23 +72,31 @@ def _serve(rank: int, argv: list[str], batches: Any, new_tokens: int) -> Report:
 
 def scheduler_of(rank: int, argv: list[str]) -> Any:
     """In a rank's process: resolve the arguments and build its scheduler."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
+    server_args = published(rank, argv)
     from sglang.srt.managers.disagg_service import start_disagg_service
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import PortArgs, prepare_server_args
+    from sglang.srt.server_args import PortArgs
 
-    server_args = prepare_server_args(argv)
-    server_args.resolve_once()
-    server_args.check_server_args()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
     if rank == 0:
         start_disagg_service()  # of a prefill server; nothing otherwise
     scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
     scheduler.idle_sleeper = None
     return scheduler
+
+
+def published(rank: int, argv: list[str]) -> Any:
+    """In a rank's process: load plugins, resolve the arguments and make them the process's own."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import prepare_server_args
+
+    server_args = prepare_server_args(argv)
+    server_args.resolve_once()
+    server_args.check_server_args()
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+    return server_args
 
 
 @torch.no_grad()  # as SGLang's loop does: some models have parameters that ask for a gradient

@@ -455,6 +455,7 @@ TABLE: tuple[Row, ...] = (
     Row("sampling penalties, several samples", "", "works", "answers equal plain TP"),
     Row("health and metrics", "--enable-metrics", "works", "served, GQA and MLA"),
     Row("sessions", "/open_session", "works", "turns and branches equal plain TP, GQA"),
+    Row("several nodes", "--nnodes", "works", "two nodes answer as transformers, GQA and MLA"),
     Row("retraction and resumption", "", "works", "end-to-end test with a small pool"),
     Row("abort", "", "works", "end-to-end test, pool free again afterwards"),
     Row("graceful shutdown", "", "works", "what runs at SIGTERM is answered; no process is left"),

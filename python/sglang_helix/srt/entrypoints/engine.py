@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_helix.hook import SeriesError
 from sglang_helix.srt.compatibility.verdict import verdict_of
-from sglang_helix.srt.managers.scheduler import SERIES_KEY, series_of
+from sglang_helix.srt.managers.scheduler import OTHER_NODES, SERIES_KEY, series_of
 
 
 def check_engine_arguments(engine: Any, **kwargs: Any) -> None:
@@ -47,12 +47,13 @@ def launch_scheduler_processes(
 
 
 def check_reports(infos: list[dict[str, Any]]) -> None:
-    """Raise SeriesError unless all ranks report the same series and the same layout.
+    """Raise SeriesError unless every rank reports the same series and the same layout.
 
     infos: one ready message per scheduler process of this node, or the data-parallel
-        controller's, which carries the reports of all its processes.
+        controller's, which carries the reports of all its processes. On the first node rank 0's
+        carries those of the other nodes.
     """
-    from sglang.srt.runtime_context import get_server_args
+    from sglang.srt.runtime_context import get_parallel, get_server_args
 
     serves = verdict_of(get_server_args()).kind == "works"
     expected = series_of(frozenset({"launch", "serve"} if serves else {"launch"}))
@@ -60,6 +61,7 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
     for info in infos:
         report = info.get(SERIES_KEY, {})
         reports += report if isinstance(report, list) else [report]
+    reports += [other for report in reports for other in report.get(OTHER_NODES, [])]
     for index, report in enumerate(reports):
         found = report.get("series", "without sglang-helix")
         if found != expected:
@@ -68,3 +70,13 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
                 "run the same series, or answers would be wrong: see that process's log, install "
                 "the same sglang-helix everywhere and leave it in SGLANG_PLUGINS."
             )
+    ranks, parallel = 1, get_parallel()
+    if serves:
+        ranks = parallel.tp_size * parallel.pp_size * parallel.dp_size
+        ranks //= parallel.nnodes if parallel.node_rank else 1
+    if len(reports) < ranks:
+        raise SeriesError(
+            f"{len(reports)} scheduler processes of at least {ranks} have said what they run. "
+            "Every rank must run the same series, or answers would be wrong: see the log of those "
+            "that are missing."
+        )

@@ -16,6 +16,8 @@ from sglang_helix.srt.distributed.topology import Layout
 logger = logging.getLogger(__name__)
 
 SERIES_KEY = "sglang_helix"
+#: In the report of rank 0: those of the other nodes' ranks.
+OTHER_NODES = "other_nodes"
 
 
 def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
@@ -25,7 +27,8 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     and `kvp_size` (K). `kv_tokens`: tokens the pool holds, over all ranks of a KVP group.
     `kv_bytes`: its size on this rank.
 
-    Raises SeriesError where the rank's attention backend cannot serve its layout.
+    Raises SeriesError where the rank's attention backend cannot serve its layout, and on rank 0
+    where a rank of another node does not become ready.
     """
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
@@ -49,6 +52,17 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
         check_backend(runner.attn_backend, mla=runner.use_mla_backend)
         for line in describe(layout, runner, report):
             logger.info(line)
+    if "serve" in plugin.installed_stages() and parallel.nnodes > 1:
+        from sglang.srt.model_executor.model_runner_components.load_model_utils import (
+            UNBALANCED_MODEL_LOADING_TIMEOUT_S,
+        )
+
+        from sglang_helix.srt.distributed.agreement import Agreement
+
+        # Nothing of a start keeps ranks further apart than loading may.
+        all_reports = Agreement.of_process().gather(report, UNBALANCED_MODEL_LOADING_TIMEOUT_S)
+        if all_reports is not None:
+            report[OTHER_NODES] = all_reports[len(all_reports) // parallel.nnodes :]
 
 
 def init_req_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any) -> None:
@@ -113,9 +127,10 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     """The layout of this rank in words: sizes, groups, heads, and capacity beside plain TP."""
     from sglang.srt.runtime_context import get_parallel
 
-    from sglang_helix.srt.distributed.parallel_state import get_attn_tp_group, get_kvp_group
-
-    rank, model = get_parallel().tp_rank, runner.model_config
+    parallel, model = get_parallel(), runner.model_config
+    rank, world = parallel.tp_rank, parallel.world_group
+    groups = layout.attn_tp_groups(world.world_size)
+    attn_tp_group = next(group for group in groups if world.rank in group)
     heads = model.get_max_num_attention_heads()
     kv_heads = None if runner.use_mla_backend else model.get_total_num_kv_heads()
     held = "the latent" if kv_heads is None else f"{layout.kv_heads(kv_heads)} of {kv_heads} K/V"
@@ -124,7 +139,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
         f"Layout: N = {layout.tp_size} ranks; attention on A = {layout.attn_tp_size} head shards, "
         f"each of K = {layout.kvp_size} ranks that split the sequence; FFN on all N",
         f"Rank {rank}: head shard {layout.attn_shard(rank)}, place {layout.kvp_rank(rank)}; "
-        f"KVP group {get_kvp_group().ranks}, attention TP group {get_attn_tp_group().ranks}",
+        f"KVP group {parallel.dcp_group.ranks}, attention TP group {attn_tp_group}",
         f"Heads: attends {heads // layout.attn_tp_size} query heads of {heads} over its tokens, "
         f"ends with {heads // layout.tp_size}; caches {held}",
         f"KV cache: {report['kv_tokens']} tokens in {report['kv_bytes'] / 2**30:.2f} GiB of each "
