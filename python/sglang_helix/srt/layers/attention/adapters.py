@@ -131,7 +131,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla=(f"{_OURS}.flashmla_backend:ShardedFlashMLABackend",),
         majors=(9,),
         pages=(64,),
-        unseen=("MLA",),
         why="decodes with the heads of one rank over all ranks' slots, and no cache in fp8",
         until="upstream's backend reads the rows of its rank, with the heads of its group",
     ),
