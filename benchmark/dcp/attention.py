@@ -4,6 +4,9 @@
     python -m benchmark.dcp attention --variants                 and the Triton adapter's choices
     TRITON_INTERPRET=1 python -m benchmark.dcp attention --quick --device cpu        anywhere
 
+Anywhere, kernels that have stand-ins run on these where SGLANG_CPU_REFERENCE_STAND_INS names their
+backends (docs/how-it-works.md).
+
 For the heads that a rank attends with (H query on G key-value heads; MLA: H on one latent), a batch
 of requests and their local tokens, each candidate takes one query token of every request to (out,
 LSE) over tokens that lie scattered in a pool of SGLang's:
@@ -15,8 +18,11 @@ LSE) over tokens that lie scattered in a pool of SGLang's:
 
 Candidates come from the table of adapters and run without a server: SGLang's classes are built on a
 published configuration, a pool and a table of requests. Each layer of the pool is a set of buffers;
-together they exceed the L2. Poisoned outputs are checked against fp32 before anything is timed.
+together they exceed the L2. Poisoned outputs are checked against fp32 before anything is timed; a
+candidate that is wrong is left out and makes the exit status 1.
 Neither the write of the new token nor the exchange is timed.
+
+Rows go to the CSV and to stdout size by size; what is said on the way goes to stderr.
 """
 
 from __future__ import annotations
@@ -24,12 +30,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
+import os
 import pkgutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +83,14 @@ class Heads(NamedTuple):
     def token_elements(self) -> int:
         """Elements of one token's keys and values."""
         return 2 * self.kv * self.width if self.kv else 576
+
+    @property
+    def scale(self) -> float:
+        """Of the logits. MLA's is that of keys before they are absorbed: 128 and a rope of 64.
+
+        FlashInfer's MLA takes it from the model's configuration, other backends from the layer.
+        """
+        return (self.width if self.kv else 192) ** -0.5
 
 
 SHAPES = {
@@ -160,10 +176,10 @@ class Cache:
                 self.pool.get_value_buffer(number).normal_(generator=random)
         order = 1 + torch.randperm(p.batch * pages, generator=torch.Generator().manual_seed(2))
         self.pages = order.view(p.batch, pages, 1)
-        # Large enough that the softmax is not flat.
+        # Logits of a deviation of 1.5, large enough that the softmax is not flat.
         shape = p.batch, heads.queries, heads.k_width
-        self.q = 1.5 * torch.randn(shape, generator=random, device=p.device)
-        self.q = self.q.to(p.dtype)
+        self.q = torch.randn(shape, generator=random, device=p.device)
+        self.q = (self.q * (1.5 * heads.k_width**-0.5 / heads.scale)).to(p.dtype)
         self.want = [self._attended(number) for number in (0, layers - 1)]
 
     def slots(self, ranks: int) -> torch.Tensor:
@@ -180,7 +196,7 @@ class Cache:
         for query, rows in zip(self.q.float(), self.slots(1).long(), strict=True):
             k, v = keys[rows].float(), values[rows].float()
             grouped = query.view(k.shape[1], -1, heads.k_width)
-            logits = torch.einsum("ghd,tgd->ght", grouped, k) * heads.k_width**-0.5
+            logits = torch.einsum("ghd,tgd->ght", grouped, k) * heads.scale
             outs.append(torch.einsum("ght,tgd->ghd", logits.softmax(-1), v).flatten(0, 1))
         return torch.stack(outs)
 
@@ -192,7 +208,10 @@ def configured(heads: Heads, ranks: int, backend: str, longest: int, device: tor
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as logs:
+        # Warnings of servers, each time the same.
+        logging.disable(logging.WARNING)
+        logs.callback(logging.disable, logging.NOTSET)
         config = model_config(heads, longest * ranks, dtype_on(device))
         Path(folder, "config.json").write_text(json.dumps(config))
         args = ServerArgs(
@@ -220,25 +239,13 @@ class Stage:
         self.open = ExitStack()
 
     def __enter__(self) -> Stage:
-        from sglang.srt import runtime_context
         from sglang.srt.layers.radix_attention import RadixAttention
         from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         p, heads, pool = self.p, self.p.heads, self.cache.pool
-        self.open.enter_context(runtime_context.use_context(self.context))
-        group = SimpleNamespace(world_size=self.ranks, rank_in_group=0, unique_name="benchmark")
-        self.open.enter_context(
-            runtime_context.get_parallel().override(
-                tp_rank=0,
-                attn_tp_rank=0,
-                attn_dcp_rank=0,
-                dcp_group=group,
-                dcp_comm_backend="a2a",
-            )
-        )
-        page = runtime_context.get_schedule().page_size or 1
-        pool.page_size = page
+        self.open.enter_context(self.published())
+        page = pool.page_size
         allocator = SimpleNamespace(page_size=page, get_kvcache=lambda: pool, device=p.device)
         table = torch.zeros((p.batch, self.longest), dtype=torch.int32, device=p.device)
         slots = self.cache.slots(self.ranks)
@@ -248,7 +255,7 @@ class Stage:
             RadixAttention(
                 heads.queries,
                 heads.k_width,
-                heads.k_width**-0.5,
+                heads.scale,
                 num_kv_heads=heads.kv or 1,
                 layer_id=number,
                 v_head_dim=heads.v_width,
@@ -311,6 +318,31 @@ class Stage:
     def __exit__(self, *exception: object) -> None:
         self.open.close()
 
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """The configuration is SGLang's, its rank 0 this process, and the pool's pages its own."""
+        from sglang.srt import runtime_context
+
+        group = SimpleNamespace(world_size=self.ranks, rank_in_group=0, unique_name="benchmark")
+        with (
+            runtime_context.use_context(self.context),
+            runtime_context.get_parallel().override(
+                tp_rank=0,
+                attn_tp_rank=0,
+                dcp_rank=0,
+                attn_dcp_rank=0,
+                dcp_group=group,
+                dcp_comm_backend="a2a",
+            ),
+        ):
+            self.cache.pool.page_size = runtime_context.get_schedule().page_size or 1
+            yield
+
+    def call(self, call: Call, number: int) -> torch.Tensor:
+        """What the call returns; where nothing is captured it runs when other stages are open."""
+        with self.published():
+            return call(number)
+
     def prepared(self, backend: Any) -> Any:
         """The backend with this batch's metadata: of a captured graph, or on a CPU of eager."""
         if self.p.device.type == "cuda":
@@ -371,7 +403,7 @@ def sharded(stage: Stage, name: str) -> Call:
     )
     q = stage.cache.q
     if not isinstance(backend, ShardedAttention):
-        return lambda number: mla_decode(stage, backend, number)[0]
+        return lambda number: mla_decode(stage, backend, number)[0].view(len(q), -1, 512)
     # Joined or split before the clock runs: for plain TP the model does as much.
     queries = (
         q if stage.p.heads.kv else backend.mla_queries(*q.split([512, 64], -1), stage.layers[0])
@@ -495,14 +527,14 @@ def candidates(p: Problem, with_variants: bool) -> Iterator[Candidate]:
 
     cuda = p.device.type == "cuda"
     attention: Any = p.heads.attention
-    # The plain torch reference takes no time that says anything, and in a CPU's interpreter only
-    # Triton's kernels run.
+    # The plain torch reference takes no time that says anything, and on a CPU only Triton's kernels
+    # run, in its interpreter, and those that have stand-ins.
     names = [
         record.name
         for record in serving(attention)
         if not record.off_cuda
         and record.runs_on(get_platform(), attention)
-        and (cuda or record.name == "triton")
+        and (cuda or record.name in ("triton", *stand_ins()))
     ]
     for name in names:
         yield Candidate(name, K, name, partial(sharded, name=name))
@@ -512,6 +544,11 @@ def candidates(p: Problem, with_variants: bool) -> Iterator[Candidate]:
     if with_variants:
         for choice in variants(p.heads):
             yield Candidate(choice.name, K, "triton", partial(variant, choice=choice))
+
+
+def stand_ins() -> list[str]:
+    """Backends whose kernels shall be stand-ins on a CPU."""
+    return list(filter(None, os.environ.get("SGLANG_CPU_REFERENCE_STAND_INS", "").split(",")))
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -524,7 +561,8 @@ class Bench:
         self.samples, self.variants, self.quick = options.samples, options.variants, options.quick
         self.longest = max(options.tokens)
         self.launches: dict[tuple[str, str], int | None] = {}
-        self.failed = False  # whether an adapter of the series was not measured
+        # Whether an adapter of the series was not measured, or any candidate was wrong.
+        self.failed = False
         self.refused: dict[tuple[str, str], str] = {}
 
     def measure(self, p: Problem) -> list[Row]:
@@ -539,7 +577,7 @@ class Bench:
             try:
                 with Stage(cache, candidate.ranks, candidate.backend, self.longest) as stage:
                     call = candidate.build(stage)
-                    calls = [partial(call, number) for number in range(layers)]
+                    calls = [partial(stage.call, call, number) for number in range(layers)]
                     rotation = measure.Rotation(calls, p.device)
                     got = [out.clone() for out in rotation.checked_outputs()]
                     if key not in self.launches:
@@ -549,11 +587,13 @@ class Bench:
                 self.failed |= candidate.name in {record.name for record in ours()}
                 reason = (str(failure).strip().splitlines() or [""])[0][:200]
                 self.refused[key] = f"{type(failure).__name__}: {reason}"
-                print(f"not measured: {candidate.name} of {key[0]} ({self.refused[key]})")
+                say(f"not measured: {candidate.name} of {key[0]} ({self.refused[key]})")
                 continue
             error = max(map(relative_error, got, cache.want))
             if not error <= BOUND[p.dtype]:
-                raise AssertionError(f"{candidate.name} at {p}: relative error {error}")
+                self.failed = True
+                say(f"WRONG: {candidate.name} at {p}: relative error {error:.3g}; not timed")
+                continue
             rotations[candidate.name], errors[candidate.name] = rotation, error
         source = torch.empty((layers, 2, p.moved // 2), dtype=torch.uint8, device=p.device)
         rotations[report.COPY] = measure.Rotation(
@@ -587,31 +627,51 @@ def ours() -> tuple[Any, ...]:
     return tuple(record for record in ADAPTERS if record.own_file)
 
 
-def table(rows: list[Row]) -> str:
-    """A line a size, a column a candidate: microseconds, and the share of the copy's bandwidth."""
-    names = list(dict.fromkeys(row.name for row in rows))
-    sizes: dict[tuple[str, int, int], dict[str, Row]] = {}
+def say(line: str) -> None:
+    """What is not a figure."""
+    print(line, file=sys.stderr, flush=True)
+
+
+Size = tuple[str, int, int]  # heads, batch, tokens
+
+
+def by_size(rows: list[Row]) -> dict[Size, dict[str, Row]]:
+    """Per size the candidates by their names."""
+    sizes: dict[Size, dict[str, Row]] = {}
     for row in rows:
         sizes.setdefault((row.heads, row.batch, row.tokens), {})[row.name] = row
-    width = max(14, *(len(name) + 2 for name in names))
-    lines = [f"{'heads':<9}{'B':>4}{'tokens':>8}" + "".join(f"{name:>{width}}" for name in names)]
-    for (heads, batch, tokens), found in sizes.items():
-        cells = [
-            f"{found[name].median_us:.1f} ({found[name].copy_share:.0%})" if name in found else "-"
-            for name in names
-        ]
-        lines.append(
-            f"{heads:<9}{batch:>4}{tokens:>8}" + "".join(f"{cell:>{width}}" for cell in cells)
-        )
-    return "\n".join(lines)
+    return sizes
+
+
+class Table:
+    """A line a size, a column a candidate: microseconds, and the share of the copy's bandwidth.
+
+    A head stands above the first line and wherever there are other candidates.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def print(self, rows: list[Row]) -> None:
+        for (heads, batch, tokens), found in by_size(rows).items():
+            if not found.keys() <= set(self.names):
+                self.names = list(found)
+                self._print("heads", "B", "tokens", self.names)
+            cells = [
+                f"{row.median_us:.1f} ({row.copy_share:.0%})" if row else "-"
+                for row in map(found.get, self.names)
+            ]
+            self._print(heads, batch, tokens, cells)
+
+    def _print(self, heads: str, batch: object, tokens: object, cells: list[str]) -> None:
+        width = max(14, *(len(name) + 2 for name in self.names))
+        line = f"{heads:<9}{batch:>4}{tokens:>8}" + "".join(f"{cell:>{width}}" for cell in cells)
+        print(line, flush=True)
 
 
 def summary(rows: list[Row]) -> str:
     """Per adapter: its time over that of its backend's plain TP, and over the fastest plain one."""
-    sizes: dict[tuple[str, int, int], dict[str, Row]] = {}
-    for row in rows:
-        sizes.setdefault((row.heads, row.batch, row.tokens), {})[row.name] = row
-    lines = []
+    sizes, lines = by_size(rows), []
     for name in dict.fromkeys(row.name for row in rows):
         for what, others in (
             ("its backend's plain TP", [f"{name} tp"]),
@@ -701,15 +761,16 @@ def main(argv: list[str]) -> int:
             parser.error(f"--batch and --tokens must be positive, got {size}")
     if options.from_csv:
         rows, failed = [row for path in options.from_csv for row in report.read_csv(path, Row)], 0
+        Table().print(rows)
+        if options.csv:
+            report.write_csv(rows, options.csv, Row)
     else:
         if options.device == "cuda" and not torch.cuda.is_available():
             parser.error("no CUDA device: use TRITON_INTERPRET=1, --device cpu and --quick")
         chosen = list(shapes) if options.quick else options.shape or list(shapes)
         rows, failed = run(options, [shapes[name] for name in chosen])
-    print(table(rows))
     print(summary(rows))
     if options.csv:
-        report.write_csv(rows, options.csv, Row)
         print(f"figures: {options.csv}")
     if options.plot:
         print(plot(rows, options.plot))
@@ -717,18 +778,31 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: argparse.Namespace, shapes: list[Heads]) -> tuple[list[Row], bool]:
-    """All figures, and whether an adapter of the series could not be measured."""
+    """All figures, and whether an adapter was not measured or a candidate was wrong.
+
+    The figures of a size are in the table and in the CSV before the next size begins.
+    """
     device = torch.device(options.device)
     torch.set_grad_enabled(False)
-    print(f"{device_name(device)}, {software()}")
-    bench, rows = Bench(options), []
+    if device.type == "cpu" and stand_ins():
+        from sglang_cpu_reference import stand_ins as kernels
+
+        kernels.install()
+    print(f"{device_name(device)}, {software()}", flush=True)
+    bench, lines, rows = Bench(options), Table(), []
+    if options.csv:
+        report.write_csv([], options.csv, Row)
     for heads in shapes:
         for batch in options.batch:
             for tokens in options.tokens:
                 started = time.monotonic()
-                rows += bench.measure(Problem(heads, batch, tokens, device))
+                found = bench.measure(Problem(heads, batch, tokens, device))
                 spent = time.monotonic() - started
+                lines.print(found)
+                if options.csv:
+                    report.write_csv(found, options.csv, Row, append=True)
+                rows += found
                 if device.type == "cuda":
                     torch.cuda.empty_cache()  # of graphs that are gone
-                print(f"{heads.name} B={batch} tokens={tokens}: {spent:.1f} s", file=sys.stderr)
+                say(f"{heads.name} B={batch} tokens={tokens}: {spent:.1f} s")
     return rows, bench.failed

@@ -8,6 +8,7 @@ drifting clock favours none. On a CPU a sample is a loop over the sets.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,6 +134,8 @@ def launches(call: Call) -> int | None:
     """Kernels and copies that one call puts on the device, as torch.profiler counts them."""
     if not torch.cuda.is_available():
         return None
+    # Beyond its last level: else every trace says on stderr that it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

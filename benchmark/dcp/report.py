@@ -95,12 +95,16 @@ def _at(size: tuple[str, int, int]) -> str:
     return f"[{size[0]}, N {size[1]}, B {size[2]}]"
 
 
-def write_csv(rows: Iterable[Any], path: Path, kind: type = Row) -> None:
-    """Rows of a dataclass of numbers and strings; an absent figure is an empty cell."""
+def write_csv(rows: Iterable[Any], path: Path, kind: type = Row, *, append: bool = False) -> None:
+    """Rows of a dataclass of numbers and strings; an absent figure is an empty cell.
+
+    append: to what an earlier call wrote there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("a" if append else "w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(kind)], lineterminator="\n")
-        writer.writeheader()
+        if not append:
+            writer.writeheader()
         for row in rows:
             values = asdict(row)
             writer.writerow(

@@ -1,10 +1,14 @@
-"""`python -m benchmark.dcp attention` in Triton's interpreter, at one small size of each kind."""
+"""`python -m benchmark.dcp attention` at one small size of each kind.
+
+Triton's kernels run in its interpreter, those of other backends are stand-ins.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang.srt import runtime_context
+from sglang_cpu_reference import stand_ins
 from sglang_helix.srt.layers.attention import adapters
 
 from benchmark.dcp import attention, report
@@ -29,7 +34,13 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "--csv", path],
         check=False,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # the same candidates on every machine
+            stand_ins.VARIABLE: "fa3,fa4,flashinfer,flashmla",
+        },
         capture_output=True,
         text=True,
         timeout=400,
@@ -40,14 +51,82 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_and_its_plain_twin_are_right_and_timed(figures: Path) -> None:
     rows = report.read_csv(figures, attention.Row)
-    names = ("triton", "triton tp", report.COPY)
-    assert [(row.heads, row.name) for row in rows] == [
-        (heads, name) for heads in attention.QUICK for name in names
-    ]
+    expected = []
+    for heads in attention.QUICK.values():
+        of_mla = () if heads.kv else ("flashmla",)
+        names = ["fa3", "fa4", "flashinfer", *of_mla, "triton"]
+        # SGLang makes no FA3 where there is no GPU.
+        peers = [f"{name} tp" for name in names if name != "fa3"]
+        expected += [(heads.name, name) for name in (*names, *peers, report.COPY)]
+    assert [(row.heads, row.name) for row in rows] == expected
     for row in rows:
         assert 0 < row.p10_us <= row.median_us <= row.p90_us
         assert (row.error is None) == (row.name == report.COPY)
         assert row.error is None or row.error <= attention.BOUND[torch.float32]
+
+
+class Unstaged:
+    """A stage of candidates that need nothing of SGLang's."""
+
+    def __init__(self, cache: attention.Cache, *_: object) -> None:
+        self.cache = cache
+
+    def __enter__(self) -> Unstaged:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def call(self, call: attention.Call, number: int) -> torch.Tensor:
+        return call(number)
+
+
+def scaled(name: str, factor: float) -> attention.Candidate:
+    """A candidate that gives the right outputs times a factor."""
+    return attention.Candidate(
+        name, 1, "", lambda stage: lambda number: factor * stage.cache.want[0]
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """Arguments of a run with one right and one wrong candidate."""
+    found = [scaled("wrong", 1.1), scaled("right", 1.0)]
+    monkeypatch.setattr(attention, "Stage", Unstaged)
+    monkeypatch.setattr(attention, "candidates", lambda *_: iter(found))
+    with torch.no_grad():  # ends what the run sets
+        yield ["--quick", "--device", "cpu", "--csv", str(tmp_path / "figures.csv")]
+
+
+def test_a_wrong_candidate_is_named_and_left_out(
+    quick: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attention.main(quick) == 1
+    rows = report.read_csv(Path(quick[-1]), attention.Row)
+    assert [(row.heads, row.name) for row in rows] == [
+        (heads, name) for heads in attention.QUICK for name in ("right", report.COPY)
+    ]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WRONG")]
+    for line, heads in zip(said, attention.QUICK.values(), strict=True):
+        assert line.startswith(f"WRONG: wrong at Problem(heads={heads}, batch=2, tokens=33, ")
+        assert "relative error 0.1;" in line
+
+
+def test_a_crash_loses_no_figures(
+    quick: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crashing(p: attention.Problem, _: bool) -> Iterator[attention.Candidate]:
+        yield scaled("right", 1.0)
+        if not p.heads.kv:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention, "candidates", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        attention.main(quick)
+    rows = report.read_csv(Path(quick[-1]), attention.Row)
+    assert [(row.heads, row.name) for row in rows] == [("4/2", "right"), ("4/2", report.COPY)]
+    _, head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["heads", "B", "tokens", "right", report.COPY]
+    assert line.split()[:3] == ["4/2", "2", "33"]
 
 
 def test_reports_on_earlier_figures(
