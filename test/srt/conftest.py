@@ -17,7 +17,7 @@ def fresh() -> Iterator[Fresh]:
 @pytest.fixture(scope="session")
 def ready() -> Iterator[Fresh]:
     """Processes that have installed the series already, to be ranks of a sharded cache."""
-    with Fresh("cpu_reference", timeout=120, preload=("srt.models.series_installed",)) as process:
+    with Fresh("cpu_reference", preload=("srt.models.series_installed",)) as process:
         yield process
 
 
@@ -26,5 +26,5 @@ def kernels() -> Iterator[Fresh]:
     """As `ready`, with stand-ins for every GPU kernel that has one."""
     variables = {stand_ins.VARIABLE: ",".join(stand_ins.MODULES)}
     preload = ("srt.models.series_installed",)
-    with Fresh("cpu_reference", timeout=120, preload=preload, **variables) as process:
+    with Fresh("cpu_reference", preload=preload, **variables) as process:
         yield process

@@ -44,7 +44,8 @@ class Fresh:
 
     Args:
         platform: value of SGLANG_PLATFORM; None leaves the choice to SGLang.
-        timeout: seconds that a call may take.
+        timeout: seconds that a call may take; only what hangs should meet it, also where the
+            machine has other work.
         preload: modules to import beside SGLang's, by name, before any fork.
         variables: of the environment, for the process and all of its forks.
     """
@@ -52,7 +53,7 @@ class Fresh:
     def __init__(
         self,
         platform: str | None = None,
-        timeout: float = 60,
+        timeout: float = 240,
         preload: Sequence[str] = (),
         **variables: str,
     ) -> None:
@@ -78,6 +79,7 @@ class Fresh:
         """
         self._connection.send((functions, dict(env or {}), self.timeout))
         if not self._connection.poll(self.timeout + _IMPORT_SECONDS):
+            self._process.kill()  # a late answer would be taken for the next call's
             raise TimeoutError("no answer")
         return [Outcome(*outcome) for outcome in self._connection.recv()]
 

@@ -30,7 +30,7 @@ BATCHES = (
 def servers() -> Iterator[Fresh]:
     """Processes that have loaded the plugins, to be ranks of two servers."""
     preload = ("srt.models.plugins_loaded", "sglang.srt.disaggregation.mooncake.conn")
-    with Fresh("cpu_reference", timeout=60, preload=preload) as processes:
+    with Fresh("cpu_reference", preload=preload) as processes:
         yield processes
 
 
