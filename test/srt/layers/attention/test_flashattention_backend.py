@@ -15,7 +15,7 @@ from sglang_helix.srt.layers.attention.torch_native_backend import partial_atten
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.expected import check
 from srt.fresh import Fresh
-from srt.models.serving import _serve, command_line
+from srt.models.serving import serve
 from srt.models.test_models import BATCHES, NEW_TOKENS
 from srt.slots import Slots
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,11 +36,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def with_stand_ins(rank: int, backend: str, *args: Any) -> Any:
-    stand_ins.install([backend])  # the platform's own call was before the fork
-    return _serve(rank, *args)
-
-
 @pytest.mark.parametrize(
     ("backend", "family", "tp", "layout", "page"),
     [
@@ -52,7 +47,7 @@ def with_stand_ins(rank: int, backend: str, *args: Any) -> Any:
     ],
 )
 def test_equals_transformers(
-    ready: Fresh,
+    kernels: Fresh,
     checkpoints: dict[str, Path],
     backend: str,
     family: str,
@@ -62,8 +57,7 @@ def test_equals_transformers(
 ) -> None:
     sizes = ("--page-size", str(page), "--chunked-prefill-size", "80", "--max-total-tokens", "512")
     flags = ("--attention-backend", backend, *layout, *sizes)
-    argv = command_line(checkpoints[family], tp, *flags)
-    for report in ready.ranks(with_stand_ins, tp, backend, argv, BATCHES, NEW_TOKENS):
+    for report in serve(kernels, checkpoints[family], tp, flags, BATCHES, NEW_TOKENS):
         for prompts, answers in zip(BATCHES, report.answers, strict=True):
             for tokens, answer in zip(prompts, answers, strict=True):
                 check(checkpoints[family], tokens, answer, NEW_TOKENS)

@@ -34,7 +34,7 @@ def instructions(
 ) -> tuple[Counter[str], str]:
     """Machine instructions by name, and the assembler's report, for one rank's kernel."""
     kernel = symm.exchange_kernel
-    constants = layout.constants(protocol)
+    constants = {**layout.constants(protocol)}
     constants |= {"SPLITS": splits, "BASE2": False, "PHASE": symm.SEND | symm.RECEIVE}
     payload = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[layout.wire]
     pointers = {

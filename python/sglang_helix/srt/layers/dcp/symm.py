@@ -42,8 +42,10 @@ never tear; nothing is assumed of wider accesses. Between two calls the kernel b
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -201,13 +203,14 @@ class Layout:
         at, size = self._places()["staged_data"]
         return _align(at + size)
 
-    def constants(self, protocol: Protocol) -> dict[str, Any]:
+    def constants(self, protocol: Protocol) -> Mapping[str, Any]:
         """What the kernel is compiled for."""
         return self._constants[protocol]
 
     @cached_property
-    def _constants(self) -> dict[Protocol, dict[str, Any]]:
-        return {protocol: self._constants_of(protocol) for protocol in PROTOCOLS}
+    def _constants(self) -> dict[Protocol, Mapping[str, Any]]:
+        # Every call shares them, so nobody may write to them.
+        return {protocol: MappingProxyType(self._constants_of(protocol)) for protocol in PROTOCOLS}
 
     def _constants_of(self, protocol: Protocol) -> dict[str, Any]:
         places = {name: at for name, (at, _) in self._places().items()}
