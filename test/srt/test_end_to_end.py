@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server
-from srt.expected import check, expected, oracle, prompt  # noqa: F401 until their users land
+from srt.expected import check, prompt
 from srt.fresh import Fresh
 from srt.models import serving
 
