@@ -452,8 +452,8 @@ RESOLVED_BEFORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "backend": (
         "Blackwell",
         "llama",
-        {"dcp_comm_backend": "a2a"},
-        "--attention-backend trtllm_mha does not serve GQA or MHA with --dcp-size 2",
+        {"attention_backend": "flex_attention", "dcp_comm_backend": "a2a"},
+        "--attention-backend flex_attention does not serve GQA or MHA with --dcp-size 2",
     ),
     "fi_a2a": (
         "Blackwell",
