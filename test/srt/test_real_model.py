@@ -1,0 +1,118 @@
+"""Text, not random weights: SmolLM2-135M-Instruct in two layouts against ``transformers``.
+
+One long prompt serves everything: a report with a fact hidden early, and a question at its end.
+Its log-probabilities are compared token by token, and eight conversations continue from it at once,
+whose common prefix the cache has.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from sglang_cpu_reference.demo_real import FLAGS, LAYOUTS, chat, prose, read
+from sglang_cpu_reference.oracle import Completion, Oracle
+from sglang_cpu_reference.server import Server
+from sglang_cpu_reference.smollm2 import UnreachableError, fetch
+from srt.expected import LOGPROB_TOLERANCE
+
+# Of the report, 31,000 characters long: more than 4,000 tokens.
+CHARACTERS = 18_500
+FACT = "\nThe secret code of the committee is 7402.\n"
+QUESTIONS = (
+    "What is the secret code of the committee? Answer with the number.",
+    "Repeat the secret code of the committee.",
+    "Which pandemic is the report about?",
+    "Who creates advisory commissions?",
+    "Name one terrorist attack that the report names.",
+    "Is this report about commissions or about cars?",
+    "Write the first word of the report.",
+    "Say hello.",
+)
+NEW_TOKENS = 16
+
+
+class Expected(NamedTuple):
+    """What transformers makes of it. prefix: tokens that all conversations begin with."""
+
+    prefix: list[int]
+    logprobs: list[float]
+    conversations: list[list[int]]
+    answers: list[Completion]
+    stop: int
+    tokenizer: Any
+
+    def text(self, number: int) -> str:
+        """An answer up to where the model ends it."""
+        tokens = self.answers[number].token_ids
+        end = tokens.index(self.stop) if self.stop in tokens else len(tokens)
+        return self.tokenizer.decode(tokens[:end])
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    try:
+        return fetch()
+    except UnreachableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> Expected:
+    from transformers import AutoTokenizer
+
+    tokenizer, oracle = AutoTokenizer.from_pretrained(checkpoint), Oracle(checkpoint)
+    conversations = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message(question)}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for question in QUESTIONS
+    ]
+    columns = zip(*conversations, strict=False)
+    shared = next(place for place, tokens in enumerate(columns) if len({*tokens}) > 1)
+    prefix = conversations[0][:shared]
+    logprobs, cache = oracle.read(prefix)
+    answers = [
+        oracle.generate(tokens[shared:], NEW_TOKENS, cache=copy.deepcopy(cache))
+        for tokens in conversations
+    ]
+    return Expected(prefix, logprobs, conversations, answers, tokenizer.eos_token_id, tokenizer)
+
+
+def message(question: str) -> str:
+    report = prose()[:CHARACTERS]
+    return f"{report[:1500]}{FACT}{report[1500:]}\n\nQuestion: {question}"
+
+
+def streamed(events: str) -> list[str]:
+    """The pieces of text of a streamed chat."""
+    data = [line.removeprefix("data: ") for line in events.splitlines() if line.startswith("data:")]
+    assert data.pop() == "[DONE]"
+    deltas = [choice["delta"] for event in data for choice in json.loads(event)["choices"]]
+    return [delta["content"] for delta in deltas if delta.get("content")]
+
+
+@pytest.mark.server
+@pytest.mark.timeout(1200)  # the oracle reads 4,000 tokens first
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "tp 3"])
+def test_text_equals_transformers(checkpoint: Path, expected: Expected, layout: str) -> None:
+    with Server(checkpoint, *LAYOUTS[layout], *FLAGS, "--enable-cache-report") as server:
+        assert len(expected.prefix) > 4000
+        logprobs = read(server, expected.prefix)
+        for ours, theirs in zip(logprobs, expected.logprobs, strict=True):
+            assert abs(ours - theirs) < LOGPROB_TOLERANCE
+
+        answers = server.generate_batch(expected.conversations, NEW_TOKENS)
+        for number, (answer, want) in enumerate(zip(answers, expected.answers, strict=True)):
+            assert answer.completion.token_ids == want.token_ids, QUESTIONS[number]
+            for ours, theirs in zip(answer.completion.logprobs, want.logprobs, strict=True):
+                assert abs(ours - theirs) < LOGPROB_TOLERANCE
+            assert answer.cached_tokens > 4000
+        assert "7402" in answers[0].text
+
+        text = streamed(chat(server, message(QUESTIONS[0]), NEW_TOKENS, stream=True))
+        assert len(text) > 1
+        assert "".join(text) == expected.text(0)
