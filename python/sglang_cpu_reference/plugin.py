@@ -15,6 +15,7 @@ from sglang_cpu_reference import forkserver, selected, speculative
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
+_EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
 
 
@@ -32,6 +33,7 @@ def register() -> None:
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
+    HookRegistry.register(_EXPERTS, _experts_of_this_rank, HookType.AROUND)
     speculative.install()
     collectives_on_cpu_tensors()
 
@@ -126,19 +128,45 @@ def _add_gated(
     final_hidden_states += gate[:, None] * shared_output
 
 
+def _experts_of_this_rank(
+    original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
+) -> Any:
+    """Around ``moe_forward_native``, which takes -1, an expert of another rank, for a number.
+
+    What is left of a token's experts comes as so many tokens of one expert each.
+    """
+    own = topk_output.topk_ids >= 0
+    if own.all():
+        return original(layer, x, topk_output, config)
+    answer = torch.zeros_like(x)
+    if own.any():
+        token = own.nonzero()[:, 0]
+        alone = topk_output._replace(
+            topk_ids=topk_output.topk_ids[own][:, None],
+            topk_weights=topk_output.topk_weights[own][:, None],
+        )
+        answer.index_add_(0, token, original(layer, x[token], alone, config))
+    return answer
+
+
+def _nothing_to_wait_for(device: object = None) -> None:
+    """``torch.cuda.synchronize``, which SGLang calls for the device of PyTorch's build."""
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
+    "torch.cuda.synchronize": _nothing_to_wait_for,
     **speculative.REPLACED,
 }
 
 
 def verify() -> None:
     """Stop the process unless every hook took; called in each rank before it builds a group."""
-    missing = sorted({*_REPLACED, _HOST_POOL} - HookRegistry._patched)
+    missing = sorted({*_REPLACED, _HOST_POOL, _EXPERTS} - HookRegistry._patched)
     if missing:
         raise SystemExit(
             f"SGLANG_PLATFORM=cpu_reference: hooks not applied: {', '.join(missing)}; install the "

@@ -116,6 +116,12 @@ def sessions(server: Server) -> Any:
     return [answer["output_ids"] for answer in answers]
 
 
+def memory_released_and_resumed(server: Server) -> Any:
+    for step in ("release", "resume"):
+        server.post(f"/{step}_memory_occupation", {})
+    return [generate(server, prompt(n))["output_ids"] for n in (4, 61)]
+
+
 FEATURES: dict[str, Callable[[Server], Any]] = {
     function.__name__: function
     for function in (
@@ -128,6 +134,7 @@ FEATURES: dict[str, Callable[[Server], Any]] = {
         several_samples,
         health_and_metrics,
         sessions,
+        memory_released_and_resumed,
     )
 }
 
@@ -138,8 +145,8 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     common = ("--tp", "2", "--page-size", "1", "--enable-metrics", "--chunked-prefill-size", "48")
     common += ("--chat-template", "chatml")
     decoupled = ("--attn-tp-size", "1", "--dcp-comm-backend", "a2a")
-    if request.param == "llama":  # mixed chunks of MLA are refused
-        decoupled += ("--enable-mixed-chunk",)
+    # Mixed chunks of MLA are refused; the MLA model has experts.
+    decoupled += ("--enable-mixed-chunk",) if request.param == "llama" else ("--ep-size", "2")
     with Server(checkpoint, *common) as plain, Server(checkpoint, *common, *decoupled) as sharded:
         yield plain, sharded
 
