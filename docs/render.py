@@ -10,9 +10,11 @@ from pathlib import Path
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix.__main__ import print_compatibility
 from sglang_helix.layout import shape_of, table
-from sglang_helix.srt.layers.attention.adapters import ADAPTERS, serving
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
+from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen
 
 DOCS = Path(__file__).parent
+ATTENTIONS: tuple[Attention, ...] = ("GQA", "MLA")
 TP_SIZES = (8, 16)
 MEMORY_GIB = 60
 
@@ -83,7 +85,7 @@ def attention_backends() -> str:
     for record in ADAPTERS:
         serves = [
             "adapter" if record.own_class(kind) else "own" if record.classes(kind) else ""
-            for kind in ("GQA", "MLA")
+            for kind in ATTENTIONS
         ]
         needs = ["CPU or any GPU" if record.off_cuda else "any NVIDIA GPU"]
         if record.majors:
@@ -115,15 +117,38 @@ the log says so. "own": complete upstream, with the series' exchange. To add one
     )
 
 
+def status() -> str:
+    """docs/status.md: what stands between its marks is rendered, the rest is written there."""
+    first, last = "<!-- from seen.py -->\n", "<!-- end -->\n"
+    page = (DOCS / "status.md").read_text()
+    before, after = page.split(first)[0], page.split(last)[1]
+    names = {"CPU": "CPU stand-in", "graph": "decode graph"}
+    columns = [(place, feature) for place in PLACES for feature in FEATURES]
+    heads = [f"{names.get(where, where)}: {names.get(what, what)}" for where, what in columns]
+    lines = [f"| adapter | | {' | '.join(heads)} |", "|" + "---|" * (2 + len(columns))]
+    for record in ADAPTERS:
+        for kind in filter(record.classes, ATTENTIONS):
+            cells = [
+                "refused"
+                if feature == "fp8" and kind in record.no_fp8
+                else "✓"
+                if feature in seen(record.name, kind, place)
+                else ""
+                for place, feature in columns
+            ]
+            lines.append(f"| `{record.name}` | {kind} | {' | '.join(cells)} |")
+    lines += ["", "How:", ""]
+    lines += [f"- `{one.backend}` {one.attention}, {one.place}: {one.how}." for one in SEEN]
+    return before + first + "\n" + "\n".join(lines) + "\n\n" + last + after
+
+
 def _majors(majors: tuple[int, ...]) -> str:
     return " or ".join(f"{major}.x" for major in majors)
 
 
 def backends_sentence() -> str:
     """README's sentence about attention backends."""
-    gqa, mla = (
-        _listed([f"`{record.name}`" for record in serving(kind)]) for kind in ("GQA", "MLA")
-    )
+    gqa, mla = (_listed([f"`{record.name}`" for record in serving(kind)]) for kind in ATTENTIONS)
     return f"Attention backends under a sharded cache: {gqa} for GQA and MHA; {mla} for MLA."
 
 
@@ -135,6 +160,7 @@ PAGES = {
     "compatibility.md": compatibility,
     "capacity.md": capacity,
     "attention-backends.md": attention_backends,
+    "status.md": status,
 }
 
 if __name__ == "__main__":

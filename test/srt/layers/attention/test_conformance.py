@@ -16,6 +16,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
+from sglang_helix.srt.layers.attention.seen import seen
 from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp import planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
@@ -306,15 +307,20 @@ def replay_failures(backend: str, attention: Attention, page: int, dtype: torch.
 
 # The reference captures nothing.
 CAPTURED = [(name, kind) for name, kind in OWN if name != "torch_native"]
+# Elsewhere it is refused at start-up.
+QUANTIZED = [(name, kind) for name, kind in CAPTURED if kind not in adapter(name).no_fp8]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
-@pytest.mark.parametrize(("backend", "attention"), CAPTURED)
+@pytest.mark.parametrize(
+    ("backend", "attention", "dtype"),
+    [
+        *((*case, torch.float32) for case in CAPTURED),
+        *((*case, torch.float8_e4m3fn) for case in QUANTIZED),
+    ],
+)
 def test_captured_metadata_is_refreshed_in_place(
     kernels: Fresh, backend: str, attention: Attention, dtype: torch.dtype
 ) -> None:
-    if dtype == torch.float8_e4m3fn and attention in adapter(backend).no_fp8:
-        return  # refused at start-up
     page = (adapter(backend).pages or (4,))[0]
     assert kernels.value(replay_failures, backend, attention, page, dtype) == []
 
@@ -342,6 +348,15 @@ def verify_failures(backend: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("backend", [name for name, kind in OWN if kind == "GQA"])
+VERIFIED = [(name, kind) for name, kind in OWN if kind == "GQA"]
+
+
+@pytest.mark.parametrize("backend", [name for name, _ in VERIFIED])
 def test_drafts_attend_their_ancestors_and_the_prefix(kernels: Fresh, backend: str) -> None:
     assert kernels.value(verify_failures, backend) == []
+
+
+def test_the_matrix_says_what_runs_here() -> None:
+    ran = {"extend": OWN, "graph": CAPTURED, "fp8": QUANTIZED, "verify": VERIFIED}
+    for case in OWN:
+        assert seen(*case, "CPU") == {feature for feature, cases in ran.items() if case in cases}

@@ -2,8 +2,8 @@
 
 From this table follow which backends may be named for GQA and for MLA and which one is taken where
 none is, the base of every LSE, the factories and the list of absorbed backends that the series
-registers with SGLang, the sentence in README and docs/attention-backends.md. To add an adapter:
-docs/adding.md.
+registers with SGLang, the sentence in README and docs/attention-backends.md. What was seen of each
+on a GPU: `seen.py`. To add an adapter: docs/adding.md.
 
 Importing this module imports neither SGLang nor torch.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from sglang_helix.srt.layers.attention.seen import seen_on_a_gpu
 
 Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
 
@@ -34,7 +36,6 @@ class Adapter:
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
     pages: the page sizes it takes; None: any.
     chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
-    unseen: attention that it has not served on a GPU yet: for that, it is taken by name alone.
     off_cuda: whether it runs where there is no CUDA device, too.
     why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
         upstream's backend, see `Hook`.
@@ -50,7 +51,6 @@ class Adapter:
     no_fp8: Mapping[Attention, str] = field(default_factory=dict)
     pages: tuple[int, ...] | None = None
     chosen_on: tuple[int, ...] | None = None
-    unseen: tuple[Attention, ...] = ()
     why: str = ""
     upstream: str = "none"
     until: str = ""
@@ -68,6 +68,19 @@ class Adapter:
         """Where the series' classes are, under `srt`; None where SGLang's do everything."""
         own = self.own_class("GQA") or self.own_class("MLA")
         return own and own.partition(":")[0].partition(".srt.")[2].replace(".", "/") + ".py"
+
+    @property
+    def unseen(self) -> tuple[Attention, ...]:
+        """Attention that it has not served on a GPU yet: for that, it is taken by name alone.
+
+        SGLang's own classes are complete upstream, and the reference's place is a CPU.
+        """
+        attentions: tuple[Attention, ...] = () if self.off_cuda else ("GQA", "MLA")
+        return tuple(
+            attention
+            for attention in attentions
+            if self.own_class(attention) and not seen_on_a_gpu(self.name, attention)
+        )
 
     def runs_on(self, platform: Any, attention: Attention) -> bool:
         """Whether a user may name it on a machine, SGLang's `get_platform()`.
@@ -108,7 +121,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttention4Backend",),
         majors=(9, 10),
         mla_majors=(10,),
-        unseen=("GQA", "MLA"),
         no_fp8={
             "GQA": "its prefill reads K and V of another dtype than the queries, not tried here",
             "MLA": "SGLang would convert the whole pool in every layer",
@@ -121,7 +133,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=True,
         gqa=(f"{_OURS}.flashinfer_backend:ShardedFlashInferAttnBackend",),
         mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),
-        unseen=("GQA",),
         why="no DCP with GQA: attends every rank's slots, planned for the heads of one rank",
         until="upstream's backend attends the rows of its rank and returns LSEs",
     ),
@@ -139,7 +150,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=True,
         gqa=(f"{_OURS}.trtllm_mha_backend:ShardedTRTLLMHAAttnBackend",),
         majors=(10,),
-        unseen=("GQA",),
         pages=(16, 32, 64),
         why="no DCP: attends every rank's slots, and returns no LSE",
         until="upstream's backend attends the rows of its rank and returns LSEs",
