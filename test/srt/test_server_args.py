@@ -46,9 +46,11 @@ def load() -> None:
     load_plugins()
 
 
-def resolve(machine: str, model: str, flags: dict[str, Any]) -> Resolved:
+def resolve(machine: str, model: str, flags: dict[str, Any], launched: bool = False) -> Resolved:
+    """launched: after what a launch and its ranks check, too."""
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
     from sglang.srt.server_args import ServerArgs
+    from sglang_helix.srt.server_args import check
 
     lines: list[str] = []
     handler = logging.Handler()
@@ -60,6 +62,9 @@ def resolve(machine: str, model: str, flags: dict[str, Any]) -> Resolved:
         with told_about(machine):
             args = ServerArgs(model_path=model, device="cuda", **flags)
             args.resolve_once()
+            if launched:
+                args.check_server_args()
+                check(args)  # as its ranks do
             view = resolved_view(args)
             names = ("dcp_size", "dcp_comm_backend", "page_size", "chunked_prefill_size")
             found = {name: getattr(view, name) for name in names}
@@ -83,8 +88,8 @@ def resolved(models: dict[str, str]) -> Iterator[Resolve]:
     with mock.patch.dict(os.environ, variables):
         pool = multiprocessing.get_context("spawn").Pool(1, load)
     with pool:
-        yield lambda machine, model, **flags: pool.apply(
-            resolve, (machine, models.get(model, model), flags)
+        yield lambda machine, model, launched=False, **flags: pool.apply(
+            resolve, (machine, models.get(model, model), flags, launched)
         )
 
 
@@ -196,7 +201,7 @@ def test_a_backend_not_seen_on_a_gpu_is_taken_by_name_alone(resolved: Resolve) -
         majors = record.mla_majors if kind == "MLA" and record.mla_majors else record.majors
         machine = "Hopper" if majors is None or 9 in majors else "Blackwell"
         flags = {"tp_size": 4, "dcp_size": 2, "attention_backend": record.name}
-        found = resolved(machine, families[kind], **flags)
+        found = resolved(machine, families[kind], launched=True, **flags)
         assert found.backends == (record.name, record.name), found.error
         said = f"--attention-backend {record.name} has not been seen on a GPU with --dcp-size"
         assert found.said.count(said) == 1
@@ -538,6 +543,13 @@ MINIMAX_M3 = {
     "rope_theta": 1e4,
 }
 DUAL_CHUNK = {"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 1024}}
+SPARSE = {
+    **LATENT,
+    "model_type": "deepseek_v3",
+    "index_topk": 64,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+}
 SPARSE_ROW = "other sparse attention (DeepSeek-V4, MiniMax-M3)"
 # The row that refuses, an architecture, and its configuration.
 MODELS: list[tuple[str, str, dict[str, Any]]] = [
@@ -564,6 +576,7 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("other hybrid linear attention", "FalconH1ForCausalLM", {"model_type": "falcon_h1"}),
     (SPARSE_ROW, "MiniMaxM3SparseForCausalLM", MINIMAX_M3),
     ("dual chunk attention", "Qwen2ForCausalLM", DUAL_CHUNK),
+    ("sparse attention of DeepSeek (DSA) elsewhere", "DeepseekV32ForCausalLM", SPARSE),
 ]
 
 

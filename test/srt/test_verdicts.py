@@ -24,11 +24,11 @@ from sglang_helix.srt.compatibility.rows import BESIDE_OWN, NO_PLAN, TABLE, Row
 from sglang_helix.srt.compatibility.situation import Situation, keep_attn_tp_size
 from sglang_helix.srt.compatibility.verdict import Verdict, decide, refusals
 from srt.fresh import Fresh
-from srt.test_server_args import LATENT, SMALL
+from srt.test_server_args import LATENT, SMALL, SPARSE
 
 HYBRID = "hybrid linear attention of MLA models, of Qwen3.5 and where A is a multiple of KV heads"
 DRAFTS = "draft models of MLA models and Qwen3.5"
-DSA = "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5)"
+DSA = "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5) on Blackwell and NPUs"
 PD = "prefill-decode disaggregation of MLA models by NIXL, Mori, or beside more of its flags"
 NIXL = {"disaggregation_transfer_backend": "nixl"}
 PLATFORM = "AMD, Ascend and Intel accelerators"
@@ -45,14 +45,7 @@ QWEN = {
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "dsa": {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v3",
-        **LATENT,
-        "index_topk": 64,
-        "index_n_heads": 4,
-        "index_head_dim": 32,
-    },
+    "dsa": {"architectures": ["DeepseekV32ForCausalLM"], **SPARSE},
     "kimi_linear": {
         "architectures": ["KimiLinearForCausalLM"],
         "model_type": "kimi_linear",
@@ -278,6 +271,15 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         EAGLE,
         (f"--attention-backend flashinfer {ALONE}", "Use --attention-backend cutedsl_mla"),
     ),
+    **{
+        f"DSA by another {half} kernel": (
+            "Blackwell",
+            "dsa",
+            {f"dsa_{half}_backend": "flashmla_sparse"},
+            (f"--dsa-{half}-backend flashmla_sparse {ALONE}", "Use trtllm, or leave the flag out"),
+        )
+        for half in ("prefill", "decode")
+    },
     "a row that SGLang fails too": (
         "Blackwell",
         "kimi_linear",
@@ -454,6 +456,19 @@ RESOLVED_BEFORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "llama",
         {"attention_backend": "flex_attention", "dcp_comm_backend": "a2a"},
         "--attention-backend flex_attention does not serve GQA or MHA with --dcp-size 2",
+    ),
+    "a backend that nobody named and nobody has seen": (
+        "Blackwell",
+        "llama",
+        {"dcp_comm_backend": "a2a"},
+        "--attention-backend trtllm_mha has not been seen on a GPU with --dcp-size, and SGLang "
+        "chose it: give the flag to have it all the same, or with one of triton, ",
+    ),
+    "a backend that was named": (
+        "Blackwell",
+        "llama",
+        {"attention_backend": "trtllm_mha", "dcp_comm_backend": "a2a"},
+        "works",
     ),
     "fi_a2a": (
         "Blackwell",

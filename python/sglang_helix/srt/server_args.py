@@ -185,9 +185,18 @@ def check_launch(result: None, server_args: Any) -> None:
 
     Arguments may have been resolved before SGLang loaded plugins, and so by SGLang alone.
     """
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
     check(server_args)
-    if verdict_of(server_args).kind == "own":
-        logger.warning(announcement(verdict_of(server_args)))
+    verdict = verdict_of(server_args)
+    if verdict.kind == "own":
+        logger.warning(announcement(verdict))
+    elif verdict.kind == "works":
+        situation = situation_of(server_args)
+        for half, backend in _halves(attention_backends_of(resolved_view(server_args))):
+            if situation.attention in adapter(backend).unseen:
+                flag, _ = situation.sharded_by
+                logger.warning("--%s-backend %s %s with %s.", half, backend, _UNSEEN, flag)
 
 
 def check(server_args: Any) -> None:
@@ -216,7 +225,8 @@ def check(server_args: Any) -> None:
                 f"({', '.join(decide(situation).features)}): ask for it by its flag."
             )
         _check_heads(situation)
-        reasons += _backend_refusals(situation, attention_backends_of(view))
+        named = {server_args._raw_input.get(name) for name in ("attention_backend", *_HALVES)}
+        reasons += _backend_refusals(situation, attention_backends_of(view), named)
     _raise(reasons)
 
 
@@ -245,19 +255,24 @@ def _backends_to_choose(situation: Situation) -> list[str]:
     ]
 
 
-def _backend_refusals(situation: Situation, backends: tuple[str, str]) -> list[str]:
-    """Why the prefill and the decode backend do not serve, where they do not."""
+_UNSEEN = "has not been seen on a GPU"
+
+
+def _backend_refusals(
+    situation: Situation, backends: tuple[str, str], named: set[str | None]
+) -> list[str]:
+    """Why the prefill and the decode backend do not serve, where they do not.
+
+    named: what the user gave as a backend, for one half or both.
+    """
     from sglang.srt.runtime_context import get_platform
 
     attention, (flag, size) = situation.attention, situation.sharded_by
     records = [r for r in serving(attention) if r.runs_on(get_platform(), attention)]
     fit = {record.name: _cache_refusal(record, situation) for record in records}
     instead = ", ".join(name for name, refusal in fit.items() if not refusal)
-    halves = [("attention", backends[0])]
-    if len(set(backends)) > 1:
-        halves = list(zip(("prefill-attention", "decode-attention"), backends, strict=True))
     reasons = []
-    for half, backend in halves:
+    for half, backend in _halves(backends):
         if refusal := fit.get(backend, ""):
             reasons.append(f"--{half}-backend {backend} {refusal}: use one of {instead}.")
         elif backend not in fit:
@@ -266,11 +281,20 @@ def _backend_refusals(situation: Situation, backends: tuple[str, str]) -> list[s
                 f"{'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}: "
                 f"use one of {instead}."
             )
-        elif attention in adapter(backend).unseen:
-            logger.warning(
-                "--%s-backend %s has not been seen on a GPU with %s.", half, backend, flag
+        elif attention in adapter(backend).unseen and backend not in named:
+            seen = ", ".join(_backends_to_choose(situation))
+            reasons.append(
+                f"--{half}-backend {backend} {_UNSEEN} with {flag}, and SGLang chose it: give the "
+                f"flag to have it all the same, or with one of {seen}."
             )
     return reasons
+
+
+def _halves(backends: tuple[str, str]) -> list[tuple[str, str]]:
+    """What prefill and decode are called in the flags of their backends, and the backends."""
+    if len(set(backends)) == 1:
+        return [("attention", backends[0])]
+    return list(zip(("prefill-attention", "decode-attention"), backends, strict=True))
 
 
 def _cache_refusal(record: Adapter, situation: Situation) -> str:

@@ -164,8 +164,27 @@ def _hybrid_linear_split(situation: Situation) -> object | None:
     return _hybrid_linear(situation, grouped=False)
 
 
-def _dsa(situation: Situation) -> object | None:
-    return situation.dsa or None
+def _dsa_of_sglang(situation: Situation) -> object | None:
+    return (situation.dsa and _trtllm_gen_or_npu()) or None
+
+
+def _dsa_of_nobody(situation: Situation) -> object | None:
+    return (situation.dsa and not _trtllm_gen_or_npu()) or None
+
+
+def _trtllm_gen_or_npu() -> bool:
+    from sglang.srt.runtime_context import get_platform
+
+    platform = get_platform()
+    return bool(platform.is_npu or (platform.is_cuda and platform.device_sm // 10 == 10))
+
+
+def _dsa_kernel(half: str) -> Callable[[Situation], object | None]:
+    def kernel(situation: Situation) -> object | None:
+        name = getattr(situation.args, f"dsa_{half}_backend")
+        return name if situation.dsa and _platform("cuda") and name != "trtllm" else None
+
+    return kernel
 
 
 def _other_sparse(situation: Situation) -> object | None:
@@ -1049,13 +1068,25 @@ TABLE: tuple[Row, ...] = (
         proof="sgl-project/sglang#34355",
     ),
     Row(
-        "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5)",
+        "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5) on Blackwell and NPUs",
         "",
         "own",
-        "on Blackwell, by trtllm; with EAGLE of top-k 1",
-        given=_dsa,
+        "on Blackwell by trtllm, with EAGLE of top-k 1",
+        given=_dsa_of_sglang,
         alone="serves",
         proof="layers/attention/dsa/dsa_dcp.py, arg_groups/model_overrides/deepseek_v2.py",
+    ),
+    Row(
+        "sparse attention of DeepSeek (DSA) elsewhere",
+        "",
+        "refused",
+        "its one kernel that reads the rows of a rank, FlashInfer's trtllm-gen, is built for "
+        "Blackwell alone",
+        _PLAIN,
+        _dsa_of_nobody,
+        alone="wrong",
+        proof="arg_groups/model_overrides/deepseek_v2.py takes trtllm under --dcp-size everywhere; "
+        "FlashInfer's fmhaRunner.cuh stops with Unsupported architecture",
     ),
     Row(
         "other sparse attention (DeepSeek-V4, MiniMax-M3)",
@@ -1156,6 +1187,19 @@ BESIDE_OWN: tuple[Row, ...] = (
         _backend_without_dcp,
         alone="wrong",
         proof="sgl-project/sglang#35384, #39440, #30444",
+    ),
+    *(
+        Row(
+            f"{half} kernels of DSA but trtllm, on NVIDIA GPUs",
+            f"--dsa-{half}-backend",
+            "refused",
+            "it reads the rows of other ranks' tokens and returns no LSE",
+            "Use trtllm, or leave the flag out",
+            _dsa_kernel(half),
+            alone="wrong",
+            proof="layers/attention/dsa_backend.py: only _forward_trtllm knows --dcp-size",
+        )
+        for half in ("prefill", "decode")
     ),
     Row(
         "drafts of MLA models that another backend than cutedsl_mla verifies, on NVIDIA GPUs",
