@@ -28,3 +28,11 @@ def kernels() -> Iterator[Fresh]:
     preload = ("srt.models.series_installed",)
     with Fresh("cpu_reference", preload=preload, **variables) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Fresh]:
+    """As `ready`, with Triton's kernels in its interpreter."""
+    preload = ("srt.models.series_installed",)
+    with Fresh("cpu_reference", preload=preload, TRITON_INTERPRET="1") as process:
+        yield process

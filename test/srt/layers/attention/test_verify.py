@@ -64,6 +64,7 @@ def verify_on_rank(
     batch.spec_info = SimpleNamespace(
         spec_input_type=SpecInputType.NGRAM_VERIFY,
         draft_token_num=drafts,
+        num_tokens_per_req=drafts,
         # Buffers of a captured size are longer than a batch.
         custom_mask=torch.cat([*masks, seen.new_ones(5)]),
     )

@@ -101,8 +101,9 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(*("trtllm_mha", "GQA", "CPU", FEATURES), "the conformance suite"),
     Seen(
-        *("triton", "GQA", "CPU", ("extend", "verify")),
-        "servers under the interpreter against `transformers`, a few tokens, n-gram drafts too",
+        *("triton", "GQA", "CPU", FEATURES),
+        "the conformance suite in the interpreter; servers under it against `transformers`, a few "
+        "tokens, n-gram drafts too",
     ),
     Seen(
         *("triton", "GQA", "one H200", FEATURES),
@@ -116,8 +117,9 @@ SEEN: tuple[Seen, ...] = (
         "before splits went by multiprocessors",
     ),
     Seen(
-        *("triton", "MLA", "CPU", ("extend",)),
-        "servers under the interpreter against `transformers`, a few tokens",
+        *("triton", "MLA", "CPU", ("graph", "extend", "fp8")),
+        "the conformance suite in the interpreter; a server under it against `transformers`, a "
+        "few tokens",
     ),
     Seen(
         *("triton", "MLA", "one H200", ("graph", "extend")),
