@@ -159,7 +159,7 @@ def test_drafts_from_earlier_answers(checkpoints: dict[str, Path]) -> None:
     flags += ("--speculative-ngram-capacity", "10000", "--page-size", "1")
     flags += ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
     oracle = Oracle(checkpoints["llama"])
-    prompts = [prompt(length) for length in (1, 19, 65, CHUNK + 3)]
+    prompts = [prompt(length) for length in (1, 2, 19, 40, 63, 64, 65, CHUNK + 3)]
     clear = 0
     with gpu_server(checkpoints["llama"], "a2a", *flags) as server:
         answers = [server.generate(tokens, NEW_TOKENS) for tokens in prompts]

@@ -51,7 +51,8 @@ SEEN: tuple[Seen, ...] = (
     Seen(
         *("fa3", "GQA", "several GPUs", ("graph", "extend")),
         "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; `symm` of 4 "
-        "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token",
+        "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token. "
+        "Four H200s: `symm` of 4; times per token",
     ),
     Seen(
         *("fa3", "MLA", "CPU", ("graph", "extend")),
@@ -59,8 +60,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("fa3", "MLA", "several GPUs", ("graph", "extend")),
-        "two H200s, DeepSeek-V2-shaped `a2a`, `symm`; `symm` of 4 ranks, two to "
-        "a GPU; times per token",
+        "two H200s, DeepSeek-V2-shaped `a2a`, `symm`, `--attn-tp-size 1`; `symm` of 4 ranks, two "
+        "to a GPU; times per token. Four H200s: `symm` of 4; times per token",
     ),
     Seen(
         *("fa4", "GQA", "CPU", ("graph", "extend", "verify")),
@@ -73,6 +74,11 @@ SEEN: tuple[Seen, ...] = (
         "wrappers on a stand-in for the modules that they compile",
     ),
     Seen(
+        *("flashinfer", "GQA", "several GPUs", ("graph", "extend")),
+        "two H200s, Llama-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, where prompts "
+        "of one token leave three ranks empty",
+    ),
+    Seen(
         *("flashinfer", "MLA", "CPU", ()),
         "upstream's class; its decode on a stand-in, by the smoke test of `benchmark.dcp "
         "attention`",
@@ -82,9 +88,9 @@ SEEN: tuple[Seen, ...] = (
         "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`; `symm` of 4 ranks, with empty shards",
     ),
     Seen(
-        *("flashinfer", "MLA", "several GPUs", ()),
-        "times per token of DeepSeek-V2-Lite's shape, `a2a` and `symm` on two H200s, `symm` on "
-        "four H100s; answers not compared",
+        *("flashinfer", "MLA", "several GPUs", ("graph", "extend")),
+        "four H200s, DeepSeek-V2-shaped `symm` of 4; times per token of DeepSeek-V2-Lite's shape, "
+        "`a2a` and `symm` on two H200s, `symm` on four H100s",
     ),
     Seen(
         *("flashmla", "MLA", "CPU", ("graph", "extend", "fp8")),
@@ -96,8 +102,9 @@ SEEN: tuple[Seen, ...] = (
         "DeepSeek-V2-shaped `symm` of 2 and of 4 ranks, prompts of one token among them",
     ),
     Seen(
-        *("flashmla", "MLA", "several GPUs", ()),
-        "times per token of DeepSeek-V2-Lite's shape, `symm` on two H200s; answers not compared",
+        *("flashmla", "MLA", "several GPUs", ("graph", "extend")),
+        "two H200s, DeepSeek-V2-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, prompts "
+        "of one token among them; times per token of DeepSeek-V2-Lite's shape, `symm` on two H200s",
     ),
     Seen(*("trtllm_mha", "GQA", "CPU", FEATURES), "the conformance suite"),
     Seen(
