@@ -255,6 +255,32 @@ A2A = Patch(
             until="upstream's planner counts by request",
         ),
         Hook(
+            target="sglang.srt.layers.attention.flashinfer_mla_backend.FlashInferMhaChunkKVRunner"
+            ".forward",
+            kind="after",
+            stage="serve",
+            impl=f"{_SRT}.layers.attention.flashinfer_mla_backend:natural_lse",
+            signature="self, q, k, v, layer, forward_batch",
+            why="chunks of a prefix that one shot does not take are merged by natural LSEs, and "
+            "FlashInfer's are to the base of 2: wrong answers to long prompts",
+            how="makes the LSE natural; flashmla prefills by it too",
+            upstream="sgl-project/sglang#35045, #40903",
+            until="upstream converts or merges to the base of 2",
+        ),
+        Hook(
+            target="sglang.srt.layers.attention.trtllm_mla_backend.TRTLLMMLABackend"
+            "._run_prefill_kernel",
+            kind="after",
+            stage="serve",
+            impl=f"{_SRT}.layers.attention.flashinfer_mla_backend:natural_lse",
+            signature="self, q, k, v, layer, batch_size, cum_seq_lens_q, max_q_len, seq_lens_kv, "
+            "cum_seq_lens_kv, max_kv_len, is_causal, return_lse, out_buffer, o_sf_scale=",
+            why="the same of trtllm-gen's kernel, which meets every cached prefix",
+            how="makes the LSE natural; cutedsl_mla prefills by it too",
+            upstream="sgl-project/sglang#35045, #40903",
+            until="upstream converts or merges to the base of 2",
+        ),
+        Hook(
             target="sglang.srt.layers.linear.QKVParallelLinear.__init__",
             kind="around",
             stage="serve",

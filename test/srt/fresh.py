@@ -91,10 +91,10 @@ class Fresh:
         """What the function returns; raises AssertionError where it does not."""
         return _value(self.outcome(function, *args, **env))
 
-    def ranks(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    def ranks(self, function: Callable[..., Any], size: int, *args: Any, **env: str) -> list[Any]:
         """What ``function(rank, *args)`` returns on each of several ranks."""
         calls = [(function, rank, *args) for rank in range(size)]
-        return [_value(outcome) for outcome in self.outcomes(calls)]
+        return [_value(outcome) for outcome in self.outcomes(calls, env)]
 
     def __enter__(self) -> Self:
         return self

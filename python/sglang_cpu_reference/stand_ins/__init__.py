@@ -17,10 +17,10 @@ VARIABLE = "SGLANG_CPU_REFERENCE_STAND_INS"
 
 #: The modules of this package that stand in for what an attention backend calls.
 MODULES: dict[str, tuple[str, ...]] = {
-    "fa3": ("flash_attention",),
-    "fa4": ("flash_attention", "flash_attention_v4"),
-    "flashinfer": ("flashinfer",),
-    "flashmla": ("flash_mla", "flashinfer"),
+    "fa3": ("flash_attention", "mla"),
+    "fa4": ("flash_attention", "flash_attention_v4", "mla"),
+    "flashinfer": ("flashinfer", "mla"),
+    "flashmla": ("flash_mla", "flashinfer", "mla"),
     "trtllm_mha": ("flashinfer", "trtllm"),
 }
 

@@ -47,12 +47,16 @@ def serve(
     batches: Sequence[Sequence[Sequence[int]]],
     new_tokens: int,
     nodes: int = 1,
+    **env: str,
 ) -> list[Report]:
-    """Answer batches of prompts, one batch after the other, on `tp` ranks; their reports."""
+    """Answer batches of prompts, one batch after the other, on `tp` ranks; their reports.
+
+    env: environment variables of the ranks.
+    """
     argv = command_line(model, tp, *flags)
     if nodes > 1:
         argv += ["--nnodes", str(nodes), "--dist-init-addr", f"127.0.0.1:{free_port()}"]
-    return processes.ranks(_serve, tp, argv, tp // nodes, batches, new_tokens)
+    return processes.ranks(_serve, tp, argv, tp // nodes, batches, new_tokens, **env)
 
 
 def command_line(model: Path, tp: int, *flags: str) -> list[str]:

@@ -1,14 +1,16 @@
 """SGLang's schedulers on stand-ins for the kernels of an attention backend, against transformers.
 
-`fa3` and `fa4` are in `test_flashattention_backend.py`.
+`fa3` and `fa4` are in `test_flashattention_backend.py`, but for MLA's prefill over long prefixes.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.expected import check
+from srt.expected import check, prompt
 from srt.fresh import Fresh
+from srt.models import serving
 from srt.models.serving import serve
 from srt.models.test_models import BATCHES, NEW_TOKENS
 
@@ -18,6 +20,7 @@ DECOUPLED = ("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs")
 CASES = [
     ("flashinfer", "llama", 2, DCP, 1, 70),
     ("flashinfer", "llama", 4, DECOUPLED, 16, 80),
+    ("flashinfer", "deepseek_v2", 2, DCP, 1, 70),
     ("flashmla", "deepseek_v2", 2, DCP, 64, 128),
     ("flashmla", "deepseek_v2", 4, DECOUPLED, 64, 256),
 ]
@@ -57,3 +60,71 @@ def test_equals_transformers(
                 check(checkpoints[family], tokens, answer, NEW_TOKENS)
         if page < 64:  # else no prompt fills a page of all ranks
             assert report.answers[-1][0].cached_tokens > 0
+
+
+# Prefixes of several chunks, of two lengths in a batch, and none beside them.
+LONG = (
+    (prompt(300, seed=20),),
+    (prompt(205, seed=21), prompt(1, seed=22)),
+    (
+        prompt(300, seed=20) + prompt(9, seed=23),
+        prompt(205, seed=21) + prompt(70, seed=24),
+        prompt(19, seed=25),
+    ),
+)
+
+
+def prefilled(rank: int, argv: list[str], ranks: int) -> tuple[serving.Report, set[str]]:
+    """A rank's answers, and how its model attended prompts with a cached prefix."""
+    from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+
+    methods, dispatch = set(), DeepseekV2AttentionMLA.dispatch_attn_forward_method
+
+    def noted(layer: Any, batch: Any) -> Any:
+        method = dispatch(layer, batch)
+        if any(batch.extend_prefix_lens_cpu or ()):
+            methods.add(method.name)
+        return method
+
+    DeepseekV2AttentionMLA.dispatch_attn_forward_method = noted
+    return serving._serve(rank, argv, ranks, LONG, NEW_TOKENS), methods
+
+
+@pytest.mark.parametrize(
+    ("method", "capacity"), [("MHA_ONE_SHOT", 1024), ("MHA_CHUNKED_KV", 96)], ids=["once", "chunks"]
+)
+@pytest.mark.parametrize(
+    ("backend", "tp", "layout", "page", "chunk"),
+    [
+        ("fa3", 4, DECOUPLED, 1, 70),
+        ("flashinfer", 2, DCP, 1, 70),
+        ("flashmla", 2, DCP, 64, 256),
+    ],
+)
+def test_a_long_prefix_is_attended_without_absorbing_it(
+    kernels: Fresh,
+    checkpoints: dict[str, Path],
+    backend: str,
+    tp: int,
+    layout: tuple[str, ...],
+    page: int,
+    chunk: int,
+    method: str,
+    capacity: int,
+) -> None:
+    """What SGLang does from 8192 cached tokens on, and in chunks from 128K on."""
+    sizes = ("--page-size", str(page), "--chunked-prefill-size", str(chunk))
+    flags = ("--attention-backend", backend, *layout, *sizes, "--max-total-tokens", "1024")
+    found = kernels.ranks(
+        prefilled,
+        tp,
+        serving.command_line(checkpoints["deepseek_v2"], tp, *flags),
+        tp,
+        SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD="1",
+        SGLANG_MAX_KV_CHUNK_CAPACITY=str(capacity),
+    )
+    for report, methods in found:
+        assert methods == {method}
+        for prompts, answers in zip(LONG, report.answers, strict=True):
+            for tokens, answer in zip(prompts, answers, strict=True):
+                check(checkpoints["deepseek_v2"], tokens, answer, NEW_TOKENS)

@@ -56,7 +56,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("fa3", "MLA", "CPU", ("graph", "extend")),
-        "SGLang's schedulers against `transformers`, and the conformance suite",
+        "SGLang's schedulers against `transformers`, long prefixes un-absorbed at once and in "
+        "chunks too, and the conformance suite",
     ),
     Seen(
         *("fa3", "MLA", "several GPUs", ("graph", "extend")),
@@ -79,9 +80,9 @@ SEEN: tuple[Seen, ...] = (
         "of one token leave three ranks empty",
     ),
     Seen(
-        *("flashinfer", "MLA", "CPU", ()),
-        "upstream's class; its decode on a stand-in, by the smoke test of `benchmark.dcp "
-        "attention`",
+        *("flashinfer", "MLA", "CPU", ("extend",)),
+        "upstream's class on stand-ins, SGLang's schedulers against `transformers`, long prefixes "
+        "un-absorbed at once and in chunks too",
     ),
     Seen(
         *("flashinfer", "MLA", "one H200", ("graph", "extend")),
@@ -94,8 +95,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("flashmla", "MLA", "CPU", ("graph", "extend", "fp8")),
-        "SGLang's schedulers against `transformers`, and the conformance suite; its prefill by "
-        "FlashInfer's wrappers",
+        "SGLang's schedulers against `transformers`, long prefixes un-absorbed at once and in "
+        "chunks too, and the conformance suite; its prefill by FlashInfer's wrappers",
     ),
     Seen(
         *("flashmla", "MLA", "one H200", ("graph", "extend")),
