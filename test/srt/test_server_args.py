@@ -393,8 +393,8 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "streaming sessions": ({"enable_streaming_session": True}, ""),
     "sessions in the prefix tree": ({"enable_session_radix_cache": True}, ""),
     "cache canary": ({"kv_canary": "log"}, ""),
-    # SGLang itself refuses it beside FlashInfer, the first choice for GQA here.
-    "FP4 and MXFP8 caches": ({"kv_cache_dtype": "nvfp4", "attention_backend": "triton"}, ""),
+    # Backends that SGLang itself does not take with it never come to the table.
+    "FP4 and MXFP8 caches": ({"kv_cache_dtype": "nvfp4", "attention_backend": "flashinfer"}, ""),
     "unified memory pool of GQA and MHA models": ({"enable_unified_memory": True}, UPSTREAM),
     "LoRA of GQA and MHA models": ({"enable_lora": True}, ""),
     "bitsandbytes weights of GQA and MHA models": ({"load_format": "bitsandbytes"}, ""),
