@@ -45,6 +45,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from sglang_helix.srt.layers.attention import measured
 
 from benchmark.dcp import measure, report
 from benchmark.dcp.kernels import device_name, relative_error, software
@@ -688,6 +689,20 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def ship(rows: list[Row], major: int, path: Path = measured.FILE) -> None:
+    """Write the adapters' times where servers read them; heads without figures keep theirs."""
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    names = {record.name for record in ours()}
+    for heads in dict.fromkeys(row.heads for row in rows):
+        us: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row.heads == heads and row.name in names:
+                size = f"{row.batch} x {row.tokens}"
+                us.setdefault(row.name, {})[size] = float(f"{row.median_us:.4g}")
+        figures[heads] = measured.Figures(device=rows[0].device, major=major, us=us)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def plot(rows: list[Row], path: Path) -> str:
     """Share of the copy's bandwidth against local tokens, a panel for each heads and batch."""
     plots = report.pyplot()
@@ -748,12 +763,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
     parser.add_argument(
+        "--ship",
+        type=int,
+        metavar="MAJOR",
+        help="of the GPU's compute capability: write the adapters' times where servers read them",
+    )
+    parser.add_argument(
         "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
     )
     options = parser.parse_args(argv)
     shapes = SHAPES if not options.quick else QUICK
     if options.quick:
         options.batch, options.tokens, options.samples = [2], [33], 2
+    if options.quick and options.ship:
+        parser.error("--ship: the figures of --quick are no server's")
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: at least 2 are needed for percentiles")
     for size in (*options.batch, *options.tokens):
@@ -774,6 +797,9 @@ def main(argv: list[str]) -> int:
         print(f"figures: {options.csv}")
     if options.plot:
         print(plot(rows, options.plot))
+    if options.ship:
+        ship(rows, options.ship)
+        print(f"servers read: {measured.FILE}")
     return int(failed)
 
 

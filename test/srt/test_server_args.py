@@ -21,6 +21,7 @@ from sglang_cpu_reference.server import free_port
 from sglang_helix.check import MACHINES, facts_of, told_about
 from sglang_helix.srt.compatibility.rows import TABLE
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
+from sglang_helix.srt.layers.attention.measured import faster
 from srt.fresh import Fresh
 
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
@@ -218,6 +219,19 @@ def test_working_backends_are_kept(resolved: Resolve, machine: str, backend: str
         found = resolved(machine, family, tp_size=4, dcp_size=2, attention_backend=backend)
         assert found.backends == (backend, backend), found.error
         assert "--attention-backend" not in found.said
+
+
+def test_a_faster_backend_is_named_once(resolved: Resolve, tmp_path: Path) -> None:
+    """By what is shipped; `test_measured.py` has both sides of the bound."""
+    heads = {"num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    config = {**FAMILIES["deepseek_v2"].config, **heads, "model_type": "deepseek_v2"}
+    model = written(tmp_path, architectures=["DeepseekV2ForCausalLM"], **config)
+    known = faster("fa3", WORKING["deepseek_v2"], "MLA 128", 9)
+    for layout in ({"tp_size": 8, "dcp_size": 8}, {"tp_size": 8, "dcp_size": 4}):
+        found = resolved("Hopper", model, launched=True, **layout)
+        assert found.backends == ("fa3", "fa3"), found.error
+        count = int(known is not None and layout["dcp_size"] == 8)
+        assert found.said.count("times as fast as fa3 with the MLA 128 heads") == count
 
 
 # The communication backend.

@@ -26,6 +26,7 @@ from sglang_helix.srt.compatibility.verdict import (
 )
 from sglang_helix.srt.distributed.topology import Layout, layout_of
 from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
+from sglang_helix.srt.layers.attention.measured import faster, heads_name
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,7 @@ def check_launch(result: None, server_args: Any) -> None:
             if situation.attention in adapter(backend).unseen:
                 flag, _ = situation.sharded_by
                 logger.warning("--%s-backend %s %s with %s.", half, backend, _UNSEEN, flag)
+        _advise_faster(situation, attention_backends_of(resolved_view(server_args))[1])
 
 
 def check(server_args: Any) -> None:
@@ -288,6 +290,34 @@ def _backend_refusals(
                 f"flag to have it all the same, or with one of {seen}."
             )
     return reasons
+
+
+def _advise_faster(situation: Situation, backend: str) -> None:
+    """Say where another decode backend was measured to be faster for the heads of a rank."""
+    from sglang.srt.runtime_context import get_platform
+
+    platform, args, model = get_platform(), situation.args, situation.model
+    # Measured were caches in bf16, keys and values of 128, and latents of 512 with a rope of 64.
+    widths = (model.kv_lora_rank, model.qk_rope_head_dim) if situation.mla else (model.head_dim,)
+    if not platform.is_cuda or args.kv_cache_dtype not in ("auto", "bfloat16", "bf16"):
+        return
+    if widths not in ((512, 64), (128,)):
+        return
+    shards = Layout(args.tp_size, args.dcp_size).attn_tp_size
+    kv_heads = None if situation.mla else max(1, model.get_total_num_kv_heads() // shards)
+    heads = heads_name(model.get_max_num_attention_heads() // shards, kv_heads)
+    others = [
+        record.name
+        for record in serving(situation.attention)
+        if record.runs_on(platform, situation.attention)
+        and situation.attention not in record.unseen
+    ]
+    if found := faster(backend, others, heads, platform.device_sm // 10):
+        logger.info(
+            "--attention-backend %s decoded %.2f to %.2f times as fast as %s with the %s heads of "
+            "this layout (%s, docs/benchmarks.md).",
+            *(found.backend, found.least, found.most, backend, heads, found.device),
+        )
 
 
 def _halves(backends: tuple[str, str]) -> list[tuple[str, str]]:

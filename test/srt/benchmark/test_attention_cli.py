@@ -5,6 +5,7 @@ Triton's kernels run in its interpreter, those of other backends are stand-ins.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 
 from sglang.srt import runtime_context
 from sglang_cpu_reference import stand_ins
-from sglang_helix.srt.layers.attention import adapters
+from sglang_helix.srt.layers.attention import adapters, measured
 
 from benchmark.dcp import attention, report
 
@@ -140,6 +141,21 @@ def test_reports_on_earlier_figures(
     assert "triton over the fastest plain TP: " in said
 
 
+def test_ships_the_adapters_times_by_heads(figures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    old = measured.Figures(device="old", major=8, us={"triton": {"1 x 1": 1.0}})
+    path.write_text(json.dumps({"4/2": old, "64/8": old}))
+    rows = report.read_csv(figures, attention.Row)
+    attention.ship(rows, 9, path)
+    shipped = json.loads(path.read_text())
+    assert shipped["64/8"] == old
+    assert set(shipped) == {"64/8", *attention.QUICK}
+    assert shipped["4/2"]["major"] == 9
+    assert set(shipped["4/2"]["us"]) == {"fa3", "fa4", "flashinfer", "triton"}
+    (row,) = (row for row in rows if (row.heads, row.name) == ("MLA 4", "flashmla"))
+    assert shipped["MLA 4"]["us"]["flashmla"] == {"2 x 33": pytest.approx(row.median_us, rel=1e-3)}
+
+
 @pytest.mark.parametrize("heads", attention.SHAPES.values(), ids=str)
 def test_a_new_record_is_measured_by_being_there(
     heads: attention.Heads, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +176,7 @@ def test_a_new_record_is_measured_by_being_there(
     ("args", "said"),
     [
         (["--device", "cpu", "--samples", "1"], "--samples 1"),
+        (["--quick", "--ship", "9"], "the figures of --quick are no server's"),
         (["--device", "cpu", "--tokens", "0"], "must be positive, got 0"),
         (["--shape", "63/8"], "invalid choice"),
     ],
