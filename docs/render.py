@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
 from sglang_helix.layout import shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
@@ -17,6 +18,8 @@ DOCS = Path(__file__).parent
 ATTENTIONS: tuple[Attention, ...] = ("GQA", "MLA")
 TP_SIZES = (8, 16)
 MEMORY_GIB = 60
+# Models of docs/when-it-pays.md, bytes of an element of their weights, and its name.
+PAYS = (("DeepSeek-V3", 1, "fp8"), ("Qwen3-235B-A22B", 1, "fp8"), ("Llama-3-70B", 2, "bf16"))
 
 
 def compatibility() -> str:
@@ -76,6 +79,43 @@ exchange.
         for tp_size in TP_SIZES:
             parts.append(f"## {model.name}, {tp_size} ranks ({heads})\n")
             parts.append(table(shape, tp_size, MEMORY_GIB, "bf16") + "\n")
+    return "\n".join(parts)
+
+
+def when_it_pays() -> str:
+    """docs/when-it-pays.md."""
+    parts = [
+        """# When a sharded cache pays
+
+Milliseconds from one token to the next, computed for 8 H200s with `symm` and FA3 by the cost
+model of `python -m sglang_helix layout --model-path DIR --tp 8 --gpu h200` (fp8 weights:
+`--weight-dtype fp8`), which takes your contexts, your concurrency and other GPUs, lists `a2a` and
+`ag_rs` too and plots ([as here, DeepSeek-V3](figures/when-it-pays.png), `--plot`). "3 fit":
+the cache holds no more such requests.
+
+The model is fitted to the servers of [benchmarks.md](benchmarks.md) and within 15% of each of its
+rows; `python -m benchmark.dcp fit docs/figures/serve-*.csv` does it again and prints every row
+beside its prediction. **Eight GPUs were not measured**, nor any but H100 and H200: what is said
+of them follows from 2 and 4, and from the vendors' bandwidths. Two layouts within a few percent
+of one another are equal.
+
+Not worth it: one request of some ten thousand tokens or fewer, and models with as many key-value
+heads as GPUs, which store nothing twice. There plain TP is faster, and simpler.
+"""
+    ]
+    for name, element, says in PAYS:
+        model_config = ModelConfig(str(DOCS / "models" / name))
+        compared = cost.advise(
+            cost.model_of(model_config),
+            8,
+            cost.GPUS["h200"],
+            kv_memory_gib=None,
+            cache_bytes=2,
+            weight_element=element,
+            exchanges=("symm",),
+        )
+        parts.append(f"## {name}, {says} weights, bf16 cache\n")
+        parts.append(cost.advice(compared, (8192, 32768, 131072, 524288), (1, 8, 32)) + "\n")
     return "\n".join(parts)
 
 
@@ -159,6 +199,7 @@ def _listed(names: list[str]) -> str:
 PAGES = {
     "compatibility.md": compatibility,
     "capacity.md": capacity,
+    "when-it-pays.md": when_it_pays,
     "attention-backends.md": attention_backends,
     "status.md": status,
 }

@@ -11,6 +11,7 @@ COMMANDS = {
     "attention": "decode over a shard of the cache, by each adapter beside plain TP's kernels",
     "collectives": "the exchange through real process groups",
     "serve": "whole servers: tensor parallelism beside the layouts of the series",
+    "fit": "the cost model of `layout`, fitted to the figures of `serve`",
 }
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 from sglang_helix.check import MACHINES, check
+
+_GPU_HELP = (
+    "h100, h200, b200, gb200, or TB/s of memory, GB/s to peers, dense bf16 TFLOP/s and GiB: "
+    "4.8,450,989,141"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +37,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     layout.add_argument("--tp", "--tp-size", type=int, required=True, help="N, the number of ranks")
     layout.add_argument(
-        "--kv-memory-gib", type=float, default=40, help="memory of each rank for the cache"
+        "--kv-memory-gib",
+        type=float,
+        help="memory of each rank for the cache; default: 40, with --gpu what the weights leave",
     )
     layout.add_argument("--kv-cache-dtype", choices=("bf16", "fp8", "fp32"), default="bf16")
+    cost = layout.add_argument_group("time per token of every layout, computed")
+    cost.add_argument("--gpu", metavar="NAME|TB/S,GB/S,TFLOPS,GIB", help=_GPU_HELP)
+    cost.add_argument("--contexts", type=int, nargs="+", default=[8192, 131072, 1048576])
+    cost.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], metavar="REQUESTS")
+    cost.add_argument("--weight-dtype", choices=("bf16", "fp8", "fp4"), default="bf16")
+    cost.add_argument("--plot", type=Path, metavar="PNG", help="write a PNG; needs matplotlib")
     options, server = parser.parse_known_args(argv)
     if options.command == "check":
         return print_verdict(server, options.on)
@@ -79,7 +94,7 @@ def print_verdict(argv: list[str], machine: str | None) -> int:
 
 
 def print_layouts(options: argparse.Namespace) -> int:
-    """Print every legal layout of a model; 1 when its configuration cannot be read."""
+    """Print every legal layout of a model, and its time on a GPU that is given; 1: it cannot."""
     from sglang.srt.configs.model_config import ModelConfig
 
     from sglang_helix.layout import shape_of, table
@@ -89,7 +104,34 @@ def print_layouts(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as problem:
         print(f"--model-path {options.model_path}: {problem}", file=sys.stderr)
         return 1
-    print(table(shape_of(model_config), options.tp, options.kv_memory_gib, options.kv_cache_dtype))
+    memory = 40 if options.kv_memory_gib is None else options.kv_memory_gib
+    print(table(shape_of(model_config), options.tp, memory, options.kv_cache_dtype))
+    return print_advice(options, model_config) if options.gpu else 0
+
+
+def print_advice(options: argparse.Namespace, model_config: Any) -> int:
+    """Print, and plot where asked, milliseconds per token of every layout; 1: it cannot."""
+    from sglang_helix import cost
+    from sglang_helix.layout import CACHE_BYTES
+
+    try:
+        compared = cost.advise(
+            cost.model_of(model_config),
+            options.tp,
+            cost.gpu_of(options.gpu),
+            kv_memory_gib=options.kv_memory_gib,
+            cache_bytes=CACHE_BYTES[options.kv_cache_dtype],
+            weight_element={"bf16": 2, "fp8": 1, "fp4": 0.5}[options.weight_dtype],
+        )
+        print("\n" + cost.advice(compared, options.contexts, options.concurrency))
+        if options.plot:
+            cost.plot(compared, options.contexts, options.concurrency, options.plot)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    except ImportError as problem:
+        print(f"--plot {options.plot}: {problem}; pip install matplotlib", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,0 +1,389 @@
+"""What a token costs in each layout: milliseconds by a model fitted to the figures of docs/figures.
+
+A step of decode reads the weights of a rank and its part of the cache; around that stand a fixed
+time for each layer, and, over a sharded cache, the exchange and the gathering of queries:
+
+    step = layers * (layer + mla + exchange + gather) + moe layers * moe
+         + weights / weight bandwidth + layers * attention + sent bytes / link bandwidth
+
+`attention` is a kernel's least time plus the longer of reading its rows and of its arithmetic
+(for MLA with many heads the latter). Bytes are counted from the model's configuration. The rest are
+the parameters of `cost.json`, which `python -m benchmark.dcp fit` writes and refuses to write where
+a measured row is missed by more than 15%. What no figure of docs/figures has seen (other GPUs than
+H100 and H200, more than 4 ranks, fp8) is computed from the vendor's bandwidths.
+
+Units: bytes, microseconds, tokens; results in milliseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sglang_helix.layout import Row, Shape, rows
+from sglang_helix.srt.distributed.topology import Layout
+
+PARAMETERS = Path(__file__).with_name("cost.json")
+
+
+class Gpu(NamedTuple):
+    """A GPU by its vendor's figures: TB/s of memory, GB/s to its peers, dense bf16 TFLOP/s, GiB."""
+
+    memory_tb_s: float
+    link_gb_s: float
+    tflops: float
+    memory_gib: float
+
+
+GPUS = {
+    "h100": Gpu(3.35, 450, 989, 80),
+    "h200": Gpu(4.8, 450, 989, 141),
+    "b200": Gpu(8.0, 900, 2250, 180),
+    "gb200": Gpu(8.0, 900, 2500, 186),
+}
+
+
+def gpu_of(text: str) -> Gpu:
+    """A GPU by its name, or by its four figures with commas between.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text.lower() in GPUS:
+        return GPUS[text.lower()]
+    try:
+        figures = [float(part) for part in text.split(",")]
+        if len(figures) == len(Gpu._fields) and min(figures) > 0:
+            return Gpu(*figures)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"--gpu {text}: give one of {', '.join(GPUS)}, or TB/s of memory, GB/s to peers, dense "
+        "bf16 TFLOP/s and GiB as 4.8,450,989,141"
+    )
+
+
+class Parameters(NamedTuple):
+    """Microseconds a layer, and shares of the vendor's bandwidths and arithmetic."""
+
+    layer: float  # norms, projections' launches, all-reduces
+    mla: float  # what MLA adds to it
+    moe: float  # what a layer of experts adds
+    attention: dict[str, float]  # by backend: the least time of a call
+    exchange: dict[str, float]  # by --dcp-comm-backend
+    gather: float  # of queries, where they are not replicated
+    weights: float
+    cache: float
+    arithmetic: float
+    link: dict[str, float]  # by --dcp-comm-backend
+
+
+class Model(NamedTuple):
+    """What of a model decides a step's time: parameters in elements, of all ranks together."""
+
+    shape: Shape
+    depth: int  # layers, with those that keep no cache
+    queries: int  # parameters of the query projections (MLA: of all heads, from the latent)
+    attention: int  # what else attention reads once, split over ranks
+    copied: int  # what every rank reads whole: MLA's projections to latents, routers
+    dense: int  # parameters of feed-forward layers that every token reads, and of the head
+    experts: int  # parameters of one expert
+    expert_layers: int
+    routed: int  # experts of a layer
+    chosen: int  # of these, by a token
+
+
+def model_of(model_config: Any) -> Model:
+    """A model from SGLang's ModelConfig."""
+    from sglang_helix.layout import shape_of
+
+    shape, text = shape_of(model_config), model_config.hf_text_config
+    hidden, depth, heads = text.hidden_size, model_config.num_hidden_layers, shape.query_heads
+
+    def one_of(*names: str, default: int = 0) -> int:
+        return next((int(v) for name in names if (v := getattr(text, name, None))), default)
+
+    if shape.kv_heads is None:
+        low_rank, latent = one_of("q_lora_rank"), shape.output_width
+        nope, rope, value = text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim
+        queries = (low_rank or hidden) * heads * (nope + rope) + heads * nope * latent
+        attention = heads * value * (latent + hidden)
+        copied = hidden * (low_rank + shape.row_width)
+    else:
+        queries = hidden * heads * shape.query_width
+        attention = heads * shape.output_width * hidden
+        copied = 0
+    routed = one_of("n_routed_experts", "num_local_experts", "num_experts")
+    expert_layers = depth - one_of("first_k_dense_replace") if routed else 0
+    feed_forward = one_of("intermediate_size", "ffn_hidden_size")
+    width = one_of("moe_intermediate_size", "expert_ffn_hidden_size", default=feed_forward)
+    shared = one_of("shared_expert_intermediate_size")
+    shared = shared or width * one_of("n_shared_experts", "num_shared_experts")
+    dense = 3 * hidden * (feed_forward * (depth - expert_layers) + shared * expert_layers)
+    return Model(
+        shape,
+        depth,
+        queries=queries * depth,
+        attention=attention * depth,
+        copied=copied * depth + hidden * routed * expert_layers,
+        dense=dense + hidden * text.vocab_size,
+        experts=3 * hidden * width,
+        expert_layers=expert_layers,
+        routed=routed,
+        chosen=one_of("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+    )
+
+
+@functools.cache
+def fitted() -> Parameters:
+    """The parameters that the package ships."""
+    return Parameters(**json.loads(PARAMETERS.read_text()))
+
+
+class Choice(NamedTuple):
+    """How a server is started: its layout, exchange and where queries come from."""
+
+    row: Row
+    exchange: str  # "" for plain TP
+    replicated: bool
+
+    @property
+    def flags(self) -> str:
+        """On the command line, beside --tp-size."""
+        layout = self.row.layout
+        if layout.kvp_size == 1:
+            return "plain TP"
+        if self.replicated:
+            return f"--attn-tp-size {layout.attn_tp_size} --dcp-comm-backend {self.exchange}"
+        return f"--dcp-size {layout.kvp_size} --dcp-comm-backend {self.exchange}"
+
+
+def weight_bytes(
+    model: Model, layout: Layout, replicated: bool, requests: int | None, element: float
+) -> float:
+    """What a rank reads of its weights for one token of each request; all it holds: None.
+
+    Of a layer's E experts a batch of B tokens, k experts each, reads E * (1 - (1 - k/E)^B), if all
+    are as likely.
+    """
+    ranks, experts = layout.tp_size, 0.0
+    if model.routed:
+        share = model.chosen / model.routed
+        read = 1.0 if requests is None else 1 - (1 - share) ** requests
+        experts = model.expert_layers * model.experts * model.routed * read
+    key_values = 0.0
+    if model.shape.kv_heads is not None:
+        hidden = model.attention / (model.shape.query_heads * model.shape.output_width)
+        key_values = hidden * model.shape.row_width * layout.kv_heads(model.shape.kv_heads)
+    split = model.attention + model.dense + experts
+    queries = model.queries / (layout.attn_tp_size if replicated else ranks)
+    return element * (split / ranks + queries + key_values + model.copied)
+
+
+def step_ms(
+    model: Model,
+    choice: Choice,
+    gpu: Gpu,
+    parameters: Parameters,
+    *,
+    context: int,
+    requests: int,
+    backend: str = "fa3",
+    weight_element: float = 2,
+) -> float:
+    """Milliseconds from one token to the next of `requests` with `context` tokens each."""
+    row, shape = choice.row, model.shape
+    layout, layers = row.layout, shape.layers
+    memory, link = gpu.memory_tb_s * 1e6, gpu.link_gb_s * 1e3  # bytes a microsecond
+    tokens = requests * context / layout.kvp_size
+    read = tokens * row.kv_bytes / layers / (memory * parameters.cache)
+    flops = 2 * tokens * row.query_heads * (shape.query_width + shape.output_width)
+    computed = flops / (gpu.tflops * 1e6 * parameters.arithmetic)
+    layer = parameters.attention[backend] + max(read, computed)
+    if layout.kvp_size > 1:
+        wire = "ag_rs" if choice.exchange == "ag_rs" else "a2a"
+        sent = row.wire_bytes[f"{wire}+q"]
+        layer += parameters.exchange[choice.exchange]
+        layer += requests * sent / (link * parameters.link[choice.exchange])
+        if not choice.replicated:
+            gathered = row.wire_bytes[wire] - sent
+            layer += parameters.gather + requests * gathered / (link * parameters.link["ag_rs"])
+    if shape.kv_heads is None:
+        layer += parameters.mla
+    weights = weight_bytes(model, layout, choice.replicated, requests, weight_element)
+    return (
+        layers * layer
+        + model.depth * parameters.layer
+        + model.expert_layers * parameters.moe
+        + weights / (memory * parameters.weights)
+    ) / 1e3
+
+
+# Of a GPU's memory, what SGLang gives to weights and cache by default on such GPUs, about.
+_STATIC = 0.88
+# The longest context that a crossing point is looked for in.
+_LONGEST = 1 << 24
+
+
+class Advice(NamedTuple):
+    """What is compared: a model on N ranks of one kind of GPU, by each way to serve it."""
+
+    model: Model
+    gpu: Gpu
+    choices: Sequence[Choice]  # plain TP first
+    weight_element: float
+
+    def ms(self, choice: Choice, context: int, requests: int) -> float:
+        """By the shipped parameters."""
+        return step_ms(
+            self.model,
+            choice,
+            self.gpu,
+            fitted(),
+            context=context,
+            requests=requests,
+            weight_element=self.weight_element,
+        )
+
+    def fits(self, choice: Choice, context: int) -> int:
+        """How many requests of that many tokens the cache holds."""
+        return choice.row.kv_tokens // context
+
+    def best(self, context: int, requests: int) -> Choice | None:
+        """The fastest of those that hold the requests."""
+        able = [choice for choice in self.choices if self.fits(choice, context) >= requests]
+        return min(able, key=lambda choice: self.ms(choice, context, requests), default=None)
+
+    def crossing(self, requests: int) -> int | None:
+        """The shortest context from which a sharded cache is faster than plain TP, if any."""
+        plain, *sharded = self.choices
+
+        def wins(context: int) -> bool:
+            fastest = min(self.ms(choice, context, requests) for choice in sharded)
+            return fastest < self.ms(plain, context, requests)
+
+        return _first(wins, _LONGEST) if sharded else None
+
+
+def _first(holds: Callable[[int], bool], last: int) -> int | None:
+    """The least n in 1..last from which `holds`, which does not stop holding; None: none."""
+    if not holds(last):
+        return None
+    low, high = 0, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def advise(
+    model: Model,
+    tp_size: int,
+    gpu: Gpu,
+    *,
+    kv_memory_gib: float | None,
+    cache_bytes: int,
+    weight_element: float = 2,
+    exchanges: Sequence[str] = ("symm", "a2a", "ag_rs"),
+) -> Advice:
+    """Every legal layout by each exchange; `kv_memory_gib`: of each rank, None: what weights leave.
+
+    Raises:
+        ValueError: the weights leave no memory, or N ranks cannot serve the model.
+    """
+
+    def choices() -> Iterator[Choice]:
+        for row in rows(model.shape, tp_size, 0, cache_bytes):
+            sharded = row.layout.kvp_size > 1
+            for replicated in (False, True) if sharded else (False,):
+                memory = kv_memory_gib
+                if memory is None:
+                    held = weight_bytes(model, row.layout, replicated, None, weight_element)
+                    memory = gpu.memory_gib * _STATIC - held / 2**30
+                if memory <= 0:
+                    raise ValueError(
+                        f"--tp {tp_size}: the weights take all of {gpu.memory_gib:g} GiB a rank; "
+                        "give more ranks, --weight-dtype fp8, or --kv-memory-gib"
+                    )
+                tokens = int(memory * 2**30 // row.kv_bytes) * row.layout.kvp_size
+                for exchange in exchanges if sharded else ("",):
+                    yield Choice(row._replace(kv_tokens=tokens), exchange, replicated)
+
+    listed = tuple(choices())
+    if not listed:
+        raise ValueError(f"--tp {tp_size} cannot serve {model.shape.query_heads} query heads")
+    return Advice(model, gpu, listed, weight_element)
+
+
+def length(tokens: int) -> str:
+    """4096 as 4K, 1048576 as 1M."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return str(tokens)
+
+
+def advice(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) -> str:
+    """Milliseconds per token as a Markdown table, and what follows from it, a line each."""
+    places = [(context, count) for count in requests for context in contexts]
+    layout, element = compared.choices[0].row.layout, compared.weight_element
+    held = weight_bytes(compared.model, layout, False, None, element)
+    lines = [
+        f"Weights, counted from config.json: {held / 2**30:.1f} GiB a rank with plain TP. If the "
+        "checkpoint says otherwise, so will the times.",
+        "",
+        "| ms per token, computed | KV tokens | "
+        + " | ".join(f"{count} x {length(context)}" for context, count in places)
+        + " |",
+        "|---" * (len(places) + 2) + "|",
+    ]
+    for choice in compared.choices:
+        cells = (
+            f"{compared.ms(choice, context, count):.2f}"
+            if compared.fits(choice, context) >= count
+            else f"{compared.fits(choice, context)} fit"
+            for context, count in places
+        )
+        tokens = f"{choice.row.kv_tokens:,}"
+        lines.append(f"| {choice.flags} | {tokens} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for context, count in places:
+        best = compared.best(context, count)
+        says = best.flags if best else "no layout holds them"
+        lines.append(f"- {count} x {length(context)}: {says}")
+    for count in requests:
+        crossing = compared.crossing(count)
+        lines.append(
+            f"- With {count} at once a sharded cache is faster than plain TP "
+            + (f"from {length(crossing)} tokens each on." if crossing else "at no length.")
+        )
+    return "\n".join(lines)
+
+
+def plot(compared: Advice, contexts: Sequence[int], requests: Sequence[int], path: Path) -> None:
+    """Milliseconds per token over context as a PNG, a panel for each number of requests.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
+
+    figure = Figure(figsize=(5 * len(requests), 4), layout="constrained")
+    for place, count in enumerate(requests):
+        axes = figure.add_subplot(1, len(requests), place + 1)
+        for choice in compared.choices:
+            if choice.exchange in ("", "symm"):
+                held = [n for n in contexts if compared.fits(choice, n) >= count]
+                style = {"color": "black"} if not choice.exchange else {}
+                axes.plot(
+                    held, [compared.ms(choice, n, count) for n in held], label=choice.flags, **style
+                )
+        axes.set(xscale="log", xlabel="context of each request, tokens", ylim=(0, None))
+        axes.set(title=f"{count} at once", ylabel="ms per token, computed")
+        axes.set_xticks(contexts, [length(n) for n in contexts])
+        axes.minorticks_off()
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,193 @@
+"""The cost model of ``layout --gpu``: against what was measured, published, and counted by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from scipy.optimize import least_squares
+from sglang_helix import cost
+from sglang_helix.__main__ import main
+from sglang_helix.layout import rows
+
+from benchmark.dcp import fit
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "benchmark/dcp/models"
+FIGURES = sorted((ROOT / "docs/figures").glob("serve-*.csv"))
+LITE = "benchmark/dcp/models/DeepSeek-V2-Lite"
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_every_measured_server_is_met(path: Path) -> None:
+    figures = fit.measured(path)
+    assert figures
+    for row in figures:
+        assert row.predicted(cost.fitted()) == pytest.approx(row.ms, rel=fit.BOUND), row
+
+
+def test_the_published_table_has_this_form() -> None:
+    """16 GB200s, DeepSeek-V2-Lite, 8 requests, by another engine: its constants, our formula.
+
+    Eight figures, four of them constants: a layer's fixed time, the two exchanges, bandwidth.
+    """
+    published = {
+        "": {256: 22.29, 512: 33.77},  # plain TP does not hold 8 x 1M
+        "ag_rs": {256: 15.36, 512: 15.97, 1024: 17.57},
+        "a2a": {256: 14.27, 512: 15.05, 1024: 16.64},
+    }
+    model = fit.model(LITE)
+    by_k = {row.layout.kvp_size: row for row in rows(model.shape, 16, 0, 2)}
+
+    def errors(constants: list[float]) -> list[float]:
+        layer, ag_rs, a2a, bandwidth = constants
+        parameters = cost.fitted()._replace(
+            layer=layer, exchange={"ag_rs": ag_rs, "a2a": a2a}, gather=0, cache=bandwidth
+        )
+        return [
+            cost.step_ms(
+                model,
+                cost.Choice(by_k[16 if name else 1], name, False),
+                cost.GPUS["gb200"],
+                parameters,
+                context=context * 1024,
+                requests=8,
+            )
+            / ms
+            - 1
+            for name, by_context in published.items()
+            for context, ms in by_context.items()
+        ]
+
+    found = least_squares(errors, [300, 100, 100, 0.7])
+    assert max(map(abs, errors(found.x))) < 0.03
+
+
+def test_shipped_parameters_are_what_fit_writes(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    assert fit.main([*map(str, FIGURES), "--out", str(out)]) == 0
+    anew = json.loads(out.read_text())
+    assert anew.keys() == cost.fitted()._asdict().keys()
+    for name, value in cost.fitted()._asdict().items():
+        assert anew[name] == pytest.approx(value, rel=0.02), name
+
+
+def test_fit_refuses_what_it_misses(tmp_path: Path) -> None:
+    path, out = tmp_path / "serve-wrong.csv", tmp_path / "cost.json"
+    head, first, *rest = (ROOT / "docs/figures/serve-h200x2-llama-8b.csv").read_text().splitlines()
+    cells = dict(zip(head.split(","), first.split(","), strict=True))
+    cells["tpot_median_ms"] = str(2 * float(cells["tpot_median_ms"]))
+    path.write_text("\n".join([head, ",".join(cells.values()), *rest]) + "\n")
+    assert fit.main([str(path), "--out", str(out)]) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "billions"),
+    # Published sizes, less the table of embeddings, which no step reads.
+    [
+        (MODELS / "Llama-3-8B", 8.03 - 0.525),
+        (MODELS / "DeepSeek-V2-Lite", 15.7 - 0.21),
+        (ROOT / "docs/models/DeepSeek-V3", 671 - 0.93),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_weights_are_counted(path: Path, billions: float) -> None:
+    model = fit.model(str(path))
+    plain = next(iter(rows(model.shape, 1, 0, 2)))
+    held = cost.weight_bytes(model, plain.layout, False, None, 1)
+    assert held / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_a_batch_reads_the_experts_it_chooses() -> None:
+    model = fit.model(LITE)
+    plain = next(iter(rows(model.shape, 1, 0, 2)))
+    read = [cost.weight_bytes(model, plain.layout, False, n, 1) for n in (1, 2, 10**6)]
+    chosen = model.expert_layers * model.experts * model.chosen
+    assert read[1] - read[0] == pytest.approx(chosen * (1 - 6 / 64))
+    assert read[2] == cost.weight_bytes(model, plain.layout, False, None, 1)
+
+
+def advice_for(name: str, tp_size: int, **options: float) -> cost.Advice:
+    given = {"kv_memory_gib": None, "cache_bytes": 2, **options}
+    return cost.advise(
+        fit.model(f"benchmark/dcp/models/{name}"), tp_size, cost.GPUS["h200"], **given
+    )
+
+
+def test_the_crossing_is_where_the_lines_cross() -> None:
+    compared = advice_for("DeepSeek-V2-Lite", 4)
+    for requests in (1, 8):
+        crossing = compared.crossing(requests)
+        assert crossing is not None
+        plain, *sharded = compared.choices
+        for context, wins in ((crossing - 1, False), (crossing, True)):
+            fastest = min(compared.ms(choice, context, requests) for choice in sharded)
+            assert (fastest < compared.ms(plain, context, requests)) == wins
+        # Four H200s broke even between 8K and 128K with one request, and at 8K with eight.
+        assert 2048 < crossing < (131072 if requests == 1 else 16384)
+
+
+def test_where_no_copies_are_stored_plain_tp_is_advised() -> None:
+    compared = advice_for("Llama-3-8B", 2)
+    best = compared.best(4096, 1)
+    assert best is not None
+    assert best.flags == "plain TP"
+    assert compared.crossing(1) is None
+    assert "at no length" in cost.advice(compared, [4096], [1])
+
+
+def test_capacity_is_what_the_weights_leave() -> None:
+    compared = advice_for("Qwen3-235B-shard", 2)
+    plain = compared.choices[0]
+    # A server of this shape held 2.6 million tokens in 115 GiB of each of four such GPUs, half.
+    assert plain.row.kv_tokens == pytest.approx(2.57e6, rel=0.05)
+    for choice in compared.choices[1:]:
+        lost = plain.row.kv_tokens * 2 / choice.row.kv_tokens
+        assert 1 <= lost < 1.03  # replicated queries take memory
+    with pytest.raises(ValueError, match="--tp 2: the weights take all of 141 GiB"):
+        advice_for("DeepSeek-V3-8-layers", 2, weight_element=20)
+
+
+def test_the_command_advises(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["layout", "--model-path", str(MODELS / "DeepSeek-V2-Lite"), "--tp", "4"]
+    more = ["--contexts", "8192", "1048576", "--concurrency", "1", "8"]
+    assert main([*command, *more, "--gpu", "h200"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert any(line.startswith("| plain TP |") and line.endswith("| 3 fit |") for line in lines)
+    assert any(line.startswith("| --dcp-size 4 --dcp-comm-backend symm |") for line in lines)
+    assert any(line.startswith("- 1 x 1M: --") for line in lines)
+    assert "With 8 at once a sharded cache is faster than plain TP from " in out
+    assert main([*command, *more, "--gpu", "4.8,450,989,141"]) == 0
+    assert capsys.readouterr().out == out
+    png = tmp_path / "advice.png"
+    written = main([*command, "--gpu", "h200", "--plot", str(png)]) == 0
+    assert written == png.exists()
+    assert written or "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", ["h300", "4.8,450", "1,2,3,x", "0,1,1,1"])
+def test_a_gpu_that_is_none_is_refused(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["layout", "--model-path", str(MODELS / "Llama-3-8B"), "--tp", "2", "--gpu", gpu]
+    assert main(command) == 1
+    assert f"--gpu {gpu}: give one of h100, h200" in capsys.readouterr().err
+
+
+def test_mla_of_many_heads_is_bound_by_arithmetic() -> None:
+    model = fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers")
+    *_, widest = rows(model.shape, 4, 0, 2)
+    times = [
+        cost.step_ms(
+            model,
+            cost.Choice(widest, "symm", False),
+            cost.GPUS["h200"]._replace(tflops=tflops),
+            cost.fitted(),
+            context=1 << 20,
+            requests=8,
+        )
+        for tflops in (989, math.inf)
+    ]
+    assert times[0] > 1.2 * times[1]
