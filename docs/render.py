@@ -10,7 +10,7 @@ from pathlib import Path
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
-from sglang_helix.layout import shape_of, table
+from sglang_helix.layout import CACHE_BYTES, Shape, rows, shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
 from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen
 
@@ -24,8 +24,8 @@ PAYS = (("DeepSeek-V3", 1, "fp8"), ("Qwen3-235B-A22B", 1, "fp8"), ("Llama-3-70B"
 
 def compatibility() -> str:
     """docs/compatibility.md."""
-    rows = io.StringIO()
-    with contextlib.redirect_stdout(rows):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         print_compatibility()
     return f"""# Who serves what beside a sharded cache
 
@@ -52,7 +52,7 @@ while GQA and MHA answer wrongly unless the ranks of a group hold the same heads
 and is *wrong*, or crashes; *refuses* it; *lacks* it. Files and tests named there are SGLang's
 (files below `sglang/srt`): read, not run; no GPU test of this project covers them.
 
-{rows.getvalue()}"""
+{printed.getvalue()}"""
 
 
 def capacity() -> str:
@@ -79,6 +79,7 @@ exchange.
         for tp_size in TP_SIZES:
             parts.append(f"## {model.name}, {tp_size} ranks ({heads})\n")
             parts.append(table(shape, tp_size, MEMORY_GIB, "bf16") + "\n")
+            parts.append(with_a_draft(shape, tp_size))
     return "\n".join(parts)
 
 
@@ -119,9 +120,25 @@ heads as GPUs, which store nothing twice. There plain TP is faster, and simpler.
     return "\n".join(parts)
 
 
+def with_a_draft(shape: Shape, tp_size: int) -> str:
+    """What a draft model of one layer of the same heads (MTP, EAGLE3) leaves of the gain."""
+    pairs = zip(
+        rows(shape, tp_size, 0, CACHE_BYTES["bf16"]),
+        rows(shape, tp_size, 0, CACHE_BYTES["bf16"], shape._replace(layers=1)),
+        strict=True,
+    )
+    cells = [
+        f"{drafted.ratio:.2f}x at `--dcp-size {row.layout.kvp_size}` "
+        f"(+{drafted.kv_bytes / row.kv_bytes - 1:.1%} memory)"
+        for row, drafted in pairs
+        if row.layout.kvp_size > 1
+    ]
+    return f"With one draft layer, whole on every rank, beside plain TP: {', '.join(cells)}.\n"
+
+
 def attention_backends() -> str:
     """docs/attention-backends.md."""
-    rows = []
+    lines = []
     for record in ADAPTERS:
         serves = [
             "adapter" if record.own_class(kind) else "own" if record.classes(kind) else ""
@@ -133,13 +150,14 @@ def attention_backends() -> str:
         if record.mla_majors:
             needs.append(f"{_majors(record.mla_majors)} for MLA")
         needs += [f"no fp8 cache for {kind}: {reason}" for kind, reason in record.no_fp8.items()]
+        needs += [f"no drafts for {kind}: {reason}" for kind, reason in record.no_drafts.items()]
         if record.pages:
             needs.append(f"pages of {' or '.join(map(str, record.pages))}")
         if record.unseen:
             kinds = " and ".join(record.unseen)
             needs.append(f"**not seen on a GPU** with {kinds}: only where it is named")
         base = "2" if record.base2 else "e"
-        rows.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
+        lines.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
     return (
         """# Attention backends under a sharded cache
 
@@ -152,7 +170,7 @@ the log says so. "own": complete upstream, with the series' exchange. To add one
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
 |---|---|---|---|---|
 """
-        + "\n".join(rows)
+        + "\n".join(lines)
         + "\n"
     )
 
@@ -170,7 +188,7 @@ def status() -> str:
         for kind in filter(record.classes, ATTENTIONS):
             cells = [
                 "refused"
-                if feature == "fp8" and kind in record.no_fp8
+                if kind in {"fp8": record.no_fp8, "verify": record.no_drafts}.get(feature, ())
                 else "✓"
                 if feature in seen(record.name, kind, place)
                 else ""

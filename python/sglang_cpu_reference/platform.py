@@ -62,6 +62,10 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
         """Slots of the draft tokens, upstream a Triton kernel."""
         return speculative.extend_cache_locs
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Whether drafts of this kind are served."""
+        return algorithm in speculative.ALGORITHMS
+
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         """The CPU, for every rank; asked once SGLang's plugins are loaded, before any group."""
         from sglang_cpu_reference import plugin

@@ -32,6 +32,8 @@ def register() -> None:
         HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
+    for target, wrapper in speculative.AROUND.items():
+        HookRegistry.register(target, wrapper, HookType.AROUND)
     HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
     HookRegistry.register(_EXPERTS, _experts_of_this_rank, HookType.AROUND)
     speculative.install()
@@ -166,7 +168,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 def verify() -> None:
     """Stop the process unless every hook took; called in each rank before it builds a group."""
-    missing = sorted({*_REPLACED, _HOST_POOL, _EXPERTS} - HookRegistry._patched)
+    hooked = {*_REPLACED, *speculative.AROUND, _HOST_POOL, _EXPERTS}
+    missing = sorted(hooked - HookRegistry._patched)
     if missing:
         raise SystemExit(
             f"SGLANG_PLATFORM=cpu_reference: hooks not applied: {', '.join(missing)}; install the "

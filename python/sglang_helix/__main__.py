@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     cost.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], metavar="REQUESTS")
     cost.add_argument("--weight-dtype", choices=("bf16", "fp8", "fp4"), default="bf16")
     cost.add_argument("--plot", type=Path, metavar="PNG", help="write a PNG; needs matplotlib")
+    layout.add_argument(
+        "--draft-model-path", help="a draft model's directory; of MTP layers, the model's own"
+    )
     options, server = parser.parse_known_args(argv)
     if options.command == "check":
         return print_verdict(server, options.on)
@@ -97,15 +100,17 @@ def print_layouts(options: argparse.Namespace) -> int:
     """Print every legal layout of a model, and its time on a GPU that is given; 1: it cannot."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    from sglang_helix.layout import shape_of, table
+    from sglang_helix.layout import draft_shape_of, shape_of, table
 
+    draft = options.draft_model_path
     try:
         model_config = ModelConfig(options.model_path)
+        drafted = draft_shape_of(draft) if draft else None
     except (OSError, ValueError) as problem:
         print(f"--model-path {options.model_path}: {problem}", file=sys.stderr)
         return 1
     memory = 40 if options.kv_memory_gib is None else options.kv_memory_gib
-    print(table(shape_of(model_config), options.tp, memory, options.kv_cache_dtype))
+    print(table(shape_of(model_config), options.tp, memory, options.kv_cache_dtype, drafted))
     return print_advice(options, model_config) if options.gpu else 0
 
 

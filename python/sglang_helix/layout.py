@@ -36,7 +36,7 @@ class Row(NamedTuple):
     query_heads: int  # attended by a rank, over its tokens
     own_heads: int  # of the result that a rank ends with
     kv_heads: int  # cached by a rank
-    kv_bytes: int  # per cached token of a rank, all layers
+    kv_bytes: int  # per cached token of a rank, all layers, and K tokens of a draft model
     kv_tokens: int  # of the whole KVP group, in the given memory of each rank
     ratio: float  # kv_tokens over plain TP's
     collectives: dict[str, int]  # per layer and decode step, with the output all-reduce
@@ -57,11 +57,29 @@ def shape_of(model_config: Any) -> Shape:
     return Shape(heads, kv_heads, key, value, key + value, layers)
 
 
-def rows(shape: Shape, tp_size: int, memory: float, cache_bytes: int) -> Iterator[Row]:
-    """Every legal layout of N = tp_size ranks; `memory`: bytes of each rank for the cache."""
+def draft_shape_of(model_path: str) -> Shape:
+    """The shape of a draft: a model, or the layers that a model brings to draft with (MTP)."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    config = ModelConfig(model_path, is_draft_model=True)
+    layers = getattr(config, "num_nextn_predict_layers", None) or config.num_hidden_layers
+    return shape_of(config)._replace(layers=layers)
+
+
+def rows(
+    shape: Shape, tp_size: int, memory: float, cache_bytes: int, draft: Shape | None = None
+) -> Iterator[Row]:
+    """Every legal layout of N = tp_size ranks; `memory`: bytes of each rank for the cache.
+
+    draft: a draft model's, whose cache every rank has whole, for its share of plain TP's heads.
+    """
+    plain = Layout(tp_size, 1)
+    drafted = 0 if draft is None else _kv_bytes(draft, plain, cache_bytes)
+    in_plain_tp = _kv_bytes(shape, plain, cache_bytes) + drafted
     for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
         held = 1 if shape.kv_heads is None else layout.kv_heads(shape.kv_heads)
-        kv_bytes = held * shape.row_width * shape.layers * cache_bytes
+        own = _kv_bytes(shape, layout, cache_bytes)
+        kv_bytes = own + drafted * layout.kvp_size
         yield Row(
             layout,
             query_heads=shape.query_heads // layout.attn_tp_size,
@@ -69,10 +87,16 @@ def rows(shape: Shape, tp_size: int, memory: float, cache_bytes: int) -> Iterato
             kv_heads=held,
             kv_bytes=kv_bytes,
             kv_tokens=int(memory // kv_bytes) * layout.kvp_size,
-            ratio=layout.capacity_ratio(shape.kv_heads),
+            ratio=in_plain_tp * layout.kvp_size / kv_bytes,
             collectives=_collectives(layout),
             wire_bytes=_wire_bytes(shape, layout),
         )
+
+
+def _kv_bytes(shape: Shape, layout: Layout, cache_bytes: int) -> int:
+    """Of a cached token of a rank, all layers."""
+    held = 1 if shape.kv_heads is None else layout.kv_heads(shape.kv_heads)
+    return held * shape.row_width * shape.layers * cache_bytes
 
 
 def _collectives(layout: Layout) -> dict[str, int]:
@@ -100,8 +124,10 @@ def _wire_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
     return {"a2a": gather + a2a, "a2a+q": a2a, "ag_rs": gather + ag_rs, "ag_rs+q": ag_rs}
 
 
-def table(shape: Shape, tp_size: int, memory_gib: float, cache_dtype: str) -> str:
-    """The layouts as a Markdown table."""
+def table(
+    shape: Shape, tp_size: int, memory_gib: float, cache_dtype: str, draft: Shape | None = None
+) -> str:
+    """The layouts as a Markdown table; with the cache of a draft model, if one is given."""
     lines = [
         "| --attn-tp-size | --dcp-size | query heads: attended, own | K/V heads | KV KiB per token "
         f"and rank | KV tokens in {memory_gib:g} GiB a rank | beside plain TP | collectives per "
@@ -109,7 +135,7 @@ def table(shape: Shape, tp_size: int, memory_gib: float, cache_dtype: str) -> st
         "token: a2a or symm, ag_rs (gathered / replicated) |",
         "|" + "---|" * 9,
     ]
-    for row in rows(shape, tp_size, memory_gib * 2**30, CACHE_BYTES[cache_dtype]):
+    for row in rows(shape, tp_size, memory_gib * 2**30, CACHE_BYTES[cache_dtype], draft):
         calls, sent = row.collectives, {k: v / 1024 for k, v in row.wire_bytes.items()}
         kv_heads = "latent" if shape.kv_heads is None else str(row.kv_heads)
         lines.append(

@@ -33,10 +33,19 @@ ASKED: dict[str, dict[str, Any]] = {
     "upstream's KV cache sharding": {"args": {"enable_kv_cache_sharding": True}},
     "diffusion language models": {"args": {"dllm_algorithm": "LowConfidence"}},
     "unified memory pool of GQA and MHA models": {"args": {"enable_unified_memory": True}},
+    "other kinds of drafts": {"args": {"speculative_algorithm": "UNO"}},
+    "hierarchical cache with draft models": {
+        "args": {"enable_hierarchical_cache": True},
+        "beside": {"speculative_algorithm": "EAGLE"},
+    },
     "LMCache": {"args": {"enable_lmcache": True}},
     "other accelerators": {"platform": {"is_musa": True}},
     "head-major cache layout": {"env": {"SGLANG_USE_HND_KVCACHE": "1"}},
     "captured preparation of decode graphs": {"env": {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"}},
+    "preparation of verify passes on a stream of its own": {
+        "env": {"SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "1"},
+        "beside": {"speculative_algorithm": "EAGLE"},
+    },
     "skipped softmax in decode": {
         "env": {"SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR": "0.5"},
         "beside": {"attention_backend": "trtllm_mla"},

@@ -367,6 +367,12 @@ def test_a_chunk_holds_a_widened_page(resolved: Resolve, chunk: int, fits: bool)
 # Rows of the compatibility table, as a user would ask for them.
 
 UPSTREAM = "SGLang refuses it first"
+EAGLE = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
 # Feature: flags, and how the error begins where it is not the row's own.
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "prefill chunk shorter than a widened page": ({"chunked_prefill_size": 1}, ""),
@@ -379,16 +385,36 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"enable_kv_cache_sharding": True, "disaggregation_mode": "prefill"},
         UPSTREAM,
     ),
-    "draft models of other GQA and MHA models": ({"speculative_algorithm": "EAGLE"}, ""),
-    "n-gram drafts of MLA models": (
+    "other kinds of drafts": ({"speculative_algorithm": "UNO"}, UPSTREAM),
+    "drafts whose number adapts": ({"speculative_adaptive": True, **EAGLE}, ""),
+    "several draft layers that are models of their own": (
+        {"enable_multi_layer_eagle": True, **EAGLE},
+        "",
+    ),
+    "drafts accepted by rejection sampling": (
+        {"speculative_use_rejection_sampling": True, **EAGLE},
+        "",
+    ),
+    "draft models in pipeline stages": ({"pp_size": 2, **EAGLE}, ""),
+    "hierarchical cache with draft models": (
+        {"enable_hierarchical_cache": True, **EAGLE},
+        UPSTREAM,
+    ),
+    "trees of drafts read by other backends than triton": (
         {
-            "speculative_algorithm": "NGRAM",
-            "page_size": 1,
-            "cuda_graph_backend_decode": "disabled",
+            "speculative_eagle_topk": 2,
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": 2,
+            "speculative_num_draft_tokens": 5,
+            "speculative_draft_attention_backend": "fa3",
         },
         "",
     ),
-    "n-gram drafts verified in CUDA graphs": (
+    "drafts in prefill-decode disaggregation": (
+        {"disaggregation_mode": "decode", **EAGLE},
+        "",
+    ),
+    "drafts verified in CUDA graphs": (
         {"cuda_graph_backend_decode": "full", "speculative_algorithm": "NGRAM", "page_size": 1},
         "",
     ),
@@ -450,7 +476,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
 # Of MLA, SGLang serves the first by itself (test_verdicts.py), and the series the others.
 SGLANGS_OWN_FOR_MLA = {
     "other attention data parallelism",
-    "draft models of other GQA and MHA models",
+    "other kinds of drafts",
     "prefill-decode disaggregation of GQA and MHA models",
     "unified memory pool of GQA and MHA models",
     "LoRA of GQA and MHA models",
@@ -462,7 +488,6 @@ GQA_ALONE = {
 }
 WORKS_FOR_GQA = {
     "mixed chunk of MLA models",
-    "n-gram drafts of MLA models",
     "weights of MLA models kept on the CPU",
     "groups of layers of MLA models kept on the CPU",
 }
@@ -471,6 +496,7 @@ ELSEWHERE = {
     "other accelerators",
     "head-major cache layout",
     "captured preparation of decode graphs",
+    "preparation of verify passes on a stream of its own",
     "skipped softmax in decode",
     "beam search",
     "one-kernel exchange without NVIDIA GPUs",

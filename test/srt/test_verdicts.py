@@ -27,7 +27,7 @@ from srt.fresh import Fresh
 from srt.test_server_args import LATENT, SMALL, SPARSE
 
 HYBRID = "hybrid linear attention of MLA models, of Qwen3.5 and where A is a multiple of KV heads"
-DRAFTS = "draft models of MLA models and Qwen3.5"
+DRAFTS = "DSPARK and what cutedsl_mla verifies, of MLA models, and draft models of DSA and Qwen3.5"
 DSA = "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5) on Blackwell and NPUs"
 PD = "prefill-decode disaggregation of MLA models by NIXL, Mori, or beside more of its flags"
 NIXL = {"disaggregation_transfer_backend": "nixl"}
@@ -267,8 +267,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "verified by flashinfer": (
         "Blackwell",
-        "deepseek_v2",
-        EAGLE,
+        "kimi_linear",
+        {**EAGLE, "attention_backend": "flashinfer"},
         (f"--attention-backend flashinfer {ALONE}", "Use --attention-backend cutedsl_mla"),
     ),
     **{

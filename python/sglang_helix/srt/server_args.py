@@ -253,7 +253,7 @@ def _backends_to_choose(situation: Situation) -> list[str]:
         record.name
         for record in serving(situation.attention)
         if record.is_chosen_on(get_platform(), situation.attention)
-        and not _cache_refusal(record, situation)
+        and not _refusal(record, situation)
     ]
 
 
@@ -271,7 +271,7 @@ def _backend_refusals(
 
     attention, (flag, size) = situation.attention, situation.sharded_by
     records = [r for r in serving(attention) if r.runs_on(get_platform(), attention)]
-    fit = {record.name: _cache_refusal(record, situation) for record in records}
+    fit = {record.name: _refusal(record, situation) for record in records}
     instead = ", ".join(name for name, refusal in fit.items() if not refusal)
     reasons = []
     for half, backend in _halves(backends):
@@ -327,13 +327,17 @@ def _halves(backends: tuple[str, str]) -> list[tuple[str, str]]:
     return list(zip(("prefill-attention", "decode-attention"), backends, strict=True))
 
 
-def _cache_refusal(record: Adapter, situation: Situation) -> str:
-    """Why a backend cannot read the cache as it is asked for; empty where it can."""
+def _refusal(record: Adapter, situation: Situation) -> str:
+    """Why a backend cannot serve the cache and the drafts that are asked for; empty if it can."""
     args, (flag, size) = situation.args, situation.sharded_by
     what = f"for {'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}"
     reason = record.no_fp8.get(situation.attention)
     if reason and str(args.kv_cache_dtype).startswith("fp8"):
         return f"does not read --kv-cache-dtype {args.kv_cache_dtype} {what} ({reason})"
+    reason = record.no_drafts.get(situation.attention)
+    if reason and args.speculative_algorithm:
+        asked = f"--speculative-algorithm {args.speculative_algorithm}"
+        return f"does not verify the drafts of {asked} {what} ({reason})"
     if record.pages and args.page_size not in record.pages:
         sizes = " or ".join(map(str, record.pages))
         return f"takes --page-size {sizes}, not {args.page_size}, {what}"

@@ -21,11 +21,13 @@ class Answer(NamedTuple):
     """A request's completion, how many tokens of its prompt the prefix cache had, and its end.
 
     finish: SGLang's own account, as its HTTP answers have it ("type", "message", "status_code").
+    drafts: how many were right, and how many passes of the model verified some.
     """
 
     completion: Completion
     cached_tokens: int
     finish: dict[str, Any]
+    drafts: tuple[int, int]
 
 
 class Report(NamedTuple):
@@ -127,12 +129,18 @@ def answer_to(request: Any) -> Answer:
     """What a request of a scheduler has been answered."""
     logprob = request.logprob
     top = zip(logprob.output_top_logprobs_idx, logprob.output_top_logprobs_val, strict=True)
+    tokens = list(request.output_ids_through_stop)  # a verify pass may go on behind it
     completion = Completion(
-        list(request.output_ids),
-        logprob.output_token_logprobs_val,
-        [list(zip(tokens, values, strict=True)) for tokens, values in top],
+        tokens,
+        logprob.output_token_logprobs_val[: len(tokens)],
+        [list(zip(*entries, strict=True)) for entries in top][: len(tokens)],
     )
-    return Answer(completion, request.cached_tokens, request.finished_reason.to_json())
+    return Answer(
+        completion,
+        request.cached_tokens,
+        request.finished_reason.to_json(),
+        (request.spec_num_correct_drafts, request.spec_verify_ct),
+    )
 
 
 def generate_request(name: str, prompt: Sequence[int], new_tokens: int, **fields: Any) -> Any:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check, prompt
+from srt.fresh import Fresh
+from srt.models import serving
 from srt.test_end_to_end import everything_is_free, serve
 
 NEW_TOKENS = 6
@@ -16,6 +18,23 @@ needs_compiler = pytest.mark.skipif(
     not (shutil.which("ninja") and shutil.which("c++")),
     reason="SGLang compiles its n-gram corpus, with ninja and a C++ compiler",
 )
+
+
+@needs_compiler
+def test_drafts_of_mla(ready: Fresh, tmp_path: Path) -> None:
+    """As below, in schedulers without a server."""
+    checkpoint = make_checkpoint("deepseek_v2", tmp_path / "mla", num_hidden_layers=2)
+    flags = (
+        *("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs", "--page-size", "1"),
+        *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6"),
+        *("--speculative-ngram-max-bfs-breadth", "4", "--speculative-ngram-capacity", "10000"),
+    )
+    batches = [*([prompt(length)] for length in LENGTHS), [prompt(length) for length in LENGTHS]]
+    for report in serving.serve(ready, checkpoint, 2, flags, batches, NEW_TOKENS):
+        for prompts, answers in zip(batches, report.answers, strict=True):
+            for tokens, answer in zip(prompts, answers, strict=True):
+                check(checkpoint, tokens, answer, NEW_TOKENS)
+        assert all(answer.drafts[0] > NEW_TOKENS // 2 for answer in report.answers[-1])
 
 
 @pytest.mark.server

@@ -9,11 +9,12 @@ from sglang_helix.srt.compatibility.verdict import verdict_of
 
 
 def resolve_hicache_dcp_compatibility(original: Callable[[Any], None], server_args: Any) -> None:
-    """Upstream's check, but for GQA that the series serves: it has a host pool for that.
+    """Upstream's check, but for GQA without a draft model that the series serves.
 
     Everything else that upstream refuses here for both is in the compatibility table.
     """
-    from sglang.srt.arg_groups.overrides import use_mla_backend
+    from sglang.srt.arg_groups.overrides import resolving_view, use_mla_backend
 
-    if use_mla_backend(server_args) or verdict_of(server_args).kind != "works":
+    drafts = resolving_view(server_args).speculative_algorithm not in (None, "NGRAM")
+    if use_mla_backend(server_args) or drafts or verdict_of(server_args).kind != "works":
         original(server_args)

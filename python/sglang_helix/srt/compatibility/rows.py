@@ -214,30 +214,63 @@ def _decode_graph_in_pieces(situation: Situation) -> object | None:
     return None if backend == "full" else backend
 
 
+# NEXTN is another name of EAGLE.
+_DRAFT_MODELS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+
+
 def _draft_model(situation: Situation, *, own: bool) -> object | None:
+    """A draft model that SGLang serves beside a sharded cache, or one that it does not."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of
     from sglang.srt.configs.model_config import is_qwen3_5
 
     asked = situation.args.speculative_algorithm
-    sharded = situation.mla or is_qwen3_5(situation.model.hf_config)
-    return None if asked == "NGRAM" or sharded != own else asked
+    if asked in (None, "NGRAM"):
+        return None
+    verified = asked not in _DRAFT_MODELS or "cutedsl_mla" in attention_backends_of(situation.args)
+    served = situation.dsa or is_qwen3_5(situation.model.hf_config) or (situation.mla and verified)
+    return asked if served == own else None
 
 
 def _draft_of_sglang(situation: Situation) -> object | None:
     return _draft_model(situation, own=True)
 
 
-def _draft_of_gqa(situation: Situation) -> object | None:
-    return _draft_model(situation, own=False)
+def _other_draft(situation: Situation) -> object | None:
+    asked = _draft_model(situation, own=False)
+    return None if asked in _DRAFT_MODELS else asked
 
 
-def _ngram_of_mla(situation: Situation) -> object | None:
-    asked = situation.args.speculative_algorithm
-    return asked if asked == "NGRAM" and situation.mla else None
+def _drafts(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
+    return lambda situation: given(situation) if situation.args.speculative_algorithm else None
 
 
-def _ngram_graph(situation: Situation) -> object | None:
-    ngram = situation.args.speculative_algorithm == "NGRAM"
-    return _graph(situation, "decode") if ngram else None
+def _draft_models(
+    given: Callable[[Situation], object | None],
+) -> Callable[[Situation], object | None]:
+    asked = _drafts(given)
+    return lambda situation: (
+        None if situation.args.speculative_algorithm == "NGRAM" else asked(situation)
+    )
+
+
+def _tree(situation: Situation) -> object | None:
+    """Trees of drafts, unless a backend reads them whose pages are known to be the allocator's."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    args = situation.args
+    topk = args.speculative_eagle_topk
+    names = {args.speculative_draft_attention_backend} - {None} or {*attention_backends_of(args)}
+    return topk if topk and topk > 1 and not names <= {"triton", "torch_native"} else None
+
+
+def _plan_stream(situation: Situation) -> object | None:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get()) or None
+
+
+def _decode_graph(situation: Situation) -> object | None:
+    return _graph(situation, "decode")
 
 
 def _mla(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
@@ -395,7 +428,8 @@ def _verify_without_lse(situation: Situation) -> object | None:
     from sglang.srt.arg_groups.overrides import attention_backends_of
 
     args = situation.args
-    if not _platform("cuda") or situation.dsa or not _mla(_draft_of_sglang)(situation):
+    drafts = args.speculative_algorithm not in (None, "NGRAM")
+    if not _platform("cuda") or situation.dsa or not (situation.mla and drafts):
         return None
     verify = attention_backends_of(args)[args.speculative_attention_mode == "decode"]
     return None if verify == "cutedsl_mla" else verify
@@ -497,7 +531,15 @@ TABLE: tuple[Row, ...] = (
         "n-gram drafts",
         "--speculative-algorithm NGRAM",
         "works",
-        "answers are transformers', GQA, accepted drafts asserted; without CUDA graphs",
+        "answers are transformers', GQA and MLA, accepted drafts asserted; without CUDA graphs",
+        alone="starts",
+    ),
+    Row(
+        "EAGLE, EAGLE3, MTP (NEXTN) and draft models of their own (STANDALONE)",
+        "--speculative-algorithm",
+        "works",
+        "answers are transformers', GQA and MLA, as many drafts right as without --dcp-size; "
+        "without CUDA graphs",
         alone="starts",
     ),
     Row("no prefix cache", "--disable-radix-cache", "works", "answers are transformers', MLA"),
@@ -635,7 +677,7 @@ TABLE: tuple[Row, ...] = (
         alone="refuses",
     ),
     Row(
-        "draft models of MLA models and Qwen3.5",
+        "DSPARK and what cutedsl_mla verifies, of MLA models, and draft models of DSA and Qwen3.5",
         "--speculative-algorithm",
         "own",
         "EAGLE and MTP of top-k 1 and DSPARK; MLA verified by cutedsl_mla, DSA by trtllm",
@@ -645,28 +687,86 @@ TABLE: tuple[Row, ...] = (
         "models/qwen3_5.py",
     ),
     Row(
-        "draft models of other GQA and MHA models",
+        "other kinds of drafts",
         "--speculative-algorithm",
         "refused",
-        "draft models attend with caches and metadata of their own, none of them by owner",
-        "Use NGRAM, or leave the flag or --dcp-size out",
-        _draft_of_gqa,
+        "it has a worker of its own, which has not been tried",
+        "Use EAGLE, EAGLE3, NEXTN, STANDALONE or NGRAM, or leave the flag or --dcp-size out",
+        _other_draft,
     ),
     Row(
-        "n-gram drafts of MLA models",
-        "--speculative-algorithm",
+        "drafts whose number adapts",
+        "--speculative-adaptive",
         "refused",
-        "a verify pass of MLA has no plan to gather the latent prefix",
+        "it builds the target's attention as if it were the draft's, over a whole cache",
         _WITHOUT,
-        _ngram_of_mla,
+        _flag("speculative_adaptive"),
     ),
     Row(
-        "n-gram drafts verified in CUDA graphs",
+        "several draft layers that are models of their own",
+        "--enable-multi-layer-eagle",
+        "refused",
+        "it has a worker of its own, which has not been tried",
+        _WITHOUT,
+        _flag("enable_multi_layer_eagle"),
+    ),
+    Row(
+        "drafts accepted by rejection sampling",
+        "--speculative-use-rejection-sampling",
+        "refused",
+        "it has not been tried",
+        _WITHOUT,
+        _flag("speculative_use_rejection_sampling"),
+    ),
+    Row(
+        "draft models in pipeline stages",
+        "--pp-size",
+        "refused",
+        "the last stage alone has the draft, and hands its trees to the others, not tried",
+        "Use --pp-size 1, or leave --speculative-algorithm or --dcp-size out",
+        _draft_models(_more_than_one("pp_size")),
+    ),
+    Row(
+        "hierarchical cache with draft models",
+        "--enable-hierarchical-cache",
+        "refused",
+        "copies of a draft's whole cache would go by the owners of the target's",
+        "Leave the flag or --speculative-algorithm out",
+        _draft_models(_flag("enable_hierarchical_cache")),
+        alone="refuses",
+    ),
+    Row(
+        "trees of drafts read by other backends than triton",
+        "--speculative-eagle-topk",
+        "refused",
+        "the draft's attention would look for branches in pages of --page-size, and they lie in "
+        "pages of the whole group",
+        "Use 1, or --speculative-draft-attention-backend triton",
+        _draft_models(_tree),
+    ),
+    Row(
+        "preparation of verify passes on a stream of its own",
+        "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
+        "refused",
+        "it has not been tried",
+        "Unset the variable",
+        _draft_models(_plan_stream),
+    ),
+    Row(
+        "drafts in prefill-decode disaggregation",
+        "--disaggregation-mode",
+        "refused",
+        "a draft's cache, and n-grams of a prompt that another server read, have not been tried",
+        "Leave the flag or --speculative-algorithm out",
+        _drafts(_disaggregated),
+    ),
+    Row(
+        "drafts verified in CUDA graphs",
         "--cuda-graph-backend-decode",
         "refused",
         "a captured verify pass has not been tried",
-        "Use --cuda-graph-backend-decode disabled with --speculative-algorithm NGRAM",
-        _ngram_graph,
+        "Use --cuda-graph-backend-decode disabled with --speculative-algorithm",
+        _drafts(_decode_graph),
     ),
     Row(
         "decode CUDA graphs in pieces",

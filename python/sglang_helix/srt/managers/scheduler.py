@@ -25,7 +25,8 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
 
     The launcher compares `series`, and `/server_info` shows the whole report, `attn_tp_size` (A)
     and `kvp_size` (K). `kv_tokens`: tokens the pool holds, over all ranks of a KVP group.
-    `kv_bytes`: its size on this rank.
+    `kv_bytes`: its size on this rank. `draft_kv_bytes`: the size of the draft model's cache, which
+    every rank has whole, where there is one.
 
     Raises SeriesError where the rank's attention backend cannot serve its layout, and on rank 0
     where a rank of another node does not become ready.
@@ -43,6 +44,8 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
         "kv_tokens": scheduler.max_total_num_tokens,
         "kv_bytes": kv_bytes(runner.token_to_kv_pool),
     }
+    if draft := draft_runner(scheduler):
+        report["draft_kv_bytes"] = kv_bytes(draft.token_to_kv_pool)
     result |= {
         SERIES_KEY: report,
         "attn_tp_size": layout.attn_tp_size,
@@ -113,6 +116,12 @@ def attach_hicache_storage(original: Callable[..., Any], scheduler: Any, recv_re
     return original(scheduler, recv_req)
 
 
+def draft_runner(scheduler: Any) -> Any:
+    """The runner of a scheduler's draft model; None where it has none: no drafts, or n-grams."""
+    worker = getattr(scheduler.draft_worker, "draft_worker", None)
+    return getattr(worker, "draft_runner", None)
+
+
 def kv_bytes(pool: Any) -> int | None:
     """Size of a pool that can be sharded; None for SGLang's others, not all of which say."""
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
@@ -135,6 +144,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     kv_heads = None if runner.use_mla_backend else model.get_total_num_kv_heads()
     held = "the latent" if kv_heads is None else f"{layout.kv_heads(kv_heads)} of {kv_heads} K/V"
     plain = int(report["kv_tokens"] / layout.capacity_ratio(kv_heads))
+    drafts = report.get("draft_kv_bytes")
     return [
         f"Layout: N = {layout.tp_size} ranks; attention on A = {layout.attn_tp_size} head shards, "
         f"each of K = {layout.kvp_size} ranks that split the sequence; FFN on all N",
@@ -144,6 +154,11 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
         f"ends with {heads // layout.tp_size}; caches {held}",
         f"KV cache: {report['kv_tokens']} tokens in {report['kv_bytes'] / 2**30:.2f} GiB of each "
         f"rank; plain TP would hold {plain}",
+        *(
+            [f"Draft model: a cache of all these tokens, {drafts / 2**30:.2f} GiB of each rank"]
+            if drafts
+            else []
+        ),
     ]
 
 

@@ -35,15 +35,21 @@ def mla_set_kv_buffer(
     )
 
 
-def mha_move_kv_cache(pool: Any, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
-    """Copy keys and values of every layer from slots src_loc to slots tgt_loc, as if at once.
+def move_kv_cache(
+    original: Callable[..., None], pool: Any, tgt_loc: torch.Tensor, src_loc: torch.Tensor
+) -> None:
+    """Copy what every layer keeps from slots src_loc to slots tgt_loc, as if at once.
 
     int64 [N], widened, the same on every rank of the KVP group: all of them must call it. A token
     whose two slots have different owners crosses the group, so the owners' rows are gathered.
+    A draft's pool is whole, and moves its own rows.
     """
+    if getattr(pool, "dcp_replicated", False):
+        original(pool, tgt_loc, src_loc)
+        return
     parallel = get_parallel()
     shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
-    buffers = (*pool.k_buffer, *pool.v_buffer)
+    buffers = getattr(pool, "kv_buffer", None) or (*pool.k_buffer, *pool.v_buffer)
     # What stands in a row that another rank owns is not looked at.
     rows = torch.cat([buffer[src_loc // shard.size].flatten(1) for buffer in buffers], dim=1)
     everyones = parallel.dcp_group.all_gather(rows, dim=0).view(shard.size, *rows.shape)

@@ -7,6 +7,8 @@ share.
 
 Symmetric memory of the `symm` exchange: as soon as the model is there, its heads, widths and dtype
 are known; every rank is at this point at the same time; and the pool is sized by what is left.
+
+A draft model needs none of it: inside its scope there is no KVP group.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def load_model(result: None, runner: Any) -> None:
 
 def prepare_decode(result: None, runner: Any) -> None:
     """After the weights are loaded and before the pool is sized: what Triton's decode needs."""
-    if "triton" in attention_backends():
+    if get_parallel().attn_dcp_size > 1 and "triton" in attention_backends():
         from sglang_helix.srt.layers.attention.triton_backend import prepare
 
         decode = get_exec().graph.cuda_graph_config.decode
@@ -49,7 +51,7 @@ def prepare_exchange(result: None, runner: Any) -> None:
     """After the weights are loaded and before the pool is sized: what the exchange needs."""
     parallel, config = get_parallel(), runner.model_config
     backend = BACKENDS.get(parallel.dcp_comm_backend)
-    if backend is None or backend.prepare is None:
+    if backend is None or backend.prepare is None or parallel.attn_dcp_size == 1:
         return
     layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
     for layer in layers:

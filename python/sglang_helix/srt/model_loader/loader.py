@@ -54,9 +54,13 @@ def initialize_model(
 ) -> nn.Module:
     """Build the model (upstream's `_initialize_model`) with its cache heads sharded by A.
 
+    A draft model is as plain TP builds it: inside its scope there is no KVP group.
+
     Raises ModelRefusedError for a model that cannot be right.
     """
     parallel = get_parallel()
+    if parallel.attn_dcp_size == 1:
+        return original(model_config, *args, **kwargs)
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     queries = bool(parallel.dcp_replicate_q_proj)
     heads, kv_heads = (

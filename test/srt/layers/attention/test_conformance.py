@@ -381,16 +381,17 @@ def test_captured_metadata_is_refreshed_in_place(
     assert process.value(replay_failures, backend, attention, page, dtype) == []
 
 
-def verify_failures(backend: str) -> list[str]:
+def verify_failures(backend: str, attention: Attention) -> list[str]:
     """Trees of drafts, as `test_verify.py` has the torch reference attend them."""
     prepare(backend)
     test_verify.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
+    mla, page = attention == "MLA", (adapter(backend).pages or (4,))[0]
+    cases = NARROW[attention] if backend == "triton" else CASES[attention][:2]
     wrong = []
-    for (ranks, heads), (name, parents) in itertools.product(
-        NARROW["GQA"] if backend == "triton" else CASES["GQA"][:2], test_verify.TREES.items()
-    ):
-        found = run_threads(test_verify.verify_on_rank, ranks, heads, 4, parents, **parallel(ranks))
-        tokens = test_sharded.random_tokens(heads, 0, mla=False)
+    for (ranks, heads), (name, parents) in itertools.product(cases, test_verify.TREES.items()):
+        drafts = page, parents, mla
+        found = run_threads(test_verify.verify_on_rank, ranks, heads, *drafts, **parallel(ranks))
+        tokens = test_sharded.random_tokens(heads, 0, mla)
         wanted = torch.stack(
             [
                 test_verify.expected(tokens, request, row.nonzero().flatten())
@@ -404,12 +405,15 @@ def verify_failures(backend: str) -> list[str]:
     return wrong
 
 
-VERIFIED = [(name, kind) for name, kind in OWN if kind == "GQA"]
+# Elsewhere they are refused at start-up.
+VERIFIED = [(name, kind) for name, kind in OWN if kind not in adapter(name).no_drafts]
 
 
-@pytest.mark.parametrize("backend", [name for name, _ in VERIFIED])
-def test_drafts_attend_their_ancestors_and_the_prefix(process: Fresh, backend: str) -> None:
-    assert process.value(verify_failures, backend) == []
+@pytest.mark.parametrize(("backend", "attention"), VERIFIED)
+def test_drafts_attend_their_ancestors_and_the_prefix(
+    process: Fresh, backend: str, attention: Attention
+) -> None:
+    assert process.value(verify_failures, backend, attention) == []
 
 
 def test_the_matrix_says_what_runs_here() -> None:

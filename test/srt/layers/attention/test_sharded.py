@@ -116,6 +116,7 @@ def backend_of(rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: b
     pool = (LatentPool if mla else Pool)(slots.rows, KVShard(group.world_size, rank), heads)
     runner = SimpleNamespace(
         device="cpu",
+        is_draft_worker=False,
         page_size=slots.page // group.world_size,
         use_mla_backend=mla,
         req_to_token_pool=SimpleNamespace(req_to_token=None),

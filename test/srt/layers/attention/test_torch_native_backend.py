@@ -285,7 +285,7 @@ def test_what_it_would_get_wrong_is_refused(name: str, value: Any) -> None:
         refuse_unsupported(layer, batch)
 
 
-def test_drafts_of_a_model_are_refused() -> None:
-    drafts = SimpleNamespace(spec_input_type=SpecInputType.EAGLE_VERIFY)
+def test_other_kinds_of_drafts_are_refused() -> None:
+    drafts = SimpleNamespace(spec_input_type=SpecInputType.DFLASH_VERIFY)
     with pytest.raises(NotImplementedError, match="speculative"):
         refuse_unsupported(make_layer(4, 2, 16, 16), SimpleNamespace(spec_info=drafts))

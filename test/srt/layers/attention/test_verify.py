@@ -7,6 +7,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpecInputType
+from sglang_helix.srt.layers.dcp import comm
 from srt.layers.attention.test_sharded import (  # noqa: F401 the fixture
     Heads,
     Step,
@@ -37,20 +38,35 @@ def ancestry(parents: tuple[int, ...]) -> torch.Tensor:
 
 
 def verify_on_rank(
-    rank: int, group: ThreadGroup, heads: Heads, page: int, parents: tuple[int, ...]
+    rank: int,
+    group: ThreadGroup,
+    heads: Heads,
+    page: int,
+    parents: tuple[int, ...],
+    mla: bool = False,
 ) -> torch.Tensor:
     """Outputs of every draft token, [T, own heads, Dv]."""
-    tokens, slots = random_tokens(heads, 0, mla=False), Slots(group.world_size, page, pages=300)
-    backend = backend_of(rank, group, heads, slots, mla=False)
-    own = heads.queries // group.world_size
-    layer = layer_of(own, heads.kv, heads)
+    tokens, slots = random_tokens(heads, 0, mla), Slots(group.world_size, page, pages=300)
+    backend = backend_of(rank, group, heads, slots, mla=mla)
+    own, latent = heads.queries // group.world_size, heads.v_width
+    layer = layer_of(heads.queries if mla else own, heads.kv, heads)
 
     def run(batch: Any, order: list[tuple[int, int]]) -> torch.Tensor:
         backend.req_to_token_pool.req_to_token = slots.table()
         q, k, v = (torch.stack([part[r, t] for r, t in order]) for part in tokens)
+        if mla and not batch.forward_mode.is_target_verify():
+            backend._store_mla(layer, batch, k[..., :latent], k[..., latent:])
+            return q
         backend.init_forward_metadata(batch)
-        q = q[:, own * rank : own * (rank + 1)]
-        return backend.forward_extend(q.flatten(1), k, v, layer, batch)
+        if not mla:
+            q = q[:, own * rank : own * (rank + 1)]
+            return backend.forward_extend(q.flatten(1), k, v, layer, batch)
+        parts = {"q_rope": q[..., latent:], "k_rope": k[..., latent:]}
+        q, k = q[..., :latent], k[..., :latent]
+        out, lse = backend.forward_extend(q, k, k, layer, batch, **parts)
+        return comm.dcp_a2a_lse_reduce(
+            lambda *_: None, out, lse, group, is_lse_base_on_e=not backend.base2
+        )
 
     run(*forward_batch(Step("extend", CACHED), slots))
     drafts = len(parents) + 1
@@ -85,10 +101,18 @@ def expected(tokens: Tokens, request: int, drafts: torch.Tensor) -> torch.Tensor
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize(
-    ("ranks", "heads"),
-    [(2, Heads(4, 1, 16, 16)), (3, Heads(6, 2, 16, 24)), (4, Heads(8, 8, 16, 16))],
+    ("ranks", "heads", "mla"),
+    [
+        (2, Heads(4, 1, 16, 16), False),
+        (3, Heads(6, 2, 16, 24), False),
+        (4, Heads(8, 8, 16, 16), False),
+        (3, Heads(6, 1, 24, 16), True),
+        (4, Heads(8, 1, 24, 16), True),
+    ],
 )
-def test_drafts_attend_their_ancestors_and_the_prefix(ranks: int, heads: Heads, tree: str) -> None:
+def test_drafts_attend_their_ancestors_and_the_prefix(
+    ranks: int, heads: Heads, mla: bool, tree: str
+) -> None:
     for page in (1, 4):
         found = run_threads(
             verify_on_rank,
@@ -96,10 +120,11 @@ def test_drafts_attend_their_ancestors_and_the_prefix(ranks: int, heads: Heads, 
             heads,
             page,
             TREES[tree],
+            mla,
             tp_size=ranks,
             dcp_comm_backend="a2a",
         )
-        tokens = random_tokens(heads, 0, mla=False)
+        tokens = random_tokens(heads, 0, mla)
         wanted = torch.stack(
             [
                 expected(tokens, request, row.nonzero().flatten())

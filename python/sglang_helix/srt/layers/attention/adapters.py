@@ -34,6 +34,7 @@ class Adapter:
     majors: of the compute capabilities that its kernels are built for; None: any CUDA device.
         mla_majors: where MLA asks for others.
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
+    no_drafts: what keeps an attention from verifying drafts; nothing where it verifies them.
     pages: the page sizes it takes; None: any.
     chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
     off_cuda: whether it runs where there is no CUDA device, too.
@@ -49,6 +50,7 @@ class Adapter:
     mla_majors: tuple[int, ...] | None = None
     off_cuda: bool = False
     no_fp8: Mapping[Attention, str] = field(default_factory=dict)
+    no_drafts: Mapping[Attention, str] = field(default_factory=dict)
     pages: tuple[int, ...] | None = None
     chosen_on: tuple[int, ...] | None = None
     why: str = ""
@@ -98,6 +100,8 @@ class Adapter:
         return chosen and attention not in self.unseen and self.runs_on(platform, attention)
 
 
+_UNTRIED = "its verify pass has not been written"
+
 # In order of preference: the first that serves the model and runs on the machine is taken where
 # neither the user nor SGLang names one that works.
 ADAPTERS: tuple[Adapter, ...] = (
@@ -110,6 +114,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla_majors=(9,),
         chosen_on=(9,),
         no_fp8={"MLA": "SGLang would convert the whole pool in every layer"},
+        no_drafts={"MLA": _UNTRIED},
         why="no DCP: dies at graph capture, or answers from every rank's slots",
         upstream="sgl-project/sglang#35384, #39440",
         until="upstream's backend attends the rows of its rank and returns LSEs",
@@ -125,6 +130,7 @@ ADAPTERS: tuple[Adapter, ...] = (
             "GQA": "its prefill reads K and V of another dtype than the queries, not tried here",
             "MLA": "SGLang would convert the whole pool in every layer",
         },
+        no_drafts={"MLA": _UNTRIED},
         why="no DCP: attends every rank's slots",
         until="upstream's backend attends the rows of its rank and returns LSEs",
     ),
@@ -133,6 +139,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=True,
         gqa=(f"{_OURS}.flashinfer_backend:ShardedFlashInferAttnBackend",),
         mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),
+        no_drafts={"MLA": "SGLang's class returns no LSE of a verify pass"},
         why="no DCP with GQA: attends every rank's slots, planned for the heads of one rank",
         until="upstream's backend attends the rows of its rank and returns LSEs",
     ),
@@ -140,6 +147,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         "flashmla",
         base2=False,
         mla=(f"{_OURS}.flashmla_backend:ShardedFlashMLABackend",),
+        no_drafts={"MLA": _UNTRIED},
         majors=(9,),
         pages=(64,),
         why="decodes with the heads of one rank over all ranks' slots, and no cache in fp8",
@@ -161,12 +169,14 @@ ADAPTERS: tuple[Adapter, ...] = (
             f"{_SGLANG}.trtllm_mla_backend:TRTLLMMLABackend",
             f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLAPrefillBackend",
         ),
+        no_drafts={"MLA": "SGLang refuses it"},
         majors=(10, 12),
     ),
     Adapter(
         "cutedsl_mla",
         base2=False,
         mla=(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLABackend",),
+        no_drafts={"MLA": "n-grams were never tried"},
         majors=(10,),
     ),
     Adapter(

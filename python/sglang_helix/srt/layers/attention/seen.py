@@ -125,7 +125,7 @@ SEEN: tuple[Seen, ...] = (
         "before splits went by multiprocessors",
     ),
     Seen(
-        *("triton", "MLA", "CPU", ("graph", "extend", "fp8")),
+        *("triton", "MLA", "CPU", FEATURES),
         "the conformance suite in the interpreter; a server under it against `transformers`, a "
         "few tokens",
     ),
@@ -142,7 +142,10 @@ SEEN: tuple[Seen, ...] = (
         *("torch_native", "GQA", "CPU", ("extend", "verify")),
         "whole servers against `transformers`; it captures nothing, and a GPU is not its place",
     ),
-    Seen(*("torch_native", "MLA", "CPU", ("extend",)), "whole servers against `transformers`"),
+    Seen(
+        *("torch_native", "MLA", "CPU", ("extend", "verify")),
+        "whole servers against `transformers`",
+    ),
 )
 
 

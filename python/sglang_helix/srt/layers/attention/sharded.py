@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
+from sglang_helix.hook import SeriesError
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.dcp.comm import deferred
@@ -55,6 +56,8 @@ class ShardedAttention(AttentionBackend):
     captured_rows: Tensor | None = None
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
+        if model_runner.is_draft_worker:
+            raise SeriesError("a draft's cache is whole; its attention must not go by owner")
         super().__init__(model_runner, **kwargs)
         parallel = get_parallel()
         self.kvp_group = parallel.dcp_group
@@ -183,7 +186,9 @@ class ShardedAttention(AttentionBackend):
     ) -> Any:
         """Attention of a chunk of new tokens per request: [T, own heads * Dv].
 
-        For MLA's un-absorbed chunks what upstream returns, which may be (out, LSE).
+        For MLA's un-absorbed chunks what upstream returns, which may be (out, LSE). For drafts of
+        MLA, whose queries the model gathers as it does before decode, (out, LSE) of the whole
+        group's heads.
         """
         q_rope, k_rope = _rope_parts(kwargs)
         if self.mla and q_rope is None and self.upstream_prefill:
@@ -192,6 +197,10 @@ class ShardedAttention(AttentionBackend):
         if q_rope is not None:
             queries = self.mla_queries(q, q_rope, layer)
             latent = torch.cat([k, k_rope.view(*k.shape[:-1], -1)], dim=-1)
+            if forward_batch.forward_mode.is_target_verify():
+                if save_kv_cache:
+                    self._store_mla(layer, forward_batch, k, k_rope)
+                return self._verified_mla(queries, latent, k, layer, forward_batch)
             parts = [self.partial_current(queries, latent, k, layer, forward_batch)]
             if has_prefix:
                 metadata = forward_batch.attn_dcp_metadata
@@ -215,7 +224,8 @@ class ShardedAttention(AttentionBackend):
                 parts.append(self._own_heads(out, lse))
             if save_kv_cache:
                 self._store(layer, forward_batch, k, v)
-        return self._merged(parts).flatten(1).to(q.dtype)
+        out, _ = self._merged(parts)
+        return out.flatten(1).to(q.dtype)
 
     # What adapters share.
 
@@ -305,14 +315,30 @@ class ShardedAttention(AttentionBackend):
         index = torch.arange(first, last, device=k.device) // per_group
         return k[:, index], v[:, index]
 
-    def _merged(self, parts: list[Partial]) -> Tensor:
+    def _verified_mla(
+        self, queries: Any, latent: Tensor, k: Tensor, layer: RadixAttention, batch: ForwardBatch
+    ) -> Partial:
+        """A verify pass of MLA, before the model's exchange: [T, H, Dv] and its LSE.
+
+        The drafts, which every rank has whole, are counted once: by the rank of place 0.
+        """
+        parts = [self.partial_prefix(queries, layer, batch)]
+        if self.shard.rank == 0:
+            parts.append(self.partial_current(queries, latent, k, layer, batch))
+        out, lse = self._merged(parts)
+        return out.to(k.dtype), lse
+
+    def _merged(self, parts: list[Partial]) -> Partial:
         """The attention over all parts' keys."""
         if len(parts) == 1:
-            return parts[0][0]
+            return parts[0]
         outs, lses = zip(*parts, strict=True)
         common = torch.promote_types(outs[0].dtype, outs[1].dtype)
         return combine(
-            torch.stack([out.to(common) for out in outs]), torch.stack(lses), base2=self.base2
+            torch.stack([out.to(common) for out in outs]),
+            torch.stack(lses),
+            base2=self.base2,
+            return_lse=True,
         )
 
     def _store(

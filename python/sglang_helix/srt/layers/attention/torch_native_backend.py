@@ -131,10 +131,8 @@ class TorchReferenceAttnBackend(AttentionBackend):
         if save_kv_cache and k is not None:
             self._write(layer, forward_batch, k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        partial = self.cached_partial(
-            q, layer, forward_batch, [1] * len(q), forward_batch.seq_lens.tolist()
-        )
-        return partial.out.flatten(1).to(q.dtype)
+        slots = self.decoded_slots(forward_batch)
+        return self.rows_partial(q, layer, [1] * len(q), slots).out.flatten(1).to(q.dtype)
 
     def forward_extend(
         self,
@@ -190,15 +188,26 @@ class TorchReferenceAttnBackend(AttentionBackend):
 
         q [T, Hq, Dk], its rows split over the requests by query_lens.
         """
-        keys, values = self._buffers(layer)
         requests = forward_batch.req_pool_indices.tolist()
-        parts = []
-        for q_r, request, length in zip(
-            q.split(list(query_lens)), requests, cached_lens, strict=True
-        ):
-            rows = self.cached_rows(request, length)
-            parts.append(self._partial(layer, q_r, keys[rows], values[rows], None))
-        return _concatenate(parts)
+        rows = [self.cached_rows(*cached) for cached in zip(requests, cached_lens, strict=True)]
+        return self.rows_partial(q, layer, query_lens, rows)
+
+    def rows_partial(
+        self, q: torch.Tensor, layer: Any, query_lens: list[int], rows: list[torch.Tensor]
+    ) -> Partial:
+        """Groups of queries, split by query_lens, each over its own rows of the pool."""
+        keys, values = self._buffers(layer)
+        return _concatenate(
+            self._partial(layer, q_r, keys[rows_r], values[rows_r], None)
+            for q_r, rows_r in zip(q.split(query_lens), rows, strict=True)
+        )
+
+    def decoded_slots(self, forward_batch: Any) -> list[torch.Tensor]:
+        """Slots that each query of a decode batch sees; a draft model's see their branch too."""
+        requests = zip(
+            forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True
+        )
+        return [self.cached_rows(request, length) for request, length in requests]
 
     def cached_rows(self, request: int, length: int) -> torch.Tensor:
         """Pool rows, int64 [length], of the first `length` tokens of a request."""
@@ -263,6 +272,14 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
         )
 
 
+_DRAFTS = (
+    SpecInputType.NGRAM_VERIFY,
+    SpecInputType.EAGLE_DRAFT,
+    SpecInputType.EAGLE_DRAFT_EXTEND,
+    SpecInputType.EAGLE_VERIFY,
+)
+
+
 def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
     """Raise NotImplementedError for attention this backend would compute wrongly."""
     reasons = {
@@ -272,8 +289,9 @@ def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
         "temperature scaling by position": layer.xai_temperature_len > 0,
         f"logit capping by {layer.logit_capping_method}": layer.logit_cap > 0
         and layer.logit_capping_method != "tanh",
-        "speculative decoding but with n-gram drafts": forward_batch.spec_info is not None
-        and forward_batch.spec_info.spec_input_type != SpecInputType.NGRAM_VERIFY,
+        "speculative decoding but with n-grams, EAGLE and draft models": forward_batch.spec_info
+        is not None
+        and forward_batch.spec_info.spec_input_type not in _DRAFTS,
     }
     for reason, applies in reasons.items():
         if applies:

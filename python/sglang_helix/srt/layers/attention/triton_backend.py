@@ -24,6 +24,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 from torch import Tensor
 
+from sglang_helix.hook import SeriesError
 from sglang_helix.srt.layers.attention.kv_splits import (
     BLOCK,
     GQA,
@@ -242,6 +243,18 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     def _buffers(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+
+
+def draft_pages(result: None, backend: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """After `TritonMultiStepDraftBackend.__init__`: trees of drafts lie in the allocator's pages.
+
+    Upstream lays their slots out by these, K times as long, and reads them by `--page-size`.
+
+    Raises SeriesError outside of the draft's scope, where the steps would read rows by owner.
+    """
+    if get_parallel().attn_dcp_size > 1:
+        raise SeriesError("a draft's attention was built outside draft_tp_context")
+    backend.page_size = model_runner.token_to_kv_pool_allocator.page_size
 
 
 def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
