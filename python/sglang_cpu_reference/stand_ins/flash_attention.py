@@ -107,15 +107,28 @@ def fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def get_scheduler_metadata(call: Any) -> Tensor:
     """``sgl_kernel::get_scheduler_metadata``: int32, which names what it was planned for."""
     demand_int32(seqused_k=call.seqused_k, cu_seqlens_q=call.cu_seqlens_q)
+    demand(call.max_seqlen_q == 1, f"the stand-in plans one query, not {call.max_seqlen_q}")
+    demand(len(call.seqused_k) == call.batch_size, f"lengths not of {call.batch_size} requests")
     rounded = -(-call.batch_size // 4) * 4
-    plan = torch.zeros(3 * rounded + 1, dtype=torch.int32)
-    planned = torch.tensor(_planned(call.batch_size, call.num_heads, call.num_heads_k))
-    plan[: len(planned)] = planned
+    plan = torch.zeros(4 * rounded + 1, dtype=torch.int32)
+    heads = call.num_heads, call.num_heads_k, call.headdim
+    planned = [*heads, int(call.is_causal), call.max_seqlen_k, *call.seqused_k.tolist()]
+    demand(len(planned) <= len(plan), "no room to note what was planned")
+    plan[: len(planned)] = torch.tensor(planned)
     return plan
 
 
-def _planned(batch: int, heads: int, kv_heads: int) -> tuple[int, int, int]:
-    return batch, heads, kv_heads
+def _check_plan(call: Any, batch: int) -> None:
+    """The work was dealt out for this very call, and in no more splits than it has room for."""
+    demand_int32(scheduler_metadata=call.scheduler_metadata)
+    plan = call.scheduler_metadata.tolist()
+    heads = call.q.shape[-2], call.k.shape[-2], call.q.shape[-1]
+    found = [*heads, int(call.is_causal)]
+    demand(plan[:4] == found, f"planned for heads, width and causality {plan[:4]}, not {found}")
+    longest = call.page_table.shape[1] * call.k.shape[1]
+    demand(plan[4] <= longest, f"planned for {plan[4]} tokens, room for {longest}")
+    lens = call.seqused_k.tolist()
+    demand(plan[5 : 5 + batch] == lens, f"planned for lengths {plan[5 : 5 + batch]}, not {lens}")
 
 
 def _batch(call: Any) -> int:
@@ -191,10 +204,7 @@ def _check(call: Any) -> None:
             demand(scale.dtype == torch.float32, f"{name} is {scale.dtype}")
     demand(call.num_splits <= 256, f"{call.num_splits} splits")
     if call.scheduler_metadata is not None:
-        demand_int32(scheduler_metadata=call.scheduler_metadata)
-        found = tuple(call.scheduler_metadata[:3].tolist())
-        wanted = _planned(batch, heads, kv_heads)
-        demand(found == wanted, f"planned for (batch, heads, kv heads) {found}, not {wanted}")
+        _check_plan(call, batch)
 
 
 def _widths_differ(width: int, v_width: int) -> bool:

@@ -1,7 +1,4 @@
-"""SGLang's schedulers on stand-ins for the kernels of an attention backend, against transformers.
-
-`fa3` and `fa4` are in `test_flashattention_backend.py`, but for MLA's prefill over long prefixes.
-"""
+"""SGLang's schedulers on stand-ins for an attention backend's kernels, against transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,11 @@ DCP = ("--dcp-size", "2", "--dcp-comm-backend", "a2a")
 DECOUPLED = ("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs")
 # FlashMLA's pages are 64 tokens of a rank; a chunk holds at least one page of all ranks.
 CASES = [
+    ("fa3", "llama", 2, DCP, 1, 80),
+    ("fa3", "llama", 4, DECOUPLED, 16, 80),
+    ("fa3", "deepseek_v2", 2, ("--dcp-size", "2", "--dcp-comm-backend", "ag_rs"), 1, 80),
+    ("fa3", "deepseek_v2", 4, ("--attn-tp-size", "1", "--dcp-comm-backend", "a2a"), 8, 80),
+    ("fa4", "llama", 2, DCP, 16, 80),
     ("flashinfer", "llama", 2, DCP, 1, 70),
     ("flashinfer", "llama", 4, DECOUPLED, 16, 80),
     ("flashinfer", "deepseek_v2", 2, DCP, 1, 70),

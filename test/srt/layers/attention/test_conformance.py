@@ -22,6 +22,7 @@ from sglang_cpu_reference.stand_ins.kernel import on_the_device
 from sglang_helix.srt.layers.attention import triton_backend
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
 from sglang_helix.srt.layers.attention.seen import seen
+from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
 from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp import planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
@@ -200,6 +201,9 @@ def publish(backend: str) -> None:
 def prepare(backend: str) -> None:
     """In a process of its own: SGLang's backends can be built, and a thread is a rank."""
     publish(backend)
+    for attention in ("GQA", "MLA"):
+        if own := adapter(backend).own_class(attention):
+            pkgutil.resolve_name(own)  # its module and upstream's are among those below
     for name, module in list(sys.modules.items()):
         if name.startswith(RANKED) and hasattr(module, "get_parallel"):
             module.get_parallel = get_parallel
@@ -269,6 +273,8 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# Whose stand-ins check that the work was dealt out for the batch at hand.
+SCHEDULED = {("fa3", False), ("flashmla", True)}
 LENGTHS = (1, 2, 3, 40, 17, 64)
 BATCHES = ([3, 0, 5, 4], [1, 4], [5, 2, 0])  # of one graph of four requests, padded
 
@@ -313,6 +319,10 @@ def replays_on_rank(
     adapter_.init_cuda_graph_state(8, 8)
     adapter_.init_forward_metadata_out_graph(batch([]), in_capture=True)
     captured = dict(vars(adapter_))
+    assert (captured.get("schedule") is not None) == ((backend, mla) in SCHEDULED)
+    if isinstance(adapter_, ShardedPagedAttention):
+        width = adapter_.pages.table.shape[1]
+        assert width == -(-CONTEXT // slots.page), "as wide as a rank needs: splits follow from it"
     layer = test_sharded.layer_of(heads.queries, heads.kv, heads)
     scale = 1.0 if dtype == torch.float32 else 0.5
     if scale != 1.0:
@@ -323,6 +333,10 @@ def replays_on_rank(
         with NoSync():
             adapter_.init_forward_metadata_out_graph(batch(requests))
         vars(adapter_).update(captured)  # what the graph reads
+        if not mla:
+            ends = [slots.of[request][-1] for request in requests]
+            written = {row for row in adapter_.write_rows.tolist() if row >= page}
+            assert written == {end // shard.size for end in ends if end % shard.size == rank}
         # What a cache in fp8 may have its queries rounded to.
         q = torch.randn(4, heads.queries, heads.k_width, generator=generator).to(dtype).float()
         queries = q

@@ -17,9 +17,11 @@ from sglang.kernels.ops.attention.flash_attention import (
 )
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.mem_cache.layout.paged_view import paged_view
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.adapters import record_of
+from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention, visible_drafts
 
 if TYPE_CHECKING:
@@ -34,9 +36,15 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
     """`fa3` over a sharded cache: GQA, MHA and MLA."""
 
     upstream_prefill = True
+    # A decode step's, int32; None in other passes, for MLA and for version 4.
+    schedule: Tensor | None = None
+    captured_schedule: Tensor | None = None
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
+        self.group_kv_heads: int = model_runner.model_config.get_num_kv_heads(
+            get_parallel().tp_size, self.shard.size
+        )
         if self.mla and model_runner.kv_cache_dtype != model_runner.dtype:
             # A checkpoint may ask for it too, which start-up does not see.
             raise NotImplementedError(
@@ -44,6 +52,61 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
                 f"{model_runner.dtype} alone, and this one is of {model_runner.kv_cache_dtype}: "
                 "give --kv-cache-dtype bfloat16, or another --attention-backend"
             )
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Prepare one eager forward pass."""
+        super().init_forward_metadata(forward_batch)
+        decodes = forward_batch.forward_mode.is_decode()
+        self.schedule = self._schedule(self.pages, self.cu_q) if decodes else None
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
+        """Allocate what captured graphs read; filled anew before every replay."""
+        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
+        self.captured_schedule = self._schedule(self.captured_pages, self.captured_cu_q)
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Prepare the capture or one replay of a decode graph, in place."""
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        batch, captured = forward_batch.batch_size, self.captured_schedule
+        schedule = self._schedule(self.captured_pages.first(batch), self.captured_cu_q[: batch + 1])
+        if captured is not None and schedule is not None:
+            captured[: len(schedule)].copy_(schedule)
+            schedule = captured[: len(schedule)]
+        if in_capture:
+            self.schedule = schedule
+
+    def _schedule(self, pages: LocalPages, cu_q: Tensor) -> Tensor | None:
+        """How the kernel deals out one query of each request over pages, for GQA by version 3.
+
+        By what the call itself would work it out from: the heads of the group, the lengths, and the
+        width of the page table, which bounds the splits.
+        """
+        if self.mla or self._get_scheduler_metadata is None:
+            return None
+        schedule: Tensor = self._get_scheduler_metadata(
+            batch_size=len(pages.lens),
+            max_seqlen_q=1,
+            max_seqlen_k=pages.table.shape[1] * self.page_size,
+            num_heads=self.heads,
+            num_heads_k=self.group_kv_heads,
+            headdim=self.head_dim,
+            cache_seqlens=pages.lens,
+            qkv_dtype=self.kv_cache_dtype,
+            cu_seqlens_q=cu_q,
+            page_size=self.page_size,
+            causal=True,
+            has_softcap=self.has_softcap,
+            num_splits=self.num_splits,
+        )
+        return schedule
+
+    def _schedule_for(self, layer: RadixAttention, kv_heads: int) -> Tensor | None:
+        """The step's schedule; None where the layer is not what it was made for."""
+        made_for = self.group_kv_heads, self.head_dim, self.head_dim, self.has_softcap
+        found = kv_heads, layer.qk_head_dim, layer.v_head_dim, layer.logit_cap > 0
+        return self.schedule if found == made_for else None
 
     def mla_queries(
         self, q: Tensor, q_rope: Tensor, layer: RadixAttention
@@ -89,6 +152,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             keys = paged_view(latent[..., layer.v_head_dim :], self.page_size)
             values = paged_view(latent[..., : layer.v_head_dim], self.page_size)
             scales = (None, None)
+            schedule = None
         else:
             q_v = None
             keys, values = self.get_paged_mha_kv_cache(layer)
@@ -101,6 +165,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
                 kv_head_num=keys.shape[2],
                 is_prefill=self.max_q > 1,
             )
+            schedule = self._schedule_for(layer, keys.shape[2])
         out, lse, *_ = flash_attn_with_kvcache(
             q,
             keys,
@@ -113,9 +178,12 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             k_descale=scales[0],
             v_descale=scales[1],
             softmax_scale=layer.scaling,
+            # One query masks nothing, and has the kernel take the tiles that plain TP has.
+            causal=schedule is not None,
             softcap=layer.logit_cap,
             num_splits=self.num_splits,
             return_softmax_lse=True,
+            scheduler_metadata=schedule,
             ver=self.fa_impl_ver,
         )
         return out, self._by_query(lse, q_v)
