@@ -34,5 +34,5 @@ def kernels() -> Iterator[Fresh]:
 def interpreted() -> Iterator[Fresh]:
     """As `ready`, with Triton's kernels in its interpreter."""
     preload = ("srt.models.series_installed",)
-    with Fresh("cpu_reference", preload=preload, TRITON_INTERPRET="1") as process:
+    with Fresh("cpu_reference", 500, preload, TRITON_INTERPRET="1") as process:
         yield process

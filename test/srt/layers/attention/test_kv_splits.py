@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,27 +10,17 @@ import torch
 pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.attention.kv_splits import BLOCK, GQA, MLA, Scratch, SplitPlan, Tile
-from sglang_helix.srt.layers.dcp import symm
+from srt.fresh import Fresh
+from srt.interpreter import DEVICE, kernels, passes, without_a_gpu
 
 H200 = {"multiprocessors": 132, "local_context": 1 << 17}
 # Heads on key-value heads of a rank, as they come under sharded caches, and the tuning.
 SHAPES = [(64, 8, GQA), (32, 4, GQA), (16, 1, GQA), (8, 1, GQA), (8, 8, GQA), (128, 1, MLA)]
 
-INTERPRETED = symm._INTERPRETED.value
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="runs the suite without a GPU")
-def test_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__],
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@without_a_gpu
+def test_interpreter(interpreted: Fresh) -> None:
+    passes(interpreted, __file__, "-m", "gpu")
 
 
 def plan_of(heads: int, kv_heads: int, tuning: object, cap: int | None = None) -> SplitPlan:
@@ -46,8 +33,7 @@ def written(length: int, count: int) -> int:
     return len(range(0, length, share)) if share else 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="test_interpreter, or a GPU")
+@kernels
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("cap", [None, 8, 3])
 def test_counts_fill_the_device_and_no_more(cap: int | None, dtype: torch.dtype) -> None:

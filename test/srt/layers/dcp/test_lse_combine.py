@@ -20,6 +20,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sglang_helix.srt.layers.dcp import lse_combine
+from srt.fresh import Fresh
+from srt.interpreter import passes
 
 from benchmark.dcp import measure
 
@@ -66,15 +68,8 @@ def impl(request: pytest.FixtureRequest) -> Implementation:
 
 @needs_triton
 @compiled_only
-def test_this_file_in_the_interpreter() -> None:
-    """In a process of its own: triton.jit reads TRITON_INTERPRET when it decorates."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "[interpreter", __file__]
-    command += ["-p", "no:cacheprovider", "--rootdir", os.getcwd()]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    child = subprocess.run(
-        command, check=False, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert child.returncode == 0, child.stdout[-5000:]
+def test_this_file_in_the_interpreter(interpreted: Fresh) -> None:
+    passes(interpreted, __file__, "-k", "[interpreter")
 
 
 def summands_in_float64(

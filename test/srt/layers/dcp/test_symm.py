@@ -7,9 +7,6 @@ there results are asked for in fp32, which reads bf16 and fp16 payloads exactly.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +19,13 @@ pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.dcp import symm
 from sglang_helix.srt.layers.dcp.symm import PROTOCOLS, Layout, Splits, plan
+from srt.fresh import Fresh
+from srt.interpreter import DEVICE, launches, passes, without_a_gpu
 from srt.layers.dcp.symm_ranks import INF, Ranks, expected, poison, relative_error
 
-INTERPRETED = symm._INTERPRETED.value
-if torch.cuda.is_available() and not INTERPRETED:
-    DEVICE, BOUND = "cuda", {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-else:
-    DEVICE, BOUND = "cpu", {torch.float32: 2e-6}
-runs = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="test_interpreter runs it, and so does a GPU"
-)
+BOUND = {torch.float32: 2e-6}
+if DEVICE == "cuda":
+    BOUND |= {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 generated = settings(  # on CUDA most examples compile kernels of their own
     max_examples=20 if DEVICE == "cpu" else 8,
     deadline=None,
@@ -39,17 +33,9 @@ generated = settings(  # on CUDA most examples compile kernels of their own
 )
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="runs the suite without a GPU")
-def test_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@without_a_gpu
+def test_interpreter(interpreted: Fresh) -> None:
+    passes(interpreted, __file__)
 
 
 def partial(N: int, B: int, layout: Layout, spread: float = 3.0):
@@ -71,7 +57,7 @@ def layouts(draw) -> Layout:
     return Layout(ranks, heads, head_dim, wire, lamport_tokens=3, staged_tokens=5)
 
 
-@runs
+@launches
 @generated
 @given(data=st.data())
 def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> None:
@@ -102,7 +88,7 @@ def own_heads(layout: Layout, rank: int) -> slice:
     return slice(own.start, own.stop)
 
 
-@runs
+@launches
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("heads", [9, 17])
 def test_ranks_that_own_fewer_heads_or_none(protocol: str, heads: int) -> None:
@@ -118,7 +104,7 @@ def test_ranks_that_own_fewer_heads_or_none(protocol: str, heads: int) -> None:
             )
 
 
-@runs
+@launches
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_tokens_anywhere_gives_zero_and_minus_infinity(protocol: str) -> None:
     layout = small()
@@ -129,7 +115,7 @@ def test_no_tokens_anywhere_gives_zero_and_minus_infinity(protocol: str) -> None
         assert torch.equal(got.lse, torch.full_like(got.lse, -INF))
 
 
-@runs
+@launches
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_values_that_are_not_finite_travel_where_there_are_tokens(protocol: str) -> None:
     layout = small(ranks=2, heads=2)
@@ -143,7 +129,7 @@ def test_values_that_are_not_finite_travel_where_there_are_tokens(protocol: str)
     assert int((got != 0).sum()) == 3
 
 
-@runs
+@launches
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_is_never_sent_may_still_be_an_input(wire: torch.dtype) -> None:
     """The very bits that stand for "nothing has arrived", in a payload and in an LSE."""
@@ -167,7 +153,7 @@ def test_what_is_never_sent_may_still_be_an_input(wire: torch.dtype) -> None:
         assert want.isnan().any()
 
 
-@runs
+@launches
 def test_rows_that_are_not_aligned_are_copied() -> None:
     layout = small()
     odd = torch.randn(6, 6, 129, device=DEVICE).to(layout.wire)[..., 1:]
@@ -179,7 +165,7 @@ def test_rows_that_are_not_aligned_are_copied() -> None:
         )
 
 
-@runs
+@launches
 def test_base_2_lse() -> None:
     layout = small(heads=7)
     x, lse = partial(3, 4, layout)
@@ -193,7 +179,7 @@ def test_base_2_lse() -> None:
         torch.testing.assert_close(got.lse.double() * ln_2, want_lse[:, own], rtol=1e-5, atol=1e-5)
 
 
-@runs
+@launches
 @pytest.mark.parametrize("sink", [-INF, -3.0, 90.0])
 def test_sinks_count_once(sink: float) -> None:
     layout = small(heads=5)
@@ -207,7 +193,7 @@ def test_sinks_count_once(sink: float) -> None:
         torch.testing.assert_close(got.lse.double(), want_lse[:, own], rtol=1e-5, atol=1e-5)
 
 
-@runs
+@launches
 def test_heads_first() -> None:
     layout = small()
     x, lse = partial(3, 4, layout)
@@ -217,7 +203,7 @@ def test_heads_first() -> None:
         assert other.out.stride(0) < other.out.stride(1)
 
 
-@runs
+@launches
 @pytest.mark.parametrize("head_dim", [128, 384])
 def test_fp8_groups(head_dim: int) -> None:
     layout = small(head_dim=head_dim)
@@ -237,7 +223,7 @@ def test_fp8_groups(head_dim: int) -> None:
             assert ((restored - groups).abs() <= ulp * 1.01).logical_or(carries).all()
 
 
-@runs
+@launches
 def test_results_land_where_the_caller_wants_them() -> None:
     layout = small()
     ranks = Ranks(layout, DEVICE)
@@ -258,7 +244,7 @@ def test_results_land_where_the_caller_wants_them() -> None:
     assert got.scales.untyped_storage().data_ptr() == scales.untyped_storage().data_ptr()
 
 
-@runs
+@launches
 def test_an_empty_batch_launches_nothing_and_epochs_stand_still() -> None:
     layout = small()
     ranks = Ranks(layout, DEVICE)
@@ -297,7 +283,7 @@ def splits_of(layout: Layout, B: int, S: int, block: int) -> tuple[list[Splits],
     return ranks, (torch.cat(outs) * 0.5, torch.cat(lses))
 
 
-@runs
+@launches
 @pytest.mark.parametrize("wire", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("ranks", "heads", "head_dim"), [(2, 4, 64), (3, 5, 80), (4, 4, 192)])
 def test_split_kv_partials(wire: torch.dtype, ranks: int, heads: int, head_dim: int) -> None:

@@ -6,9 +6,6 @@ send before any receives, so a step is played twice on every rank, once for each
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -28,33 +25,17 @@ from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Reduced, plan
 from srt.distributed.ranks import run_ranks
+from srt.fresh import Fresh
+from srt.interpreter import DEVICE, INTERPRETED, kernels, passes, without_a_gpu
 from srt.layers.dcp.symm_ranks import Ranks as Workspaces
 from srt.layers.dcp.symm_ranks import expected, poison, relative_error
 
 from benchmark.dcp import measure
 
-INTERPRETED = symm._INTERPRETED.value
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
-
-def kernels(test: Any) -> Any:
-    """Mark a test that launches kernels."""
-    here = DEVICE == "cuda" or INTERPRETED
-    reason = "test_interpreter runs it, and so does a GPU"
-    return pytest.mark.gpu(pytest.mark.skipif(not here, reason=reason)(test))
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="runs the suite without a GPU")
-def test_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__],
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@without_a_gpu
+def test_interpreter(interpreted: Fresh) -> None:
+    passes(interpreted, __file__, "-m", "gpu")
 
 
 class Recorder:
