@@ -151,6 +151,8 @@ def attention_backends() -> str:
             needs.append(f"{_majors(record.mla_majors)} for MLA")
         needs += [f"no fp8 cache for {kind}: {reason}" for kind, reason in record.no_fp8.items()]
         needs += [f"no drafts for {kind}: {reason}" for kind, reason in record.no_drafts.items()]
+        if record.no_e5m2:
+            needs.append("an fp8 cache in e4m3 alone")
         if record.pages:
             needs.append(f"pages of {' or '.join(map(str, record.pages))}")
         if record.unseen:

@@ -194,6 +194,35 @@ def test_a_cache_that_a_backend_cannot_read(resolved: Resolve) -> None:
     assert keys.backends == ("fa3", "fa3"), keys.error
 
 
+@pytest.mark.parametrize(
+    ("machine", "family", "flags", "said"),
+    [
+        (
+            *("Hopper", "deepseek_v2"),
+            {"attention_backend": "flashmla", "kv_cache_dtype": "fp8_e5m2"},
+            "does not read --kv-cache-dtype fp8_e5m2 for MLA with --dcp-size 2 (fp8_e4m3 it does)",
+        ),
+        (
+            *("Blackwell", "llama"),
+            {"attention_backend": "trtllm_mha", "page_size": 128},
+            "takes --page-size 16 or 32 or 64, not 128, for GQA or MHA with --dcp-size 2",
+        ),
+        (
+            *("Hopper", "llama"),
+            {"attention_backend": "flex_attention"},
+            "does not serve GQA or MHA with --dcp-size 2",
+        ),
+    ],
+)
+def test_what_a_backend_cannot_take_is_one_error(
+    resolved: Resolve, machine: str, family: str, flags: dict[str, Any], said: str
+) -> None:
+    error = resolved(machine, family, tp_size=4, dcp_size=2, **flags).error
+    assert error.startswith(f"ValueError: --attention-backend {flags['attention_backend']} {said}")
+    assert ": use one of " in error
+    assert error.count("\n") == 0
+
+
 def test_a_backend_not_seen_on_a_gpu_is_taken_by_name_alone(resolved: Resolve) -> None:
     unseen = [(record, kind) for record in ADAPTERS for kind in record.unseen]
     assert ("fa4", "GQA") in [(record.name, kind) for record, kind in unseen]

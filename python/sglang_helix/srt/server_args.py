@@ -338,6 +338,8 @@ def _refusal(record: Adapter, situation: Situation) -> str:
     if reason and args.speculative_algorithm:
         asked = f"--speculative-algorithm {args.speculative_algorithm}"
         return f"does not verify the drafts of {asked} {what} ({reason})"
+    if record.no_e5m2 and args.kv_cache_dtype == "fp8_e5m2":
+        return f"does not read --kv-cache-dtype fp8_e5m2 {what} (fp8_e4m3 it does)"
     if record.pages and args.page_size not in record.pages:
         sizes = " or ".join(map(str, record.pages))
         return f"takes --page-size {sizes}, not {args.page_size}, {what}"

@@ -35,6 +35,7 @@ class Adapter:
         mla_majors: where MLA asks for others.
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
     no_drafts: what keeps an attention from verifying drafts; nothing where it verifies them.
+    no_e5m2: whether an fp8 cache may be e4m3 alone.
     pages: the page sizes it takes; None: any.
     chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
     off_cuda: whether it runs where there is no CUDA device, too.
@@ -51,6 +52,7 @@ class Adapter:
     off_cuda: bool = False
     no_fp8: Mapping[Attention, str] = field(default_factory=dict)
     no_drafts: Mapping[Attention, str] = field(default_factory=dict)
+    no_e5m2: bool = False
     pages: tuple[int, ...] | None = None
     chosen_on: tuple[int, ...] | None = None
     why: str = ""
@@ -149,6 +151,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla=(f"{_OURS}.flashmla_backend:ShardedFlashMLABackend",),
         no_drafts={"MLA": _UNTRIED},
         majors=(9,),
+        no_e5m2=True,
         pages=(64,),
         why="decodes with the heads of one rank over all ranks' slots, and no cache in fp8",
         until="upstream's backend reads the rows of its rank, with the heads of its group",
@@ -206,9 +209,11 @@ def adapter(name: str) -> Adapter:
 
 
 def record_of(kind: type) -> Adapter:
-    """The record that names a class, or one that it is derived from."""
-    names = {f"{base.__module__}:{base.__qualname__}" for base in kind.__mro__}
-    return next(record for record in ADAPTERS if names & {*record.gqa, *record.mla})
+    """The record that names a class, or the nearest one that it is derived from."""
+    names = [f"{base.__module__}:{base.__qualname__}" for base in kind.__mro__]
+    return next(
+        record for name in names for record in ADAPTERS if name in record.gqa or name in record.mla
+    )
 
 
 def serving(attention: Attention) -> tuple[Adapter, ...]:
