@@ -8,6 +8,7 @@ one is depends on every row of the draft's cache.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,12 +18,13 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 Weights = dict[str, torch.Tensor]
 
 
-def make_eagle(directory: Path, *, noise: float = 0.0) -> tuple[Path, Path]:
+def make_eagle(directory: Path, *, noise: float = 0.0, **overrides: Any) -> tuple[Path, Path]:
     """A llama of one layer, and its EAGLE head: checkpoints of a target and of a draft.
 
     noise: standard deviation of what is added to every weight of the head; 1 makes it random.
+    overrides: of the target's configuration, here and below; see `make_checkpoint`.
     """
-    target = make_checkpoint("llama", directory / "target", num_hidden_layers=1)
+    target = make_checkpoint("llama", directory / "target", num_hidden_layers=1, **overrides)
     weights = _neutral(target)
     head = directory / "draft"
     shutil.copytree(target, head, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -43,13 +45,13 @@ def make_eagle(directory: Path, *, noise: float = 0.0) -> tuple[Path, Path]:
     return target, head
 
 
-def make_eagle3(directory: Path) -> tuple[Path, Path]:
+def make_eagle3(directory: Path, **overrides: Any) -> tuple[Path, Path]:
     """A llama of several layers, and an EAGLE3 head that looks at no layer but at tokens.
 
     Its layer adds to what the target was at, where the target's adds to the token. So that this
     makes little difference, the layer adds much; from the second draft on it makes some.
     """
-    target = make_checkpoint("llama", directory / "target", num_hidden_layers=5)
+    target = make_checkpoint("llama", directory / "target", num_hidden_layers=5, **overrides)
     weights = _neutral(target)
     last = "model.layers.4."
     for name in (f"{last}self_attn.o_proj.weight", f"{last}mlp.down_proj.weight"):
@@ -83,11 +85,10 @@ def make_eagle3(directory: Path) -> tuple[Path, Path]:
     return target, head
 
 
-def make_mtp(directory: Path) -> tuple[Path, None]:
+def make_mtp(directory: Path, **overrides: Any) -> tuple[Path, None]:
     """A DeepSeek-V3 of two layers with one more to draft (MTP): a single checkpoint."""
-    target = make_checkpoint(
-        "deepseek_v3", directory / "target", num_hidden_layers=2, num_nextn_predict_layers=1
-    )
+    layers = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    target = make_checkpoint("deepseek_v3", directory / "target", **layers, **overrides)
     weights = _neutral(target)
     _idle(weights, range(1))
     width = weights["lm_head.weight"].shape[1]

@@ -65,7 +65,7 @@ def abort_midway(server: Server, tokens: list[int]) -> None:
     body = {
         "input_ids": tokens,
         "rid": "to-be-aborted",
-        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True, "temperature": 0},
     }
     request = threading.Thread(target=lambda: outcome.append(server.post("/generate", body)))
     request.start()

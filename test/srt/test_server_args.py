@@ -443,8 +443,13 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"disaggregation_mode": "decode", **EAGLE},
         "",
     ),
-    "drafts verified in CUDA graphs": (
-        {"cuda_graph_backend_decode": "full", "speculative_algorithm": "NGRAM", "page_size": 1},
+    "drafts verified in CUDA graphs, unless they are named and --attention-backend is triton": (
+        {
+            "cuda_graph_backend_decode": "full",
+            "speculative_algorithm": "NGRAM",
+            "page_size": 1,
+            "attention_backend": "flashinfer",
+        },
         "",
     ),
     "decode CUDA graphs in pieces": ({"cuda_graph_backend_decode": "breakable"}, ""),
@@ -560,6 +565,15 @@ def test_flag_is_refused(resolved: Resolve, feature: str) -> None:
         assert asked.endswith(f"{row.instead}.")
         value = next(iter(flags.values()))
         assert value is True or f"{row.flag} {value} " in asked
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_captured_drafts_are_asked_for_by_name(resolved: Resolve, family: str) -> None:
+    flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": "triton"}
+    unnamed = resolved("Hopper", family, **flags).error
+    assert "--cuda-graph-backend-decode full is not supported with --dcp-size 2" in unnamed
+    named = resolved("Hopper", family, **flags, cuda_graph_backend_decode="full")
+    assert named.error == ""
 
 
 def test_lora_by_its_paths_alone(resolved: Resolve, tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ class Case:
         self.decode = SimpleNamespace(bs=[1, 2, 160])
         self.schedule = SimpleNamespace(max_running_requests=None)
         graph = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=self.decode))
+        self.spec = SimpleNamespace(speculative_num_draft_tokens=None)
         bags = {
+            "get_spec": self.spec,
             "get_parallel": self.parallel,
             "get_exec": SimpleNamespace(graph=graph),
             "get_schedule": self.schedule,
@@ -88,6 +90,16 @@ def test_the_larger_of_what_is_captured_and_what_may_run(
 ) -> None:
     case.decode.bs, case.schedule.max_running_requests = captured, running
     assert {shape["max_tokens"] for shape in case.load()} == {largest}
+
+
+def test_every_draft_of_a_request_is_exchanged(case: Case) -> None:
+    case.spec.speculative_num_draft_tokens = 4
+    assert {shape["max_tokens"] for shape in case.load()} == {640}
+
+
+def test_a_draft_model_exchanges_nothing(case: Case) -> None:
+    case.parallel.attn_dcp_size = 1
+    assert case.load() == []
 
 
 def test_layers_are_noted_as_they_run(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,19 @@ the draft says, and how many of its drafts were right must be what a server with
 counts: a draft that reads one wrong row of its cache drafts other tokens.
 """
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from sglang_cpu_reference import drafts
+from sglang_cpu_reference.server import Server
 from srt.expected import check, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Report, serve
+from srt.models.serving import Answer, Report, answer, command_line, scheduler_of, serve
+from srt.test_end_to_end import abort_midway, everything_is_free
 
 NEW_TOKENS = 10
 CHUNK = 20
@@ -112,3 +115,84 @@ def test_drafts_are_those_of_a_whole_cache(
         assert counts(report) == counts(whole(family, shape))
         if drafts_well:
             assert all(right > 0 for answers in counts(report) for right, _ in answers)
+
+
+def test_branches_in_pages_of_the_group(interpreted: Fresh, models: Any, whole: Any) -> None:
+    """Triton reads the branches of a tree by pages: the allocator's, here of two tokens."""
+    target, draft = models("eagle")
+    flags = (*LAYOUTS["a2a"][1], *flags_of("EAGLE", draft, *TREE), "--page-size", "1")
+    flags += ("--attention-backend", "triton", "--cuda-graph-backend-decode", "disabled")
+    last = BATCHES[1:2]
+    for report in serve(interpreted, target, 2, flags, last, NEW_TOKENS):
+        for tokens, answered in zip(last[0], report.answers[0], strict=True):
+            check(target, tokens, answered, NEW_TOKENS)
+        assert counts(report)[0] == counts(whole("eagle", TREE))[1]
+
+
+class Measured(NamedTuple):
+    """What a rank's pools take, what was counted for them, and how often a request was put back."""
+
+    answers: list[Answer]
+    kv_bytes: int
+    counted: int
+    retractions: int
+
+
+def measured(rank: int, argv: list[str], prompts: list[list[int]], new_tokens: int) -> Measured:
+    """In a rank's process: serve prompts at once, of which admission expects too little."""
+    from sglang.srt.managers import schedule_policy
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
+    from sglang_helix.srt.managers.scheduler import kv_bytes
+
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
+    put_back, retracted = Req.reset_for_retract, []
+    Req.reset_for_retract = lambda req: (retracted.append(req), put_back(req))[1]
+    scheduler = scheduler_of(rank, argv)
+    target, draft = scheduler.tp_worker.model_runner, scheduler.draft_worker.draft_worker
+    pools = [runner.token_to_kv_pool for runner in (target, draft.draft_runner)]
+    a_row = DefaultPoolConfigurator(target.kv_cache_configurator)._cell_size
+    return Measured(
+        answer(scheduler, prompts, new_tokens),
+        sum(map(kv_bytes, pools)),
+        a_row * (pools[0].size + pools[0].page_size),
+        len(retracted),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("eagle", "K 2 of 4"), ("standalone", "K 4"), ("mtp", "a2a")]
+)
+def test_a_small_pool_and_its_draft(ready: Fresh, models: Any, family: str, layout: str) -> None:
+    """Memory of both pools is as it was counted; requests put back answer the same."""
+    target, draft = models(family)
+    tp, flags = LAYOUTS[layout]
+    flags = (*flags, *flags_of(FAMILIES[family][1], draft, *CHAIN), "--page-size", "1")
+    flags += ("--schedule-conservativeness", "0.05", "--max-total-tokens", str(200 // tp))
+    prompts = [prompt(20, seed=seed) for seed in range(5)]
+    argv = command_line(target, tp, *flags)
+    for rank in ready.ranks(measured, tp, argv, prompts, 40):
+        assert rank.kv_bytes == rank.counted
+        assert rank.retractions
+        for tokens, answered in zip(prompts, rank.answers, strict=True):
+            check(target, tokens, answered, 40)
+
+
+@pytest.mark.server
+def test_a_server_with_drafts(models: Any) -> None:
+    """Grammar, abort and what a request is told of its drafts, over HTTP."""
+    target, draft = models("eagle")
+    flags = flags_of("EAGLE", draft, *CHAIN)
+    with Server(target, "--tp", "2", *LAYOUTS["a2a"][1], *flags, "--page-size", "4") as server:
+        tokens = prompt(29, seed=20)
+        answered = server.generate(tokens, NEW_TOKENS)
+        check(target, tokens, answered, NEW_TOKENS)
+        right, passes = (
+            answered.meta_info[f"spec_{n}"] for n in ("num_correct_drafts", "verify_ct")
+        )
+        assert 0 < right <= 3 * passes < 3 * NEW_TOKENS
+        sampling = {"temperature": 0, "max_new_tokens": 20, "regex": "(ab|cd){3}"}
+        body = {"input_ids": tokens, "sampling_params": sampling}
+        assert re.fullmatch("(ab|cd){3}", server.post("/generate", body)["text"])
+        abort_midway(server, prompt(20, seed=4))
+        everything_is_free(server)

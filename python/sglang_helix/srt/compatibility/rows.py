@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sglang_helix.srt.compatibility.situation import Situation
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 
 Status = Literal["works", "own", "refused"]
 
@@ -270,7 +271,14 @@ def _plan_stream(situation: Situation) -> object | None:
 
 
 def _decode_graph(situation: Situation) -> object | None:
-    return _graph(situation, "decode")
+    """Graphs that nobody asked for by name, or of a backend that captures no verify pass."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    args, attention = situation.args, situation.attention
+    capture = {record.name for record in ADAPTERS if attention in record.drafts_in_graphs}
+    named = args.cuda_graph_backend_decode is not None
+    served = named and capture >= {*attention_backends_of(args)}
+    return None if served else _graph(situation, "decode")
 
 
 def _mla(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
@@ -531,7 +539,7 @@ TABLE: tuple[Row, ...] = (
         "n-gram drafts",
         "--speculative-algorithm NGRAM",
         "works",
-        "answers are transformers', GQA and MLA, accepted drafts asserted; without CUDA graphs",
+        "answers are transformers', GQA and MLA, accepted drafts asserted; graphs: see below",
         alone="starts",
     ),
     Row(
@@ -539,7 +547,7 @@ TABLE: tuple[Row, ...] = (
         "--speculative-algorithm",
         "works",
         "answers are transformers', GQA and MLA, as many drafts right as without --dcp-size; "
-        "without CUDA graphs",
+        "graphs: see below",
         alone="starts",
     ),
     Row("no prefix cache", "--disable-radix-cache", "works", "answers are transformers', MLA"),
@@ -761,10 +769,10 @@ TABLE: tuple[Row, ...] = (
         _drafts(_disaggregated),
     ),
     Row(
-        "drafts verified in CUDA graphs",
+        "drafts verified in CUDA graphs, unless they are named and --attention-backend is triton",
         "--cuda-graph-backend-decode",
         "refused",
-        "a captured verify pass has not been tried",
+        "no GPU has replayed a captured verify pass yet, and of others it has not been written",
         "Use --cuda-graph-backend-decode disabled with --speculative-algorithm",
         _drafts(_decode_graph),
     ),

@@ -23,6 +23,7 @@ from sglang.srt.runtime_context import (
     get_exec,
     get_parallel,
     get_schedule,
+    get_spec,
 )
 
 from sglang_helix.srt.distributed.topology import Layout
@@ -44,7 +45,7 @@ def prepare_decode(result: None, runner: Any) -> None:
 
         decode = get_exec().graph.cuda_graph_config.decode
         captured = 0 if decode.backend == "disabled" else max(decode.bs or [], default=0)
-        runner.decode_scratch = prepare(runner, captured, _largest_decode_batch() or 1)
+        runner.decode_scratch = prepare(runner, captured, _most_requests() or 1)
 
 
 def prepare_exchange(result: None, runner: Any) -> None:
@@ -57,12 +58,13 @@ def prepare_exchange(result: None, runner: Any) -> None:
     for layer in layers:
         layer.register_forward_pre_hook(note_layer)
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+    requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
     mla = runner.use_mla_backend
     widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in layers}
     for width in sorted(widths):
         backend.prepare(
             parallel.dcp_group,
-            max_tokens=_largest_decode_batch(),
+            max_tokens=requests and requests * (drafts or 1),
             num_heads=config.get_max_num_attention_heads() // layout.attn_tp_size,
             head_dim=width,
             dtype=runner.dtype,
@@ -70,8 +72,8 @@ def prepare_exchange(result: None, runner: Any) -> None:
         )
 
 
-def _largest_decode_batch() -> int | None:
-    """The larger one of what is captured and what may run; None where neither was given."""
+def _most_requests() -> int | None:
+    """Of a decode batch that is captured or may run; None where neither was given."""
     captured = get_exec().graph.cuda_graph_config.decode.bs or []
     return max([*captured, get_schedule().max_running_requests or 0], default=0) or None
 

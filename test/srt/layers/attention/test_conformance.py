@@ -18,18 +18,19 @@ import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.spec_info import SpecInputType
 from sglang_cpu_reference.stand_ins.kernel import on_the_device
 from sglang_helix.srt.layers.attention import triton_backend
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
 from sglang_helix.srt.layers.attention.seen import seen
 from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
 from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
-from sglang_helix.srt.layers.dcp import planner
+from sglang_helix.srt.layers.dcp import comm, planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
 from srt.fresh import Fresh
 from srt.layers.attention import test_sharded, test_verify
-from srt.layers.attention.test_sharded import Heads, LatentPool, Pool
+from srt.layers.attention.test_sharded import Heads, LatentPool, Pool, Step
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,23 +185,27 @@ def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool) 
     )
 
 
-def publish(backend: str) -> None:
+def publish(backend: str, **flags: Any) -> None:
     """Resolved flags of a server with this backend, for constructors that ask for them."""
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
 
     publish(
         ServerArgs(
-            model_path="dummy", attention_backend=backend, device="cpu", mem_fraction_static=0.5
+            model_path="dummy",
+            attention_backend=backend,
+            device="cpu",
+            mem_fraction_static=0.5,
+            **flags,
         ),
         role="scheduler",
         ranks=SpawnRanks(world_rank=0, gpu_id=0),
     )
 
 
-def prepare(backend: str) -> None:
+def prepare(backend: str, **flags: Any) -> None:
     """In a process of its own: SGLang's backends can be built, and a thread is a rank."""
-    publish(backend)
+    publish(backend, **flags)
     for attention in ("GQA", "MLA"):
         if own := adapter(backend).own_class(attention):
             pkgutil.resolve_name(own)  # its module and upstream's are among those below
@@ -460,6 +465,133 @@ def test_drafts_attend_their_ancestors_and_the_prefix(
     process: Fresh, backend: str, attention: Attention
 ) -> None:
     assert process.value(verify_failures, backend, attention) == []
+
+
+def captured_drafts_on_rank(
+    rank: int,
+    group: ThreadGroup,
+    backend: str,
+    heads: Heads,
+    page: int,
+    mla: bool,
+    parents: tuple[int, ...],
+) -> tuple[list[int], torch.Tensor]:
+    """A verify graph is captured for padding alone, and replayed for fewer requests than it has.
+
+    Returns the requests of all replays and their outputs, [requests * drafts, own heads, Dv].
+    """
+    tokens, slots = test_sharded.random_tokens(heads, 0, mla), Slots(group.world_size, page, 300)
+    drafts, own, latent = len(parents) + 1, heads.queries // group.world_size, heads.v_width
+    adapter_ = build(backend, rank, group, heads, slots, mla)
+    layer = test_sharded.layer_of(heads.queries if mla else own, heads.kv, heads)
+    seen_by = test_verify.ancestry(parents)
+
+    def of(order: list[tuple[int, int]]) -> list[torch.Tensor]:
+        return [torch.stack([part[r, t] for r, t in order]) for part in tokens]
+
+    batch, order = test_sharded.forward_batch(Step("extend", test_verify.CACHED), slots)
+    _, k, v = of(order)
+    adapter_.req_to_token_pool.req_to_token = slots.table()
+    if mla:
+        adapter_._store_mla(layer, batch, k[..., :latent], k[..., latent:])
+    else:
+        adapter_.prepare_writes(batch)
+        adapter_._store(layer, batch, k, v)
+
+    def replayed(requests: list[int]) -> Any:
+        brought = [slots.extend(request, drafts) for request in requests]
+        adapter_.req_to_token_pool.req_to_token = slots.table()
+        padding = 4 - len(requests)
+        lens = torch.tensor([test_verify.CACHED[r] for r in requests] + [1] * padding)
+        masks = [
+            torch.cat([seen_by.new_ones(drafts, length), seen_by], 1).flatten()
+            for length in lens.tolist()[: len(requests) or 4]  # of those that are not padding
+        ]
+        return SimpleNamespace(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=4,
+            req_pool_indices=torch.tensor(requests + [0] * padding),
+            seq_lens=lens,
+            seq_lens_cpu=lens.clone(),
+            out_cache_loc=torch.tensor([*itertools.chain(*brought)], dtype=torch.int64),
+            out_cache_loc_is_physical=False,
+            extend_prefix_lens_cpu=None,
+            kv_loc_plan=None,
+            encoder_lens=None,
+            spec_info=SimpleNamespace(
+                spec_input_type=SpecInputType.EAGLE_VERIFY,
+                draft_token_num=drafts,
+                num_tokens_per_req=drafts,
+                custom_mask=torch.cat(masks),
+            ),
+        )
+
+    adapter_.init_cuda_graph_state(8, 8 * drafts)
+    adapter_.init_forward_metadata_out_graph(replayed([]), in_capture=True)
+    captured = dict(vars(adapter_))
+    asked, outputs = [], []
+    for requests in ([2, 0], [1]):
+        batch = replayed(requests)
+        with NoSync():
+            adapter_.init_forward_metadata_out_graph(batch)
+        vars(adapter_).update(captured)  # what the graph reads
+        real = [(r, test_verify.CACHED[r] + n) for r in requests for n in range(drafts)]
+        q, k, v = of(real + [(0, 0)] * (4 * drafts - len(real)))
+        padded = torch.zeros(4 * drafts, dtype=torch.int64)
+        padded[: len(real)] = batch.out_cache_loc
+        batch.out_cache_loc = padded
+        if mla:
+            parts = {"q_rope": q[..., latent:], "k_rope": k[..., latent:]}
+            latents = k[..., :latent]
+            partial = adapter_.forward_extend(
+                q[..., :latent], latents, latents, layer, batch, **parts
+            )
+            out = comm.dcp_a2a_lse_reduce(
+                lambda *_: None, *partial, group, is_lse_base_on_e=not adapter_.base2
+            )
+        else:
+            mine = q[:, own * rank : own * (rank + 1)].flatten(1)
+            out = adapter_.forward_extend(mine, k, v, layer, batch).view(len(q), own, latent)
+        outputs.append(out[: len(real)])
+        asked += requests
+        # What stands in a row is what was written to it: padding went nowhere else.
+        shard, pool = KVShard(group.world_size, rank), adapter_.token_to_kv_pool
+        for request in requests:
+            for position, slot in enumerate(slots.of[request]):
+                if slot % shard.size == shard.rank:
+                    kept = pool.get_key_buffer(0)[slot // shard.size]
+                    assert torch.equal(kept, tokens.k[request, position]), (request, position)
+    return asked, torch.cat(outputs)
+
+
+def captured_drafts_error(backend: str, attention: Attention) -> float:
+    """The norm of what is wrong, beside that of what is right."""
+    prepare(backend, speculative_algorithm="NGRAM", speculative_num_draft_tokens=5)
+    mla, page = attention == "MLA", (adapter(backend).pages or (4,))[0]
+    heads = Heads(6, 1, 576, 512) if mla else Heads(6, 2, 16, 16)
+    parents = test_verify.TREES["branches"]
+    given = backend, heads, page, mla, parents
+    found = run_threads(captured_drafts_on_rank, 3, *given, **parallel(3))
+    tokens = test_sharded.random_tokens(heads, 0, mla)
+    wanted = torch.stack(
+        [
+            test_verify.expected(tokens, request, row.nonzero().flatten())
+            for request in found[0][0]
+            for row in test_verify.ancestry(parents)
+        ]
+    )
+    got = torch.cat([outputs for _, outputs in found], dim=1).double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("backend", "attention"),
+    [case for case in OWN if case[1] in adapter(case[0]).drafts_in_graphs],
+)
+def test_captured_drafts_attend_their_ancestors_and_the_prefix(
+    process: Fresh, backend: str, attention: Attention
+) -> None:
+    assert process.value(captured_drafts_error, backend, attention) < 1e-5
 
 
 def test_the_matrix_says_what_runs_here() -> None:

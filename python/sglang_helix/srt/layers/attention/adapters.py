@@ -36,6 +36,7 @@ class Adapter:
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
     no_drafts: what keeps an attention from verifying drafts; nothing where it verifies them.
     no_e5m2: whether an fp8 cache may be e4m3 alone.
+    drafts_in_graphs: attention whose verify passes it captures.
     pages: the page sizes it takes; None: any.
     chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
     off_cuda: whether it runs where there is no CUDA device, too.
@@ -53,6 +54,7 @@ class Adapter:
     no_fp8: Mapping[Attention, str] = field(default_factory=dict)
     no_drafts: Mapping[Attention, str] = field(default_factory=dict)
     no_e5m2: bool = False
+    drafts_in_graphs: tuple[Attention, ...] = ()
     pages: tuple[int, ...] | None = None
     chosen_on: tuple[int, ...] | None = None
     why: str = ""
@@ -187,6 +189,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=False,
         gqa=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
         mla=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
+        drafts_in_graphs=("GQA", "MLA"),
         why="its DCP ignores the communication backend, drops heads and breaks on MLA",
         upstream="sgl-project/sglang#25090, #34161, #30444",
         until="upstream's backend honours the exchange",

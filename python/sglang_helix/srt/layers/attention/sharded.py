@@ -221,6 +221,8 @@ class ShardedAttention(AttentionBackend):
             parts = [self.partial_current(queries, own_k, own_v, layer, forward_batch)]
             if has_prefix:
                 out, lse = self.partial_prefix(self._group_heads(q, layer), layer, forward_batch)
+                if forward_batch.forward_mode.is_target_verify():
+                    out = out.to(q.dtype)  # as decode's, which is what symm carries
                 parts.append(self._own_heads(out, lse))
             if save_kv_cache:
                 self._store(layer, forward_batch, k, v)
@@ -245,12 +247,14 @@ class ShardedAttention(AttentionBackend):
         """Rows to write in the capture or one replay of a graph, in place.
 
         A replay brings the slots of its real requests only; the graph writes padded rows too, so
-        these go to row 0, which SGLang never allocates.
+        these go to row 0, which SGLang never allocates. A verify pass brings one for each draft.
         """
         if self.captured_rows is None:
             return  # MLA, or an eager pass of a backend that prepares both alike
-        slots = forward_batch.out_cache_loc
-        rows = self.captured_rows[: forward_batch.batch_size]
+        slots, tokens = forward_batch.out_cache_loc, forward_batch.batch_size
+        if forward_batch.forward_mode.is_target_verify():
+            tokens *= forward_batch.spec_info.draft_token_num
+        rows = self.captured_rows[:tokens]
         rows.zero_()
         rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
         if in_capture:
