@@ -8,6 +8,7 @@ Weights are scaled by fan-in and the attention logits kept sharp, so that greedy
 depend on single earlier tokens, and rarely near a tie: a wrong attention shows in the tokens.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,64 @@ _QWEN_MOE = {
     "moe_intermediate_size": 64,
     "decoder_sparse_step": 1,
 }
+_GDN = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "shared_expert_intermediate_size": 64,
+}
+_KDA = {
+    "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-5,  # SGLang has it built into the norm behind the recurrence
+    "q_lora_rank": None,
+    "linear_attn_config": {
+        "kda_layers": [1, 3],  # counted from 1
+        "full_attn_layers": [2, 4],
+        "num_heads": 8,
+        "head_dim": 16,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "first_k_dense_replace": 0,  # transformers saves a dense layer under the name of a sparse one
+    "moe_intermediate_size": 64,
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "moe_renormalize": True,
+    "routed_scaling_factor": 1.0,  # SGLang's model leaves it to kernels, not to its torch experts
+}
+_MAMBA2 = {
+    "num_hidden_layers": 5,
+    "hybrid_override_pattern": "M*-M*",
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+}
+_PICTURES = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "out_hidden_size": 128,
+        "patch_size": 8,
+    },
+    "image_token_id": 259,
+    "video_token_id": 260,
+    "vision_start_token_id": 261,
+    "vision_end_token_id": 262,
+    "tie_word_embeddings": False,
+}
 _DEEPSEEK_MOE = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
@@ -75,10 +134,15 @@ _DEEPSEEK_MOE = {
 
 
 class Family(NamedTuple):
-    """What distinguishes a model family: transformers' model type and its configuration."""
+    """What distinguishes a model family: transformers' model type and its configuration.
+
+    written: entries of config.json that SGLang reads in the place of what transformers writes;
+    None leaves one out.
+    """
 
     model_type: str
     config: Mapping[str, Any]
+    written: Mapping[str, Any] = MappingProxyType({})
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -94,6 +158,51 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen3": Family("qwen3", {**_COMMON, **_GQA}),
         "qwen3_moe": Family("qwen3_moe", {**_COMMON, **_GQA, **_QWEN_MOE, "norm_topk_prob": True}),
         "glm4": Family("glm4", {**_COMMON, **_GQA, "attention_bias": True}),
+        "qwen3_next": Family("qwen3_next", {**_COMMON, **_GQA, **_QWEN_MOE, **_GDN}),
+        "qwen3_5": Family("qwen3_5_text", {**_COMMON, **_GQA, **_GDN}),
+        "qwen3_5_vl": Family("qwen3_5", {**_PICTURES, "text_config": {**_COMMON, **_GQA, **_GDN}}),
+        "qwen3_5_moe_vl": Family(
+            "qwen3_5_moe", {**_PICTURES, "text_config": {**_COMMON, **_GQA, **_QWEN_MOE, **_GDN}}
+        ),
+        "qwen3_5_moe": Family("qwen3_5_moe_text", {**_COMMON, **_GQA, **_QWEN_MOE, **_GDN}),
+        "nemotron_h": Family(
+            "nemotron_h",
+            {**_COMMON, **_GQA, **_MAMBA2},
+            {"hybrid_override_pattern": "M*-M*", "layers_block_type": None},
+        ),
+        "granitemoehybrid": Family(
+            "granitemoehybrid",
+            {
+                **_COMMON,
+                **_GQA_16,
+                "num_hidden_layers": 4,
+                "layer_types": ["mamba", "attention"] * 2,
+                "mamba_n_heads": 8,
+                "mamba_d_head": 32,
+                "mamba_n_groups": 1,
+                "mamba_d_state": 16,
+                "mamba_chunk_size": 64,
+                "shared_intermediate_size": 128,
+                "position_embedding_type": "rope",
+                "num_local_experts": 0,
+                "num_experts_per_tok": 0,
+            },
+        ),
+        "falcon_h1": Family(
+            "falcon_h1",
+            {
+                **_COMMON,
+                **_GQA,
+                "num_hidden_layers": 2,
+                "mamba_n_heads": 8,
+                "mamba_d_head": 32,
+                "mamba_d_ssm": 256,
+                "mamba_n_groups": 4,
+                "mamba_d_state": 16,
+                "mamba_chunk_size": 64,
+            },
+        ),
+        "kimi_linear": Family("kimi_linear", {**_COMMON, **_MLA, **_KDA}),
         "deepseek_v2": Family(
             "deepseek_v2",
             {
@@ -136,21 +245,30 @@ def make_checkpoint(
     its configuration, e.g. ``num_key_value_heads=4`` or ``q_lora_rank=None``. Raises ValueError for
     an unknown name.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if isinstance(family, str):
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
         family = FAMILIES[family]
-    model_type, config = family
+    model_type, config, written = family
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_config(
+    kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    model = kind.from_config(
         AutoConfig.for_model(model_type, **{**config, **overrides}), dtype=torch.float32
     )
     _fill(model, seed)
     model.save_pretrained(directory)
-    _byte_tokenizer().save_pretrained(directory)
+    if written:
+        path = directory / "config.json"
+        entries = {**json.loads(path.read_text()), **written}
+        kept = {name: entry for name, entry in entries.items() if entry is not None}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    tokenizer = _byte_tokenizer()
+    tokenizer.save_pretrained(directory)
+    if "vision_config" in config:
+        _processor(tokenizer, config["vision_config"]["patch_size"]).save_pretrained(directory)
     return directory
 
 
@@ -168,10 +286,15 @@ _GAIN = {
 def _fill(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        owner = name.split(".")[-2]
-        if parameter.dim() == 1:
+        owner, kind = name.split(".")[-2:]
+        if kind == "A_log":
+            # States that forget over tens to hundreds of tokens, each head at its own pace.
+            parameter.uniform_(-5.0, -2.0, generator=generator)
+        elif parameter.dim() == 1:
             # Norm weights and biases: away from their neutral value, so that they matter.
-            centre = 0.0 if name.endswith("bias") else _GAIN.get(owner, 1.0)
+            centre = 0.0 if kind.endswith("bias") else _GAIN.get(owner, 1.0)
+            if owner.endswith("norm") and not parameter.any():
+                centre -= 1.0  # the model adds it
             parameter.uniform_(centre - 0.3, centre + 0.3, generator=generator)
         else:
             gain = 1.0 if owner == "embed_tokens" else _GAIN.get(owner, 1.0)
@@ -181,6 +304,18 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
         if name.endswith("e_score_correction_bias"):
             # As wide as the scores, between 0 and 1, so that it decides.
             buffer.uniform_(-0.3, 0.3, generator=generator)
+
+
+def _processor(tokenizer: Any, patch_size: int) -> Any:
+    """What turns pictures into patches, without which SGLang serves no text either."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=patch_size),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(patch_size=patch_size),
+        chat_template="{{ messages }}",
+    )
 
 
 def _byte_tokenizer() -> Any:

@@ -18,6 +18,7 @@ from sglang_cpu_reference import speculative
 #: rank come out of one machine's memory, so the pool is bounded by tokens, not by a fraction.
 _DEFAULT_MAX_TOTAL_TOKENS = 16384
 _DEFAULT_MEM_FRACTION = 0.1
+_DEFAULT_MAX_STATES = 128  # recurrent states of a hybrid model: running ones and prefixes'
 
 
 class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
@@ -57,6 +58,12 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             server_args.mem_fraction_static = _DEFAULT_MEM_FRACTION
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = _DEFAULT_MAX_TOTAL_TOKENS
+        if server_args.max_mamba_cache_size is None:
+            server_args.max_mamba_cache_size = _DEFAULT_MAX_STATES
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Recurrent states of prefixes are kept beside the running ones, as on CUDA."""
+        return True
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
         """Slots of the draft tokens, upstream a Triton kernel."""
@@ -81,9 +88,15 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             create_torch_native_backend,
         )
 
-        from sglang_cpu_reference import kv_transfer, stand_ins, transfer_engine
+        from sglang_cpu_reference import (
+            kv_transfer,
+            linear_attention,
+            stand_ins,
+            transfer_engine,
+        )
 
         kv_transfer.install()
+        linear_attention.install_in_rank()
         stand_ins.install()
         transfer_engine.install()
         register_attention_backend("torch_native")(create_torch_native_backend)

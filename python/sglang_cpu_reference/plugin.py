@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_cpu_reference import forkserver, selected, speculative
+from sglang_cpu_reference import forkserver, linear_attention, selected, speculative
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
@@ -36,6 +36,7 @@ def register() -> None:
         HookRegistry.register(target, wrapper, HookType.AROUND)
     HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
     HookRegistry.register(_EXPERTS, _experts_of_this_rank, HookType.AROUND)
+    linear_attention.install()
     speculative.install()
     collectives_on_cpu_tensors()
 
@@ -130,6 +131,15 @@ def _add_gated(
     final_hidden_states += gate[:, None] * shared_output
 
 
+def _gated(
+    attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, quant: bool = False
+) -> torch.Tensor:
+    """``fused_sigmoid_mul``, a Triton kernel: attention [T, H D], gate [T, H D] or [T, H, D]."""
+    assert not quant
+    gated = attn_output * torch.sigmoid(gate.reshape(attn_output.shape))
+    return attn_output.copy_(gated) if inplace else gated
+
+
 def _experts_of_this_rank(
     original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
 ) -> Any:
@@ -155,13 +165,27 @@ def _nothing_to_wait_for(device: object = None) -> None:
     """``torch.cuda.synchronize``, which SGLang calls for the device of PyTorch's build."""
 
 
+def _the_cpu() -> torch.device:
+    """``torch.cuda.current_device``: models allocate some of their weights there."""
+    return torch.device("cpu")
+
+
+def _not_pinned(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+    """``Tensor.pin_memory``: see `_unpinned`."""
+    return tensor
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
+    "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": _gated,
     "torch.cuda.synchronize": _nothing_to_wait_for,
+    "torch.cuda.current_device": _the_cpu,
+    "torch.Tensor.pin_memory": _not_pinned,
+    **linear_attention.REPLACED,
     **speculative.REPLACED,
 }
 

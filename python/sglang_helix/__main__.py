@@ -100,7 +100,7 @@ def print_layouts(options: argparse.Namespace) -> int:
     """Print every legal layout of a model, and its time on a GPU that is given; 1: it cannot."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    from sglang_helix.layout import draft_shape_of, shape_of, table
+    from sglang_helix.layout import draft_shape_of, shape_of, state_bytes, states, table
 
     draft = options.draft_model_path
     try:
@@ -110,7 +110,10 @@ def print_layouts(options: argparse.Namespace) -> int:
         print(f"--model-path {options.model_path}: {problem}", file=sys.stderr)
         return 1
     memory = 40 if options.kv_memory_gib is None else options.kv_memory_gib
-    print(table(shape_of(model_config), options.tp, memory, options.kv_cache_dtype, drafted))
+    shape = shape_of(model_config)
+    print(table(shape, options.tp, memory, options.kv_cache_dtype, drafted))
+    if (state := state_bytes(model_config, options.tp)) is not None:
+        print("\n" + states(shape, options.tp, state, options.kv_cache_dtype))
     return print_advice(options, model_config) if options.gpu else 0
 
 

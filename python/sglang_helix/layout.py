@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     query_width: int
     output_width: int
     row_width: int  # of one cached head, K and V, or of the latent
-    layers: int
+    layers: int  # that keep a cache
 
 
 class Row(NamedTuple):
@@ -45,9 +45,12 @@ class Row(NamedTuple):
 
 def shape_of(model_config: Any) -> Shape:
     """The shape of a model from SGLang's ModelConfig."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     heads, layers = model_config.get_max_num_attention_heads(), model_config.num_hidden_layers
+    if (hybrid := mambaish_config(model_config)) is not None:
+        layers = len(hybrid.full_attention_layer_ids)
     if model_config.attention_arch == AttentionArch.MLA:
         latent = model_config.kv_lora_rank
         row = latent + model_config.qk_rope_head_dim
@@ -64,6 +67,31 @@ def draft_shape_of(model_path: str) -> Shape:
     config = ModelConfig(model_path, is_draft_model=True)
     layers = getattr(config, "num_nextn_predict_layers", None) or config.num_hidden_layers
     return shape_of(config)._replace(layers=layers)
+
+
+def state_bytes(model_config: Any, tp_size: int) -> int | None:
+    """What one recurrent state takes on each of N ranks; None for a model without any."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.runtime_context import get_parallel
+
+    if (hybrid := mambaish_config(model_config)) is None:
+        return None
+    widths = {"tp_size": tp_size, "attn_tp_size": tp_size, "enable_cp_tp_group_sharing": False}
+    with get_parallel().override(**widths):
+        return int(hybrid.mamba2_cache_params.mamba_cache_per_req)
+
+
+def states(shape: Shape, tp_size: int, state: int, cache_dtype: str) -> str:
+    """In a sentence: the recurrent states of a hybrid model beside its cache."""
+    listed = rows(shape, tp_size, 2.0**40, CACHE_BYTES[cache_dtype])
+    best = max(listed, key=lambda row: row.ratio)
+    tokens = state * best.layout.kvp_size // best.kv_bytes
+    return (
+        f"Recurrent states: {state / 2**20:.1f} MiB a rank for each request that runs and each "
+        f"cached prefix, in every layout, as much as {tokens:,} KV tokens with --dcp-size "
+        f"{best.layout.kvp_size}. `--mamba-full-memory-ratio` divides the memory between them "
+        "and the cache, 0.9 to 1 by default."
+    )
 
 
 def rows(

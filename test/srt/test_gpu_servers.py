@@ -48,6 +48,7 @@ LAYOUTS = {
 # With 4 ranks a prompt of one token leaves three of them without any.
 SHARDED = ("a2a", "symm", "attn-tp 1", "symm of 4")
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
+HYBRIDS: dict[str, Attention] = {"qwen3_next": "GQA"}
 CASES = [
     *itertools.product(ATTENTION, LAYOUTS, ("triton",)),
     *(
@@ -57,6 +58,8 @@ CASES = [
         if record.name not in ("triton", "torch_native")
         for layout in SHARDED
     ),
+    *itertools.product(HYBRIDS, ("tp 1", "a2a", "symm"), ("triton",)),
+    ("qwen3_next", "a2a", "fa3"),
 ]
 
 
@@ -68,6 +71,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         # The widths of the real model, which MLA kernels are written for.
         "deepseek_v2": make_checkpoint(
             "deepseek_v2", root / "deepseek_v2", qk_nope_head_dim=128, v_head_dim=128
+        ),
+        # All experts at once: bf16 turns over no choice of them.
+        "qwen3_next": make_checkpoint(
+            "qwen3_next",
+            root / "qwen3_next",
+            head_dim=64,
+            num_key_value_heads=1,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            num_experts_per_tok=8,
         ),
     }
 
@@ -96,7 +109,7 @@ def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "tri
 @pytest.mark.timeout(540)
 @pytest.mark.parametrize(("family", "layout", "attention"), CASES)
 def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attention: str) -> None:
-    if not adapter(attention).runs_on(get_platform(), ATTENTION[family]):
+    if not adapter(attention).runs_on(get_platform(), (ATTENTION | HYBRIDS)[family]):
         pytest.skip(f"no kernels of {attention} for this GPU")
     checkpoint = checkpoints[family]
     server = gpu_server(

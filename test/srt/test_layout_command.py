@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from sglang_cpu_reference.checkpoints import FAMILIES
 from sglang_helix.__main__ import main
 from sglang_helix.layout import Shape, rows
 
@@ -70,3 +71,18 @@ def test_command_says_what_it_could_not_read(
 ) -> None:
     assert main(["layout", "--model-path", str(tmp_path / "none"), "--tp", "8"]) == 1
     assert "--model-path" in capsys.readouterr().err
+
+
+def test_states_of_a_hybrid_model_are_counted_beside_its_full_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**FAMILIES["qwen3_next"].config, "architectures": ["Qwen3NextForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_next"}))
+    assert main(["layout", "--model-path", str(tmp_path), "--tp", "4"]) == 0
+    table, states = capsys.readouterr().out.split("\n\n")
+    # Two of four layers, one head of each rank, K and V of 32 numbers.
+    assert f"| 2 | 2 | 4, 2 | 1 | {2 * 64 * 2 / 1024:.1f} |" in table
+    # Two layers: 2 value heads of 16 x 16 in fp32, and 3 inputs of the convolution in bf16.
+    state = 2 * (2 * 16 * 16 * 4 + 3 * (2 * 16 + 2 * 16) * 2)
+    assert states.startswith(f"Recurrent states: {state / 2**20:.1f} MiB a rank for each request")
+    assert f"as much as {2 * state // (2 * 64 * 2)} KV tokens with --dcp-size 2" in states

@@ -68,6 +68,7 @@ def resolve(machine: str, model: str, flags: dict[str, Any], launched: bool = Fa
                 check(args)  # as its ranks do
             view = resolved_view(args)
             names = ("dcp_size", "dcp_comm_backend", "page_size", "chunked_prefill_size")
+            names += ("mamba_radix_cache_strategy",)
             found = {name: getattr(view, name) for name in names}
             return Resolved(found, attention_backends_of(view), "", "\n".join(lines))
     except Exception as error:
@@ -539,8 +540,24 @@ ELSEWHERE = {
 ASKABLE = {row.feature: row for row in TABLE if row.status == "refused" and row.flag}
 
 
+# Rows of hybrid models, whose flags are others' too: `test_flags_of_hybrid_models_are_refused`.
+HYBRID_REPLICAS = "replicated queries of hybrid models"
+HYBRID_FLAGS: list[tuple[str, dict[str, Any]]] = [
+    (HYBRID_REPLICAS, {"dcp_replicate_q_proj": True}),
+    (
+        "prefixes of hybrid models without snapshots of states",
+        {"mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True},
+    ),
+    (
+        "prefill chunk of hybrid models shorter than a chunk of their kernels",
+        {"chunked_prefill_size": 48, "page_size": 16},
+    ),
+]
+
+
 def test_every_row_with_a_flag_is_asked_for() -> None:
-    assert set(FLAGS) | ELSEWHERE == set(ASKABLE)
+    of_hybrids = {feature for feature, _ in HYBRID_FLAGS} - {HYBRID_REPLICAS}
+    assert set(FLAGS) | ELSEWHERE | of_hybrids == set(ASKABLE)
 
 
 @pytest.mark.parametrize("feature", FLAGS)
@@ -634,6 +651,11 @@ SPARSE = {
     "index_n_heads": 4,
     "index_head_dim": 32,
 }
+QWEN3_NEXT = {
+    name: value
+    for name, value in {**FAMILIES["qwen3_next"].config, "model_type": "qwen3_next"}.items()
+    if name not in FAMILIES["llama"].config
+} | {"num_hidden_layers": 4, "num_key_value_heads": 2}
 SPARSE_ROW = "other sparse attention (DeepSeek-V4, MiniMax-M3)"
 # The row that refuses, an architecture, and its configuration.
 MODELS: list[tuple[str, str, dict[str, Any]]] = [
@@ -658,6 +680,11 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("encoder-decoder models", "WhisperForConditionalGeneration", WHISPER),
     ("other hybrid linear attention", "FalconH1ForCausalLM", {"model_type": "falcon_h1"}),
+    (
+        "other hybrid linear attention",
+        "Qwen3NextForCausalLM",
+        {**QWEN3_NEXT, "num_key_value_heads": 4},
+    ),
     (SPARSE_ROW, "MiniMaxM3SparseForCausalLM", MINIMAX_M3),
     ("dual chunk attention", "Qwen2ForCausalLM", DUAL_CHUNK),
     ("sparse attention of DeepSeek (DSA) elsewhere", "DeepseekV32ForCausalLM", SPARSE),
@@ -666,7 +693,7 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
 
 def test_every_row_of_models_is_asked_for() -> None:
     rows = {row.feature for row in TABLE if row.status == "refused" and not row.flag}
-    assert {feature for feature, _, _ in MODELS} == rows
+    assert {feature for feature, _, _ in MODELS} | {HYBRID_REPLICAS} == rows
 
 
 @pytest.mark.parametrize(("feature", "architecture", "entries"), MODELS)
@@ -685,6 +712,36 @@ def test_a_norm_over_the_heads_of_plain_tp_is_served(resolved: Resolve, tmp_path
     entries = {"model_type": "minimax_m2", "use_qk_norm": True, "num_local_experts": 4}
     model = written(tmp_path, architectures=["MiniMaxM2ForCausalLM"], **entries)
     assert resolved("Hopper", model, tp_size=8, dcp_size=2, attention_backend="triton").error == ""
+
+
+@pytest.mark.parametrize(("feature", "flags"), HYBRID_FLAGS)
+def test_flags_of_hybrid_models_are_refused(
+    resolved: Resolve, tmp_path: Path, feature: str, flags: dict[str, Any]
+) -> None:
+    row = next(row for row in TABLE if row.feature == feature)
+    model = written(tmp_path, architectures=["Qwen3NextForCausalLM"], **QWEN3_NEXT)
+    refused = resolved("Hopper", model, tp_size=4, dcp_size=2, **flags).error
+    assert row.why in refused
+    assert row.instead in refused
+
+
+def test_states_of_prefixes_are_kept_whatever_the_page(resolved: Resolve, tmp_path: Path) -> None:
+    """Pages of one token and no overlap: upstream takes the tree's for as long as the pool's."""
+    model = written(tmp_path, architectures=["Qwen3NextForCausalLM"], **QWEN3_NEXT)
+    layout = {"tp_size": 4, "page_size": 1, "disable_overlap_schedule": True}
+    served = resolved("Hopper", model, dcp_size=2, **layout)
+    assert served.error == ""
+    assert served.args["mamba_radix_cache_strategy"] == "extra_buffer"
+    assert resolved("Hopper", model, **layout).args["mamba_radix_cache_strategy"] == "no_buffer"
+    none = resolved("Hopper", model, dcp_size=2, disable_radix_cache=True, **layout)
+    assert none.error == ""
+
+
+def test_heads_of_states_are_cut_by_all_ranks(resolved: Resolve, tmp_path: Path) -> None:
+    config = {**QWEN3_NEXT, "linear_num_key_heads": 6}
+    model = written(tmp_path, architectures=["Qwen3NextForCausalLM"], **config)
+    refused = resolved("Hopper", model, tp_size=4, dcp_size=2).error
+    assert "--tp-size 4: 6 heads of this model's recurrent layers cannot be split" in refused
 
 
 # Without our flags.

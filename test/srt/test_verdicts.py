@@ -26,7 +26,10 @@ from sglang_helix.srt.compatibility.verdict import Verdict, decide, refusals
 from srt.fresh import Fresh
 from srt.test_server_args import LATENT, SMALL, SPARSE
 
-HYBRID = "hybrid linear attention of MLA models, of Qwen3.5 and where A is a multiple of KV heads"
+HYBRID = (
+    "other hybrid linear attention of MLA, of Qwen3.5 and where A is a multiple of KV heads; "
+    "what else moves states"
+)
 DRAFTS = "DSPARK and what cutedsl_mla verifies, of MLA models, and draft models of DSA and Qwen3.5"
 DSA = "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5) on Blackwell and NPUs"
 PD = "prefill-decode disaggregation of MLA models by NIXL, Mori, or beside more of its flags"
@@ -75,6 +78,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 TP4 = {"tp_size": 4, "dcp_size": 2}
+# Of Kimi-Linear, what moves states is SGLang's own; of Qwen3.5, fewer shards than key-value heads.
+CUTEDSL_KIMI = {"attention_backend": "cutedsl_mla", "enable_mixed_chunk": True}
+SPLIT = {"dcp_size": 4}
 CUTEDSL = {"attention_backend": "cutedsl_mla", "speculative_attention_mode": "decode"}
 EAGLE = {
     "speculative_algorithm": "EAGLE",
@@ -86,16 +92,34 @@ EAGLE = {
 OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "DSA": ("Blackwell", "dsa", {}, (DSA,)),
     "DSA with MTP": ("Blackwell", "dsa", EAGLE, (DRAFTS, DSA)),
-    "Kimi-Linear": ("Blackwell", "kimi_linear", {"attention_backend": "cutedsl_mla"}, (HYBRID,)),
+    "Kimi-Linear": ("Blackwell", "kimi_linear", {**CUTEDSL_KIMI}, (HYBRID,)),
     "Kimi-Linear PD": (
         "Blackwell",
         "kimi_linear",
         {**NIXL, "disaggregation_mode": "prefill", "attention_backend": "cutedsl_mla"},
         (PD, HYBRID),
     ),
-    "Qwen3.5": ("Blackwell", "qwen3_5", {"attention_backend": "triton"}, (HYBRID,)),
-    "Qwen3.5 on Hopper": ("Hopper", "qwen3_5", {"attention_backend": "triton"}, (HYBRID,)),
-    "Qwen3-Next": ("Hopper", "qwen3_next", {"attention_backend": "triton"}, (HYBRID,)),
+    "Qwen3.5": ("Blackwell", "qwen3_5", {"attention_backend": "triton", **SPLIT}, (HYBRID,)),
+    "Qwen3.5 on Hopper": (
+        "Hopper",
+        "qwen3_5",
+        {"attention_backend": "triton", **SPLIT},
+        (HYBRID,),
+    ),
+    **{
+        f"Qwen3-Next, {what}": (
+            "Hopper",
+            "qwen3_next",
+            {"attention_backend": "triton", **flags},
+            (HYBRID,),
+        )
+        for what, flags in {
+            "mixed chunks": {"enable_mixed_chunk": True},
+            "the hierarchical cache": {"enable_hierarchical_cache": True},
+            "buffered states": {"enable_linear_replayssm": True},
+            "lazy snapshots": {"mamba_radix_cache_strategy": "extra_buffer_lazy"},
+        }.items()
+    },
     "PD decode": (
         "Hopper",
         "deepseek_v2",
@@ -128,7 +152,7 @@ OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         ("attention data parallelism of MLA models and Qwen3.5",),
     ),
     "AMD": ("AMD", "deepseek_v2", {"attention_backend": "aiter"}, (PLATFORM,)),
-    "Intel XPU": ("XPU", "qwen3_next", {"attention_backend": "intel_xpu"}, (PLATFORM, HYBRID)),
+    "Intel XPU": ("XPU", "qwen3_next", {"attention_backend": "intel_xpu"}, (PLATFORM,)),
     "Ascend": ("NPU", "dsa", {}, (PLATFORM, DSA)),
 }
 ELSEWHERE: dict[str, dict[str, Any]] = {
@@ -244,19 +268,19 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "--attn-tp-size": (
         "Blackwell",
         "kimi_linear",
-        {"attn_tp_size": 2, "dcp_size": 1},
+        {"attn_tp_size": 2, "dcp_size": 1, "enable_mixed_chunk": True},
         (f"--attn-tp-size 2 {ALONE}{HYBRID} here: only the series has it. Use --dcp-size",),
     ),
     "symm": (
         "Blackwell",
         "kimi_linear",
-        {"dcp_comm_backend": "symm"},
+        {"dcp_comm_backend": "symm", "enable_mixed_chunk": True},
         (f"--dcp-comm-backend symm {ALONE}", "only the series has it. Use --dcp-comm-backend a2a."),
     ),
     "GQA by the default of Hopper": (
         "Hopper",
         "qwen3_5",
-        {},
+        {**SPLIT},
         (f"--attention-backend fa3 {ALONE}", "Use --attention-backend triton for GQA"),
     ),
     "MLA by the default of Hopper": (
@@ -283,7 +307,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "a row that SGLang fails too": (
         "Blackwell",
         "kimi_linear",
-        {"enable_symm_mem": True, "attention_backend": "cutedsl_mla"},
+        {"enable_symm_mem": True, **CUTEDSL_KIMI},
         (f"--enable-symm-mem {ALONE}", "captured graphs answer wrongly at small batches"),
     ),
     "Ring": (
@@ -307,7 +331,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
 }
 # A refusal that speaks of the series' own code ("starts") does not hold where that is not there.
 PASSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
-    name: ("Blackwell", "kimi_linear", {"attention_backend": "cutedsl_mla", **flags}, (HYBRID,))
+    name: ("Blackwell", "kimi_linear", {**CUTEDSL_KIMI, **flags}, (HYBRID,))
     for name, flags in {
         "torch.compile of the model": {"enable_torch_compile": True},
         "mixed chunk of MLA models": {"enable_mixed_chunk": True},
@@ -450,7 +474,7 @@ TRITON = {"attention_backend": "triton", "dcp_comm_backend": "a2a"}
 RESOLVED_BEFORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "whole": ("Blackwell", "llama", {"dcp_size": 1}, "whole"),
     "works": ("Blackwell", "llama", TRITON, "works"),
-    "own": ("Blackwell", "kimi_linear", {"attention_backend": "cutedsl_mla"}, "own"),
+    "own": ("Blackwell", "kimi_linear", CUTEDSL_KIMI, "own"),
     "backend": (
         "Blackwell",
         "llama",
@@ -462,7 +486,7 @@ RESOLVED_BEFORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "llama",
         {"dcp_comm_backend": "a2a"},
         "--attention-backend trtllm_mha has not been seen on a GPU with --dcp-size, and SGLang "
-        "chose it: give the flag to have it all the same, or with one of triton, ",
+        "chose it: give the flag to have it all the same, or with one of flashinfer, triton, ",
     ),
     "a backend that was named": (
         "Blackwell",
@@ -530,10 +554,9 @@ def rank_of(model: str, machine: str, flags: dict[str, Any], before_plugins: boo
 def test_ranks_install_the_serve_stage_where_the_series_serves(
     gpu: Fresh, models: dict[str, str]
 ) -> None:
-    cutedsl = {"attention_backend": "cutedsl_mla"}
     calls = [
         (rank_of, models["llama"], "Blackwell", TRITON, False),
-        (rank_of, models["kimi_linear"], "Blackwell", cutedsl, False),
+        (rank_of, models["kimi_linear"], "Blackwell", CUTEDSL_KIMI, False),
         (rank_of, models["llama"], "Blackwell", {"dcp_size": 1}, False),
         (rank_of, models["llama"], "Blackwell", {**TRITON, "enable_symm_mem": True}, True),
     ]

@@ -24,7 +24,7 @@ from sglang_helix.srt.compatibility.verdict import (
     refusals_of_flags,
     verdict_of,
 )
-from sglang_helix.srt.distributed.topology import Layout, layout_of
+from sglang_helix.srt.distributed.topology import Layout, LayoutError, layout_of
 from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster, heads_name
 
@@ -138,10 +138,32 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
         declare_resolution(server_args, "sglang_helix", dcp_replicate_q_proj=True)
     situation = situation_of(server_args)
     _check_heads(situation)
+    _keep_states_of_prefixes(server_args, situation)
     named = server_args._raw_input.get("dcp_comm_backend")
     if situation.args.dcp_comm_backend == "fi_a2a" and not named and not situation.mla:
         logger.info("--dcp-comm-backend: a2a in place of fi_a2a, which serves MLA models only.")
         declare_resolution(server_args, "sglang_helix", dcp_comm_backend="a2a")
+
+
+def _keep_states_of_prefixes(server_args: Any, situation: Situation) -> None:
+    """Of hybrid models: have recurrent states snapshot at pages of the prefix tree.
+
+    Where the user names no strategy, upstream's choice goes by the page size of the pool, which
+    may be 1 where the tree's is K, and then fails.
+    """
+    from sglang.srt.arg_groups.overrides import (
+        declare_resolution,
+        supports_mamba_cache_extra_buffer,
+    )
+
+    args = situation.args
+    if (
+        situation.hybrid is not None
+        and not args.disable_radix_cache
+        and args.mamba_radix_cache_strategy == "auto"
+        and supports_mamba_cache_extra_buffer(args, situation.model.hf_config)
+    ):
+        declare_resolution(server_args, "sglang_helix", mamba_radix_cache_strategy="extra_buffer")
 
 
 def choose_attention_backend(server_args: Any, previous: Step) -> None:
@@ -243,6 +265,13 @@ def _check_heads(situation: Situation) -> None:
         1 if situation.mla else situation.model.get_total_num_kv_heads(),
         decoupled=situation.attn_tp_size is not None,
     )
+    ranks = situation.args.tp_size
+    for heads in situation.state_heads:
+        if heads % ranks:
+            raise LayoutError(
+                f"--tp-size {ranks}: {heads} heads of this model's recurrent layers cannot be "
+                f"split over {ranks} ranks, which would start and answer wrongly; use a smaller one"
+            )
 
 
 def _backends_to_choose(situation: Situation) -> list[str]:

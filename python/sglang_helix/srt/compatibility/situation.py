@@ -43,19 +43,47 @@ class Situation:
         return bool(is_deepseek_dsa(self.model.hf_config))
 
     @property
-    def sglang_groups_heads(self) -> bool:
-        """Whether unmodified SGLang gives all ranks of a KVP group the same key-value heads.
+    def hybrid(self) -> Any | None:
+        """The configuration of a model some of whose layers keep recurrent states; else None."""
+        from sglang.srt.configs.hybrid_arch import mambaish_config
 
-        MLA has one latent, Qwen3.5's class shards its heads by group; of the others the ranks of a
-        group agree where plain TP already copies each head to all of them: A is a multiple of KV.
+        return mambaish_config(self.model)
+
+    @property
+    def state_heads(self) -> list[int]:
+        """Numbers of heads that a hybrid model's recurrent layers cut by tp size, as plain TP."""
+        config = self.hybrid
+        linear = getattr(config, "linear_attn_config", None) or {}
+        names = (
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "mamba_num_heads",
+            "mamba_n_heads",
+        )
+        counts = [linear.get("num_heads"), *(getattr(config, name, None) for name in names)]
+        return [count for count in counts if count is not None]
+
+    @property
+    def plain_heads_grouped(self) -> bool:
+        """Whether plain TP already gives all ranks of a KVP group the same key-value heads.
+
+        MLA has one latent; each of fewer key-value heads than shards is copied to all of them.
         """
-        from sglang.srt.configs.model_config import is_qwen3_5
-
-        if self.mla or is_qwen3_5(self.model.hf_config):
+        if self.mla:
             return True
         args = self.args
         shards = args.tp_size // args.attn_dp_size // args.attn_cp_size // args.dcp_size
         return bool(shards and shards % self.model.get_total_num_kv_heads() == 0)
+
+    @property
+    def sglang_groups_heads(self) -> bool:
+        """Whether unmodified SGLang gives all ranks of a KVP group the same key-value heads.
+
+        Qwen3.5's class shards its heads by group; the others leave them to plain TP.
+        """
+        from sglang.srt.configs.model_config import is_qwen3_5
+
+        return is_qwen3_5(self.model.hf_config) or self.plain_heads_grouped
 
 
 def situation_of(server_args: Any) -> Situation:

@@ -18,14 +18,15 @@ def check_full_pool(
     whole widened pages, so when no request holds a slot the sum is exact.
     """
     leak, message = original(checker, ps, uncached)
-    if uncached or checker.is_hybrid_swa or checker.is_hybrid_ssm:
+    if uncached or checker.is_hybrid_swa:
         return leak, message
     allocator, tree = checker.token_to_kv_pool_allocator, checker.tree_cache
+    hybrid = checker.is_hybrid_ssm  # recurrent states are counted by themselves, exactly
     slots = allocator.size // allocator.page_size * allocator.page_size
     held = {
         "free": allocator.available_size(),
-        "evictable": tree.evictable_size(),
-        "protected": tree.protected_size(),
+        "evictable": tree.full_evictable_size() if hybrid else tree.evictable_size(),
+        "protected": tree.full_protected_size() if hybrid else tree.protected_size(),
         "session": checker.pool_stats_observer.session_held_tokens(),
     }
     return sum(held.values()) != slots, f"[sharded pool] slots={slots}, {held}; {message}"

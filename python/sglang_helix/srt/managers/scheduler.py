@@ -124,12 +124,28 @@ def draft_runner(scheduler: Any) -> Any:
 
 def kv_bytes(pool: Any) -> int | None:
     """Size of a pool that can be sharded; None for SGLang's others, not all of which say."""
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import (
+        HybridLinearKVPool,
+        MHATokenToKVPool,
+        MLATokenToKVPool,
+    )
 
+    if isinstance(pool, HybridLinearKVPool):
+        pool = pool.full_kv_pool
     if not isinstance(pool, MHATokenToKVPool | MLATokenToKVPool):
         return None
     size = pool.get_kv_size_bytes()
     return int(sum(size) if isinstance(size, tuple) else size)
+
+
+def state_slots(runner: Any) -> tuple[int, int] | None:
+    """Recurrent states that this rank can hold, and their size; None where a model has none."""
+    from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
+
+    pool = runner.req_to_token_pool
+    if not isinstance(pool, HybridReqToTokenPool):
+        return None
+    return pool.mamba_pool.size, int(pool.mamba_pool.mamba_cache.mem_usage_bytes())
 
 
 def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
@@ -145,6 +161,12 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     held = "the latent" if kv_heads is None else f"{layout.kv_heads(kv_heads)} of {kv_heads} K/V"
     plain = int(report["kv_tokens"] / layout.capacity_ratio(kv_heads))
     drafts = report.get("draft_kv_bytes")
+    states = []
+    if (slots := state_slots(runner)) is not None:
+        states = [
+            f"Recurrent states: {slots[0]} in {slots[1] / 2**30:.2f} GiB of each rank, as plain TP "
+            "holds them; --max-mamba-cache-size and --mamba-full-memory-ratio say how many"
+        ]
     return [
         f"Layout: N = {layout.tp_size} ranks; attention on A = {layout.attn_tp_size} head shards, "
         f"each of K = {layout.kvp_size} ranks that split the sequence; FFN on all N",
@@ -159,6 +181,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
             if drafts
             else []
         ),
+        *states,
     ]
 
 

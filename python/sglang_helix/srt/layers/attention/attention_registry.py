@@ -42,8 +42,12 @@ def check_backend(backend: Any, *, mla: bool) -> None:
     Another plugin may register a factory under the same name after the series did.
     """
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 
     from sglang_helix.hook import SeriesError
+
+    if isinstance(backend, HybridLinearAttnBackend):  # the others keep recurrent states
+        backend = backend.full_attn_backend
 
     attention: Attention = "MLA" if mla else "GQA"
     known = {name for record in serving(attention) for name in record.classes(attention)}

@@ -1,0 +1,148 @@
+"""Hybrid models: recurrent states beside a cache, in plain TP and sharded, and ``transformers``.
+
+Full attention layers are sharded by sequence, states stay as plain TP keeps them. A prefix can be
+answered from where the tree has a state: at whole pages of the group and chunks of the kernels.
+Every rank checks at idle that no slot of the cache and no state is lost.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
+from sglang_cpu_reference.server import Server
+from srt.expected import check, prompt
+from srt.fresh import Fresh
+from srt.models.serving import Report, serve
+from srt.test_end_to_end import everything_is_free
+
+NEW_TOKENS = 4
+ROWS = 256
+FIRST = prompt(197, seed=20)
+# Prompts, and how many tokens of each the cache answers where states are kept every 64 tokens.
+BATCHES = (
+    (FIRST,),
+    (prompt(1, seed=21), prompt(65, seed=22), prompt(19, seed=23)),
+    (FIRST + prompt(6, seed=24),),
+    (FIRST[:130] + prompt(7, seed=25),),
+    (FIRST[:100] + prompt(8, seed=26),),
+)
+#: By K: tokens of a page and of a chunk, and those that the cache has of each batch's first prompt.
+#: Chunks are not cut to what states are kept at in plain TP.
+LAYOUTS = {
+    1: (2, 100, [0, 0, 64, 128, 64]),
+    2: (2, 100, [0, 0, 192, 128, 64]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(family: str, **overrides: Any) -> Path:
+        directory = root / f"{family}-{len(overrides)}"
+        return directory if directory.exists() else make_checkpoint(family, directory, **overrides)
+
+    return make
+
+
+def serve_and_check(
+    processes: Fresh, model: Path, tp: int, dcp: int, *flags: str
+) -> tuple[Report, ...]:
+    """Serve the batches, check every answer on every rank, and what the cache had of them."""
+    page, chunk, cached = LAYOUTS[dcp]
+    # Not a multiple of what chunks are cut to: whole pages of the group, and 64 tokens.
+    flags += ("--page-size", str(page), "--chunked-prefill-size", str(chunk))
+    reports = serve(
+        processes, model, tp, ("--max-total-tokens", str(ROWS), *flags), BATCHES, NEW_TOKENS
+    )
+    for report in reports:
+        for prompts, answers in zip(BATCHES, report.answers, strict=True):
+            for tokens, answer in zip(prompts, answers, strict=True):
+                check(model, tokens, answer, NEW_TOKENS)
+        assert [answers[0].cached_tokens for answers in report.answers] == cached
+        assert report.kv_tokens // dcp == ROWS // page * page
+    return tuple(reports)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
+def test_plain_tp_equals_transformers(fresh: Fresh, checkpoint: Any, family: str) -> None:
+    serve_and_check(fresh, checkpoint(family), 2, 1)
+
+
+ONE_HEAD = {"num_key_value_heads": 1}
+
+
+def text(family: str, **overrides: Any) -> dict[str, Any]:
+    """Overrides of a model that reads pictures too."""
+    return {"text_config": {**FAMILIES[family].config["text_config"], **overrides}}
+
+
+# GQA with two key-value heads needs two shards of heads, or gates beside queries would not fit.
+CASES = [
+    ("qwen3_next", 4, 2, "a2a", {}),
+    ("qwen3_5", 2, 2, "a2a", ONE_HEAD),
+    ("qwen3_5_moe", 2, 2, "ag_rs", ONE_HEAD),
+    ("qwen3_5_vl", 2, 2, "ag_rs", text("qwen3_5_vl", **ONE_HEAD)),
+    ("qwen3_5_moe_vl", 2, 2, "a2a", text("qwen3_5_moe_vl", **ONE_HEAD)),
+    ("kimi_linear", 2, 2, "ag_rs", {}),
+    ("nemotron_h", 4, 2, "a2a", {}),
+    ("granitemoehybrid", 2, 2, "ag_rs", ONE_HEAD),
+    ("falcon_h1", 2, 2, "a2a", ONE_HEAD),
+]
+#: Numbers in a cached row of one layer and rank: the latent, or one head's K and V.
+WIDTHS = {"kimi_linear": 512 + 64, "granitemoehybrid": 2 * 16}
+
+
+@pytest.mark.parametrize(("family", "tp", "dcp", "backend", "overrides"), CASES)
+def test_sharded_equals_transformers(
+    ready: Fresh,
+    checkpoint: Any,
+    family: str,
+    tp: int,
+    dcp: int,
+    backend: str,
+    overrides: dict[str, Any],
+) -> None:
+    model = checkpoint(family, **overrides)
+    layout = ("--dcp-size", str(dcp), "--dcp-comm-backend", backend)
+    (report, *_) = serve_and_check(ready, model, tp, dcp, *layout)
+    # Two layers keep a cache, whatever the others; a page of it is not used.
+    rows = report.kv_tokens // dcp + LAYOUTS[dcp][0]
+    assert report.kv_bytes == rows * 2 * WIDTHS.get(family, 2 * 32) * 4
+
+
+# Kernels of MLA exist for the widths of real models.
+KERNELS = {"qwen3_next": ONE_HEAD, "kimi_linear": {"qk_nope_head_dim": 128, "v_head_dim": 128}}
+
+
+@pytest.mark.parametrize("family", KERNELS)
+def test_the_kernels_of_the_user_serve_the_full_layers(
+    kernels: Fresh, checkpoint: Any, family: str
+) -> None:
+    flags = ("--dcp-size", "2", "--attention-backend", "fa3")
+    serve_and_check(kernels, checkpoint(family, **KERNELS[family]), 2, 2, *flags)
+
+
+@pytest.mark.server
+def test_a_small_pool_retracts_resumes_and_says_what_states_take(checkpoint: Any) -> None:
+    """Eight requests that cannot all be held: some are retracted, and still answer the same."""
+    model, new_tokens = checkpoint("qwen3_next", **ONE_HEAD), 48
+    flags = ("--max-total-tokens", "128", "--page-size", "1", "--schedule-conservativeness", "0.05")
+    flags += ("--tp", "2", "--dcp-size", "2", "--max-mamba-cache-size", "40")
+    # Admission expects 4 tokens of each request, so all eight are let in.
+    expectation = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
+    with Server(model, *flags, env=expectation) as server:
+        batch = [prompt(20, seed=seed) for seed in range(10, 18)]
+        answers = server.generate_batch(batch, new_tokens)
+        log = server.log()
+        assert "Retract requests" in log
+        assert "Recurrent states: 40 in " in log
+        for tokens, answer in zip(batch, answers, strict=True):
+            check(model, tokens, answer, new_tokens)
+        server.generate(FIRST, 1)
+        longer = FIRST + prompt(5, seed=1)
+        again = server.generate(longer, new_tokens)
+        assert again.cached_tokens == 192
+        check(model, longer, again, new_tokens)
+        everything_is_free(server)
