@@ -130,3 +130,62 @@ def test_a_long_prefix_is_attended_without_absorbing_it(
         for prompts, answers in zip(LONG, report.answers, strict=True):
             for tokens, answer in zip(prompts, answers, strict=True):
                 check(checkpoints["deepseek_v2"], tokens, answer, NEW_TOKENS)
+
+
+def on_blackwell(rank: int, argv: list[str], ranks: int) -> serving.Report:
+    """A rank's answers where SGLang is told of a GPU that these backends are for."""
+    from sglang.srt.runtime_context import override_platform
+
+    with override_platform(is_sm100=True, is_sm100_or_sm110=True):
+        return serving._serve(rank, argv, ranks, BATCHES, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("backend", "family", "tp", "layout"),
+    [("trtllm_mha", "llama", 4, DECOUPLED), ("fa4", "deepseek_v2", 2, DCP)],
+)
+def test_equals_transformers_on_blackwell(
+    kernels: Fresh,
+    checkpoints: dict[str, Path],
+    backend: str,
+    family: str,
+    tp: int,
+    layout: tuple[str, ...],
+) -> None:
+    sizes = ("--page-size", "16", "--chunked-prefill-size", "80", "--max-total-tokens", "512")
+    flags = ("--attention-backend", backend, *layout, *sizes)
+    argv = serving.command_line(checkpoints[family], tp, *flags)
+    for report in kernels.ranks(on_blackwell, tp, argv, tp):
+        for prompts, answers in zip(BATCHES, report.answers, strict=True):
+            for tokens, answer in zip(prompts, answers, strict=True):
+                check(checkpoints[family], tokens, answer, NEW_TOKENS)
+
+
+MANY = (tuple(prompt(20, seed=seed) for seed in range(30, 38)),)
+
+
+def retracted(rank: int, argv: list[str], ranks: int) -> tuple[serving.Report, int]:
+    """A rank's answers, and how often decoding requests had to make room."""
+    from sglang.srt.managers import schedule_policy
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 4  # of each request, so that all are admitted
+    times, retract = 0, ScheduleBatch.retract_decode
+
+    def counted(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal times
+        times += 1
+        return retract(batch, *args, **kwargs)
+
+    ScheduleBatch.retract_decode = counted
+    return serving._serve(rank, argv, ranks, MANY, 40), times
+
+
+def test_retracted_requests_go_on(kernels: Fresh, checkpoints: dict[str, Path]) -> None:
+    """128 rows a rank are 256 tokens, eight requests want 60 each, and are expected to want 24."""
+    sizes = ("--page-size", "1", "--max-total-tokens", "128", "--schedule-conservativeness", "0.05")
+    argv = serving.command_line(checkpoints["llama"], 2, "--attention-backend", "fa3", *DCP, *sizes)
+    for report, times in kernels.ranks(retracted, 2, argv, 2):
+        assert times > 0
+        for tokens, answer in zip(MANY[0], report.answers[0], strict=True):
+            check(checkpoints["llama"], tokens, answer, 40)

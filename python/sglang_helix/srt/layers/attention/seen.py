@@ -68,7 +68,11 @@ SEEN: tuple[Seen, ...] = (
         *("fa4", "GQA", "CPU", ("graph", "extend", "verify")),
         "SGLang's schedulers against `transformers`, and the conformance suite",
     ),
-    Seen(*("fa4", "MLA", "CPU", ("graph", "extend")), "the conformance suite"),
+    Seen(
+        *("fa4", "MLA", "CPU", ("graph", "extend")),
+        "SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and the conformance "
+        "suite",
+    ),
     Seen(
         *("flashinfer", "GQA", "CPU", FEATURES),
         "SGLang's schedulers against `transformers`, and the conformance suite: FlashInfer's own "
@@ -107,7 +111,11 @@ SEEN: tuple[Seen, ...] = (
         "two H200s, DeepSeek-V2-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, prompts "
         "of one token among them; times per token of DeepSeek-V2-Lite's shape, `symm` on two H200s",
     ),
-    Seen(*("trtllm_mha", "GQA", "CPU", FEATURES), "the conformance suite"),
+    Seen(
+        *("trtllm_mha", "GQA", "CPU", FEATURES),
+        "SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and the conformance "
+        "suite",
+    ),
     Seen(
         *("triton", "GQA", "CPU", FEATURES),
         "the conformance suite in the interpreter; servers under it against `transformers`, a few "
