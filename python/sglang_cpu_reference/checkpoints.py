@@ -188,6 +188,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "num_experts_per_tok": 0,
             },
         ),
+        "lfm2": Family(
+            "lfm2",
+            {
+                **_COMMON,
+                **_GQA_16,
+                "num_hidden_layers": 4,
+                "layer_types": ["conv", "full_attention"] * 2,
+                "conv_L_cache": 3,
+                "block_auto_adjust_ff_dim": False,
+            },
+        ),
         "falcon_h1": Family(
             "falcon_h1",
             {

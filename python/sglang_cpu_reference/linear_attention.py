@@ -37,9 +37,9 @@ def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    *,
     conv_states: Tensor,
     query_start_loc: Tensor,
-    seq_lens_cpu: list[int],
     cache_indices: Tensor,
     has_initial_state: Tensor | None = None,
     activation: str | bool | None = "silu",
@@ -71,6 +71,7 @@ def causal_conv1d_update(
     activation: str | bool | None = None,
     *,
     conv_state_indices: Tensor,
+    pad_slot_id: int = -1,
     **drafts: Any,
 ) -> Tensor:
     """The short convolution of one token per request: x [B, D] -> [B, D]."""

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.runtime_context import get_platform
 from sglang_cpu_reference import drafts
-from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server
 from sglang_helix.srt.layers.attention.adapters import Attention, adapter, serving
@@ -48,7 +48,7 @@ LAYOUTS = {
 # With 4 ranks a prompt of one token leaves three of them without any.
 SHARDED = ("a2a", "symm", "attn-tp 1", "symm of 4")
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
-HYBRIDS: dict[str, Attention] = {"qwen3_next": "GQA"}
+HYBRIDS: dict[str, Attention] = {"qwen3_next": "GQA", "kimi_linear": "MLA", "nemotron_h": "GQA"}
 CASES = [
     *itertools.product(ATTENTION, LAYOUTS, ("triton",)),
     *(
@@ -60,6 +60,7 @@ CASES = [
     ),
     *itertools.product(HYBRIDS, ("tp 1", "a2a", "symm"), ("triton",)),
     ("qwen3_next", "a2a", "fa3"),
+    ("kimi_linear", "a2a", "flashinfer"),
 ]
 
 
@@ -81,6 +82,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             linear_key_head_dim=128,
             linear_value_head_dim=128,
             num_experts_per_tok=8,
+        ),
+        "kimi_linear": make_checkpoint(
+            "kimi_linear",
+            root / "kimi_linear",
+            qk_nope_head_dim=128,
+            v_head_dim=128,
+            linear_attn_config={
+                **FAMILIES["kimi_linear"].config["linear_attn_config"],
+                "head_dim": 128,
+            },
+            num_experts_per_token=8,
+        ),
+        "nemotron_h": make_checkpoint(
+            "nemotron_h", root / "nemotron_h", head_dim=64, num_key_value_heads=1
         ),
     }
 
