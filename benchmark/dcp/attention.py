@@ -128,23 +128,17 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate at one size."""
+class Size:
+    """Heads by their name, requests, local tokens of each."""
 
     heads: str
     batch: int
     tokens: int
-    name: str
-    launches: int | None
-    p10_us: float
-    median_us: float
-    p90_us: float
-    moved_bytes: int
-    copy_share: float
-    error: float | None
-    rotated_mib: float
-    device: str
-    software: str
+
+
+@dataclass(frozen=True)
+class Row(report.Measured, Size):
+    """One candidate at one size."""
 
 
 # --- SGLang's objects without a server ------------------------------------------------------------
@@ -633,12 +627,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-Size = tuple[str, int, int]  # heads, batch, tokens
-
-
-def by_size(rows: list[Row]) -> dict[Size, dict[str, Row]]:
+def by_size(rows: list[Row]) -> dict[tuple[str, int, int], dict[str, Row]]:
     """Per size the candidates by their names."""
-    sizes: dict[Size, dict[str, Row]] = {}
+    sizes: dict[tuple[str, int, int], dict[str, Row]] = {}
     for row in rows:
         sizes.setdefault((row.heads, row.batch, row.tokens), {})[row.name] = row
     return sizes

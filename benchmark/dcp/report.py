@@ -13,15 +13,9 @@ OURS = "helix"  # names of our candidates begin so
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate at one size."""
+class Measured:
+    """One candidate, beside a copy of as many bytes; the last columns of a row."""
 
-    op: str
-    shape: str
-    heads: int
-    head_dim: int
-    ranks: int
-    batch: int
     name: str
     launches: int | None
     p10_us: float
@@ -37,6 +31,23 @@ class Row:
     """Size of all sets of buffers that a sample went through."""
     device: str
     software: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a kernel was measured at."""
+
+    op: str
+    shape: str
+    heads: int
+    head_dim: int
+    ranks: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Row(Measured, Size):
+    """One candidate at one size."""
 
     @property
     def ours(self) -> bool:
