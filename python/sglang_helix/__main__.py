@@ -8,7 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from sglang_helix.check import MACHINES, check
+from sglang_helix.build import Builder
+from sglang_helix.check import LAYOUT_FLAGS, MACHINES, check, check_layouts
 
 _GPU_HELP = (
     "h100, h200, b200, gb200, or TB/s of memory, GB/s to peers, dense bf16 TFLOP/s and GiB: "
@@ -28,8 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     asked = commands.add_parser(
         "check",
         allow_abbrev=False,
-        help="who serves a model: all other arguments are a server's; ends with 1 if refused",
+        help="who serves models, in which layouts; other arguments are a server's; ends with 1 if "
+        "one is refused",
     )
+    asked.add_argument(
+        "--model-path", "--model", nargs="+", required=True, help="directories with a config.json"
+    )
+    asked.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
     asked.add_argument("--on", choices=list(MACHINES), help="a machine's GPUs; default: this one's")
     layout = commands.add_parser("layout", help="list every legal layout of a model")
     layout.add_argument(
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options, server = parser.parse_known_args(argv)
     if options.command == "check":
-        return print_verdict(server, options.on)
+        return print_verdict(options.model_path, options.tp, server, options.on)
     if server:
         parser.error(f"unrecognized arguments: {' '.join(server)}")
     if options.command == "series":
@@ -89,11 +95,24 @@ def print_series(*, catalogue: bool) -> int:
     return 1 if failures else 0
 
 
-def print_verdict(argv: list[str], machine: str | None) -> int:
-    """Print the verdict of a server's command line; 1 where it is refused."""
-    verdict, meaning = check(argv, machine)
-    print(f"{verdict}: {meaning}")
-    return 1 if verdict == "refused" else 0
+def print_verdict(paths: list[str], tp_size: int, server: list[str], machine: str | None) -> int:
+    """Print a line a model: its verdict, and why; 1 where one is refused.
+
+    Without a layout among the flags, every one that the model's heads allow on `tp_size` ranks.
+    """
+    asked = LAYOUT_FLAGS & {flag.partition("=")[0] for flag in server}
+    refused = False
+    with Builder() as builder:
+        for path in paths:
+            if asked or tp_size == 1:
+                argv = ["--model-path", path, "--tp-size", str(tp_size), *server]
+                answer = check(argv, builder, machine)
+            else:
+                answer = check_layouts(path, tp_size, server, builder, machine)
+            name = f"{path}: " if len(paths) > 1 else ""
+            print(f"{name}{answer.verdict}: {answer.meaning}", flush=True)
+            refused |= answer.verdict == "refused"
+    return int(refused)
 
 
 def print_layouts(options: argparse.Namespace) -> int:

@@ -1,15 +1,24 @@
-"""``python -m sglang_helix check``: the verdict of a model and flags, before anything is loaded.
+"""``python -m sglang_helix check``: the verdict of models and flags, before anything is loaded.
 
 SGLang resolves the arguments as for a launch, on this machine or on one that it is only told about,
-which reads the model's config.json and no weights.
+which reads the model's config.json and no weights. Where the series serves, the loader's checks of
+the model's layers follow, in a process of their own (build.py).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+from sglang_helix.build import Builder, has_gpu, in_a_fork
+
+# Flags that ask for a layout; without one, all are tried.
+LAYOUT_FLAGS = {
+    *("--dcp-size", "--decode-context-parallel-size"),
+    *("--attn-tp-size", "--attention-tensor-parallel-size"),
+}
 # What SGLang believes about a machine with such GPUs.
 MACHINES: dict[str, dict[str, Any]] = {
     "Ampere": {"device_sm": 80},
@@ -33,7 +42,6 @@ def facts_of(machine: str) -> dict[str, Any]:
 @contextmanager
 def told_about(machine: str) -> Iterator[None]:
     """Within it SGLang believes to run on such a machine."""
-    import os
     from unittest import mock
 
     from sglang.srt.runtime_context import override_platform
@@ -47,28 +55,121 @@ def told_about(machine: str) -> Iterator[None]:
         yield
 
 
-def check(argv: Sequence[str], machine: str | None = None) -> tuple[str, str]:
-    """The verdict (works, own, refused or whole) of a server's command line, and what it means.
+class Answer(NamedTuple):
+    """What becomes of one server.
+
+    verdict: "works", "own", "refused", or "whole" where no sharded cache is asked for.
+    meaning: a sentence or more.
+    attention: the backend that would be chosen, where the series serves.
+    built: whether the loader has seen the model's layers.
+    """
+
+    verdict: str
+    meaning: str
+    attention: str = ""
+    built: bool = True
+
+
+def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> Answer:
+    """The verdict of a server's command line, and what it means.
 
     machine: one of MACHINES; None for this one.
     """
-    from sglang.srt.platforms import current_platform
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.runtime_context import get_platform
 
     load_plugins()
+    if unfit := _no_machine(machine):
+        return unfit
+    said = in_a_fork(_answer, list(argv), machine)
+    if said is None:
+        return Answer("refused", "the process that resolved its arguments ended")
+    answer, model = Answer(*said[0]), said[1]
+    if answer.verdict != "works":
+        return answer
+    refused, problem = builder.build(model)
+    if refused:
+        return Answer("refused", refused)
+    if problem:
+        unseen = f"Its layers could not be built here and are checked when it starts ({problem})."
+        return answer._replace(meaning=f"{answer.meaning} {unseen}", built=False)
+    return answer._replace(meaning=f"{answer.meaning} Its layers are as the series needs them.")
+
+
+def layouts(model_path: str, tp_size: int) -> list[tuple[list[str], float]]:
+    """The flags of every sharded layout that the heads of a model allow, and its gain in tokens.
+
+    Raises OSError or ValueError where the configuration cannot be read.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_helix.layout import shape_of
+    from sglang_helix.srt.distributed.topology import legal_layouts
+
+    shape = shape_of(ModelConfig(model_path))
+    found = []
+    for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
+        if layout.kvp_size > 1:
+            gain = layout.capacity_ratio(shape.kv_heads)
+            found.append((["--dcp-size", str(layout.kvp_size)], gain))
+            found.append((["--attn-tp-size", str(layout.attn_tp_size)], gain))
+    return found
+
+
+def check_layouts(
+    model_path: str,
+    tp_size: int,
+    argv: Sequence[str],
+    builder: Builder,
+    machine: str | None = None,
+) -> Answer:
+    """The verdict of a model over all its layouts on N ranks: one that works is enough."""
+    if unfit := _no_machine(machine):
+        return unfit
+    try:
+        listed = layouts(model_path, tp_size)
+    except (OSError, ValueError) as unreadable:
+        return Answer("refused", str(unreadable))
+    if not listed:
+        return Answer("refused", f"its heads allow no sharded cache on {tp_size} ranks")
+    flags = ["--model-path", model_path, "--tp-size", str(tp_size), *argv]
+    said: dict[tuple[str, str, str], list[str]] = {}
+    for layout, gain in listed:
+        answer = check([*flags, *layout], builder, machine)
+        # A refusal may name the value that was asked for; one of each kind is enough.
+        reason = "" if answer.verdict == "works" and answer.built else answer.meaning
+        place = (answer.verdict, answer.attention, reason.replace(layout[1], "_"))
+        said.setdefault(place, []).append(f"{' '.join(layout)} ({gain:g}x)")
+    parts, verdicts = [], {verdict for verdict, *_ in said}
+    for (verdict, attention, reason), which in said.items():
+        by = f" by {attention}" if attention else ""
+        because = f": {_first_line(reason)}" if reason else ""
+        parts.append(f"{', '.join(which)} {verdict}{by}{because}")
+    best = next(kind for kind in ("works", "own", "refused") if kind in verdicts)
+    return Answer(best, "; ".join(parts), next((by for _, by, _ in said if by), ""))
+
+
+def _no_machine(machine: str | None) -> Answer | None:
+    from sglang.srt.platforms import current_platform
+
+    if machine is not None or has_gpu() or current_platform.is_out_of_tree():
+        return None
+    wanted = f"this machine has no GPU: give --on, one of {', '.join(MACHINES)}"
+    return Answer("refused", wanted)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str]]:
+    """Of the arguments alone, and the flags of the model to build."""
     if machine is None:
-        here = get_platform()
-        if not (here.is_cuda or here.is_hip or here.is_npu or here.is_xpu) and (
-            not current_platform.is_out_of_tree()
-        ):
-            return "refused", f"this machine has no GPU: give --on, one of {', '.join(MACHINES)}"
-        return _check(argv)
+        return _resolved(argv)
     with told_about(machine):
-        return _check([*argv, "--device", "cuda"])
+        return _resolved([*argv, "--device", "cuda"])
 
 
-def _check(argv: Sequence[str]) -> tuple[str, str]:
+def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str]]:
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
     from sglang.srt.server_args import prepare_server_args
 
@@ -79,16 +180,24 @@ def _check(argv: Sequence[str]) -> tuple[str, str]:
         args.resolve_once()
         args.check_server_args()
     except (OSError, ValueError, AssertionError, RuntimeError) as refused:
-        return "refused", str(refused)
+        return Answer("refused", str(refused)), []
     verdict, view = verdict_of(args), resolved_view(args)
     if verdict.kind == "whole":
-        return "whole", "no sharded cache is asked for: SGLang serves, as without the series"
+        whole = "no sharded cache is asked for: SGLang serves, as without the series"
+        return Answer("whole", whole), []
     if verdict.kind == "own":
-        return "own", announcement(verdict)
+        return Answer("own", announcement(verdict)), []
     prefill, decode = attention_backends_of(view)
     backends = prefill if prefill == decode else f"{prefill} (prefill) and {decode} (decode)"
-    return "works", (
+    meaning = (
         f"--tp-size {view.tp_size} --dcp-size {view.dcp_size} --dcp-comm-backend "
-        f"{view.dcp_comm_backend}, attention by {backends}. The layers of the model are checked "
-        "once it is built, before weights are loaded."
+        f"{view.dcp_comm_backend}, attention by {backends}."
     )
+    model = [
+        *("--model-path", view.model_path, "--tp-size", str(view.tp_size)),
+        *("--dcp-size", str(view.dcp_size), "--dcp-comm-backend", "a2a"),
+        *("--json-model-override-args", view.json_model_override_args),
+        *(["--dcp-replicate-q-proj"] if view.dcp_replicate_q_proj else []),
+        *(["--trust-remote-code"] if view.trust_remote_code else []),
+    ]
+    return Answer("works", meaning, backends), model

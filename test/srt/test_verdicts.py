@@ -24,6 +24,8 @@ from sglang_helix.srt.compatibility.rows import BESIDE_OWN, NO_PLAN, TABLE, Row
 from sglang_helix.srt.compatibility.situation import Situation, keep_attn_tp_size
 from sglang_helix.srt.compatibility.verdict import Verdict, decide, refusals
 from srt.fresh import Fresh
+from srt.model_loader.test_loader import configuration
+from srt.models.test_every_model import BUILT
 from srt.test_server_args import LATENT, SMALL, SPARSE
 
 HYBRID = (
@@ -651,14 +653,38 @@ def test_check_says_the_verdict_by_the_configuration_alone(
     (alone / "config.json").write_text((Path(models["llama"]) / "config.json").read_text())
     cases = {
         (str(alone), None): (1, "refused: this machine has no GPU: give --on, one of Ampere"),
-        (str(alone), "Hopper"): (0, "whole: no sharded cache"),
+        (str(alone), "Hopper", "--dcp-size", "1"): (0, "whole: no sharded cache"),
         (str(alone), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(alone), "Ampere", "--attn-tp-size", "3"): (1, "refused: --attn-tp-size 3 does not"),
         (models["dsa"], "Blackwell", "--dcp-size", "2"): (0, "own: sglang-helix: SGLang serves"),
         (models["dsa"], "Blackwell", "--attn-tp-size", "2"): (1, "refused: --attn-tp-size 2 is n"),
+        (str(tmp_path / "none"), "Hopper"): (1, "refused: "),
     }
     outcomes = gpu.outcomes([(checked, *case) for case in cases])
     for outcome, (status, line) in zip(outcomes, cases.values(), strict=True):
         assert outcome.status == 0, outcome.output
         assert outcome.value[0] == status
         assert outcome.value[1].startswith(line)
+
+
+def checked_by_layout(models: list[str]) -> tuple[int, list[str]]:
+    """Status and lines of a check of several models without a layout among the flags."""
+    from sglang_helix.__main__ import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(["check", "--on", "Hopper", "--model-path", *models, "--tp", "4"])
+    return status, printed.getvalue().splitlines()
+
+
+def test_check_builds_the_layers_of_every_layout(gpu: Fresh, tmp_path: Path) -> None:
+    """The loader's refusals come before any server too: OLMoE's norms over all heads, fitted."""
+    model_type, entries, _ = BUILT["OlmoeForCausalLM"]
+    half = configuration("OlmoeForCausalLM", model_type, entries, tmp_path)
+    (outcome,) = gpu.outcomes([(checked_by_layout, [str(half), str(tmp_path / "none")])])
+    assert outcome.status == 0, outcome.output
+    status, (of_half, of_none) = outcome.value
+    assert status == 1
+    assert of_half.startswith(f"{half}: works: --dcp-size 2 (2x) works by fa3; --attn-tp-size 2 (2")
+    assert "refused: --dcp-size > 1 does not support OlmoeForCausalLM: " in of_half
+    assert of_none.startswith(f"{tmp_path / 'none'}: refused: ")
