@@ -248,11 +248,17 @@ def failures(backend: str, attention: Attention, page: int) -> list[str]:
     cases = (NARROW if backend == "triton" else CASES)[attention]
     for (ranks, heads), exchange in itertools.product(cases, ("a2a", "ag_rs")):
         layout = parallel(ranks, exchange)
-        on_rank = test_sharded.mla_on_rank if mla else test_sharded.gqa_on_rank
-        last: Any = exchange if mla else exchange == "a2a"
-        outputs = run_threads(on_rank, ranks, heads, page, last, **layout)
+        sinks = None
+        if mla:
+            outputs = run_threads(test_sharded.mla_on_rank, ranks, heads, page, exchange, **layout)
+        else:
+            replicated = exchange == "a2a"
+            sinks = None if replicated else test_sharded.sinks_of(heads)
+            outputs = run_threads(
+                test_sharded.gqa_on_rank, ranks, heads, page, replicated, not replicated, **layout
+            )
         try:
-            test_sharded.check(outputs, test_sharded.random_tokens(heads, int(mla), mla))
+            test_sharded.check(outputs, test_sharded.random_tokens(heads, int(mla), mla), sinks)
         except AssertionError as difference:
             wrong.append(f"{ranks} ranks, {heads}, page {page}, {exchange}: {difference}")
     return wrong

@@ -169,14 +169,24 @@ def random_tokens(heads: Heads, seed: int, mla: bool) -> Tokens:
     return Tokens(made(heads.queries, heads.k_width), k, v)
 
 
-def exact(tokens: Tokens, request: int, position: int) -> torch.Tensor:
+def sinks_of(heads: Heads) -> torch.Tensor:
+    """A sink of each query head, from one that changes little to one that decides: [H]."""
+    return torch.linspace(-2, 4, heads.queries)
+
+
+def exact(
+    tokens: Tokens, request: int, position: int, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention of one token over itself and all before it, one head at a time: [H, Dv]."""
     q, k, v = (part[request].double() for part in tokens)
     group = q.shape[1] // k.shape[1]
     rows = []
     for head in range(q.shape[1]):
         keys = k[: position + 1, head // group]
-        weights = torch.softmax(keys @ q[position, head] * q.shape[-1] ** -0.5, 0)
+        logits = keys @ q[position, head] * q.shape[-1] ** -0.5
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[head : head + 1].double()])
+        weights = torch.softmax(logits, 0)[: position + 1]
         rows.append(weights @ v[: position + 1, head // group])
     return torch.stack(rows)
 
@@ -213,7 +223,7 @@ def forward_batch(step: Step, slots: Slots) -> tuple[Any, list[tuple[int, int]]]
 
 
 def gqa_on_rank(
-    rank: int, group: ThreadGroup, heads: Heads, page: int, replicated: bool
+    rank: int, group: ThreadGroup, heads: Heads, page: int, replicated: bool, sinks: bool = False
 ) -> list[torch.Tensor]:
     """Output of every step, [T, own heads, Dv]."""
     tokens = random_tokens(heads, 0, mla=False)
@@ -222,6 +232,7 @@ def gqa_on_rank(
     own = heads.queries // group.world_size
     brought = slice(None) if replicated else slice(own * rank, own * (rank + 1))
     layer = layer_of(heads.queries if replicated else own, heads.kv, heads)
+    extra = {"sinks": sinks_of(heads)[brought]} if sinks else {}
     outputs = []
     for step in STEPS:
         batch, order = forward_batch(step, slots)
@@ -229,7 +240,7 @@ def gqa_on_rank(
         q, k, v = (torch.stack([part[r, t] for r, t in order]) for part in tokens)
         backend.init_forward_metadata(batch)
         run = backend.forward_decode if step.mode == "decode" else backend.forward_extend
-        out = run(q[:, brought].flatten(1), k, v, layer, batch)
+        out = run(q[:, brought].flatten(1), k, v, layer, batch, **extra)
         outputs.append(out.view(len(order), own, heads.v_width))
     return outputs
 
@@ -315,14 +326,16 @@ def mla_on_rank(
     return outputs
 
 
-def check(outputs: list[list[torch.Tensor | None]], tokens: Tokens) -> None:
+def check(
+    outputs: list[list[torch.Tensor | None]], tokens: Tokens, sinks: torch.Tensor | None = None
+) -> None:
     """Every rank's own heads, step by step."""
     lengths = dict.fromkeys(range(REQUESTS), 0)
     ranks = len(outputs)
     for number, step in enumerate(STEPS):
         rows = []
         for request, count in step.tokens.items():
-            rows += [exact(tokens, request, lengths[request] + n) for n in range(count)]
+            rows += [exact(tokens, request, lengths[request] + n, sinks) for n in range(count)]
             lengths[request] += count
         wanted = torch.stack(rows).chunk(ranks, dim=1)
         for rank in range(ranks):
@@ -348,17 +361,18 @@ GQA = [
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
 @pytest.mark.parametrize(("ranks", "heads"), GQA)
 def test_gqa(ranks: int, heads: Heads, exchange: str, replicated: bool) -> None:
-    for page in (1, 16):
+    for page, sinks in ((1, False), (16, False), (16, True)):
         outputs = run_threads(
             gqa_on_rank,
             ranks,
             heads,
             page,
             replicated,
+            sinks,
             tp_size=ranks,
             dcp_comm_backend=exchange,
         )
-        check(outputs, random_tokens(heads, 0, mla=False))
+        check(outputs, random_tokens(heads, 0, mla=False), sinks_of(heads) if sinks else None)
 
 
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
@@ -429,7 +443,7 @@ def refused(rank: int, group: ThreadGroup, arguments: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"k": None}, "another layer's cache"), ({"sinks": torch.zeros(2)}, "attention with sinks")],
+    [({"k": None}, "another layer's cache"), ({"temp": torch.zeros(2)}, "attention with temp")],
 )
 def test_what_no_adapter_computes_is_refused(arguments: dict[str, Any], named: str) -> None:
     said = run_threads(refused, 2, arguments, tp_size=2, dcp_comm_backend="a2a")

@@ -38,8 +38,16 @@ class Ranks:
         partials = list(zip(x.chunk(N), lse.chunk(N), strict=True)) if len(x) else [(x, lse)] * N
         return self.separately(partials, **options)
 
+    def _sinks_of(self, rank: int, sinks: torch.Tensor) -> torch.Tensor:
+        """Of all heads' sinks [H] a rank's own, in as many places as a rank may own."""
+        own = sinks[[*self.layout.owned_by(rank)]]
+        return torch.nn.functional.pad(own, (0, self.layout.owned - len(own)), value=-INF)
+
     def launched(self, partial: tuple[torch.Tensor, torch.Tensor] | Splits, **options):
         """One launch for all ranks."""
+        if (sinks := options.get("sinks")) is not None:
+            places = [self._sinks_of(rank, sinks) for rank in range(self.layout.ranks)]
+            options["sinks"] = torch.cat(places)
         reduced = exchange(self.together, partial, **options)
         return [
             Reduced(*(None if part is None else self._own(rank, part) for part in reduced))
@@ -49,8 +57,11 @@ class Ranks:
     def separately(self, partials: list[tuple[torch.Tensor, torch.Tensor] | Splits], **options):
         """One launch per rank and phase."""
         results = {}
+        sinks = options.pop("sinks", None)
         for phase in (SEND, RECEIVE):
             for rank in self.random.sample(range(self.layout.ranks), self.layout.ranks):
+                if sinks is not None:
+                    options["sinks"] = sinks[[*self.layout.owned_by(rank)]]
                 results[rank] = exchange(self.apart[rank], partials[rank], phase=phase, **options)
         return [results[rank] for rank in range(self.layout.ranks)]
 

@@ -35,8 +35,13 @@ def partials(world_size: int, shape: tuple[int, int, int], seed: int) -> tuple[A
     return out, lse
 
 
-def exact(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def exact(
+    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.where(torch.isfinite(lse), lse, -torch.inf).double()
+    if sinks is not None:  # a shard more, with no value
+        lse = torch.cat([lse, sinks.double().expand(1, *lse.shape[1:])])
+        out = torch.cat([out, torch.zeros_like(out[:1])])
     total = torch.logsumexp(lse, 0)
     weight = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total)).unsqueeze(-1)
     return torch.where(weight > 0, out.double() * weight, 0.0).sum(0), total
@@ -66,14 +71,27 @@ def exchange_on_rank(rank: int, world_size: int, shapes: list[tuple[int, int, in
         for name, run in COLLECTIVES.items():
             two, total = run(out.clone(), lse2.clone(), group, base2=True)
             results[f"{name} base 2"] = two, total * torch.log(torch.tensor(2.0))
+        # Sinks of the rank's own heads, on each rank: counted once.
+        sinks = torch.linspace(-4, 4, shape[1])
+        sunk_out, sunk_lse = (full[:, own] for full in exact(outs, lses, sinks))
+        mine = sinks[own].to(group.device)
+        sunk = {
+            name: run(out.clone(), lse.clone(), group, sinks=mine)
+            for name, run in COLLECTIVES.items()
+        }
+        for name, run in COLLECTIVES.items():
+            two, total = run(out.clone(), lse2.clone(), group, base2=True, sinks=mine)
+            sunk[f"{name} base 2"] = two, total * torch.log(torch.tensor(2.0))
         results["mha"] = cp_lse_ag_out_rs_mha(out.clone(), lse.clone(), group, return_lse=True)
         mla = cp_lse_ag_out_rs_mla(out.clone(), lse2.clone(), group)
         results["mla"] = mla.transpose(0, 1), want_lse.float()
         merged = dcp_a2a_lse_reduce(lambda *_: None, out.clone(), lse.clone(), group)
         results["free a2a"] = merged, want_lse.float()
-        for name, (got_out, got_lse) in results.items():
-            error = (got_out.cpu().double() - want_out).norm() / want_out.norm().clamp_min(1e-9)
-            lse_ok = torch.allclose(got_lse.cpu().double(), want_lse, atol=1e-5)
+        checks = [(name, *got, want_out, want_lse) for name, got in results.items()]
+        checks += [(f"{name} sinks", *got, sunk_out, sunk_lse) for name, got in sunk.items()]
+        for name, got_out, got_lse, wanted, wanted_lse in checks:
+            error = (got_out.cpu().double() - wanted).norm() / wanted.norm().clamp_min(1e-9)
+            lse_ok = torch.allclose(got_lse.cpu().double(), wanted_lse, atol=1e-5)
             if not (error < 2e-6 and lse_ok and got_out.dtype == out.dtype):
                 wrong.append(f"{name} {shape}: error {error:.2e}, lse {'ok' if lse_ok else 'off'}")
     return wrong

@@ -189,6 +189,29 @@ def test_combine(impl: Implementation, case: Case) -> None:
     assert torch.equal(alone, out)
 
 
+@pytest.mark.parametrize("base2", [False, True])
+@pytest.mark.parametrize("shift", [-INF, -3.0, 90.0])
+def test_a_sink_is_one_more_shard_of_no_value(
+    impl: Implementation, shift: float, base2: bool
+) -> None:
+    partials = torch.randn(3, 4, 5, 80, device=impl.device)
+    lse = 20 * torch.randn(3, 4, 5, device=impl.device)
+    lse[:, 1], partials[:, 1] = -INF, math.nan  # queries of nobody's tokens
+    sinks = (torch.randn(5, device=impl.device) + shift).to(torch.bfloat16)
+    column = sinks.float().expand(1, 4, 5) / (math.log(2) if base2 else 1)
+    want, want_lse = in_float64(
+        torch.cat([partials, torch.zeros_like(partials[:1])]), torch.cat([lse, column]), base2
+    )
+    for shards in (partials, partials.to(torch.float16)):
+        out, out_lse = lse_combine.combine(
+            shards, lse, sinks=sinks, base2=base2, return_lse=True, out_dtype=torch.float32
+        )
+        assert_close(out, want, BOUND[shards.dtype])
+        assert_same_lse(out_lse, want_lse)
+    with pytest.raises(ValueError, match=r"sinks must be contiguous \[5\]"):
+        lse_combine.combine(partials, lse, sinks=sinks[:4])
+
+
 @generated
 @given(case=cases(), place=st.integers(0, 15))
 def test_rescale(impl: Implementation, case: Case, place: int) -> None:

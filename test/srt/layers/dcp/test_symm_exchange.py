@@ -79,8 +79,8 @@ def recorder(group: Any) -> Recorder:
 def went_to_a2a(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
-    def a2a(out: Any, lse: Any, group: Any, *, base2: bool = False) -> Any:
-        calls.append((tuple(out.shape), out.dtype, base2))
+    def a2a(out: Any, lse: Any, group: Any, *, base2: bool = False, sinks: Any = None) -> Any:
+        calls.append((tuple(out.shape), out.dtype, base2 if sinks is None else sinks))
         return out, lse
 
     monkeypatch.setattr(exchange, "a2a", a2a)
@@ -149,6 +149,19 @@ def test_splits_are_reduced_by_the_exchange_or_merged_before_it(
     exchange_splits("symm", some_splits(4, 9), torch.bfloat16, group, head_major=True)
     assert [name for name, _ in recorder.calls[1:]] == ["reduce_splits", "reduce"]
     assert recorder.calls[-1][1]["head_major"]
+
+
+def test_sinks_go_with_what_is_exchanged(
+    group: Any, recorder: Recorder, went_to_a2a: list[tuple[Any, ...]]
+) -> None:
+    sinks = torch.zeros(4)
+    BACKENDS["symm"].exchange(*some(4), group, sinks=sinks)
+    exchange_splits("symm", some_splits(4), torch.bfloat16, group, sinks=sinks)
+    exchange_splits("symm", some_splits(4, 9), torch.bfloat16, group, sinks=sinks)
+    assert [name for name, _ in recorder.calls] == ["reduce", "reduce_splits", "reduce"]
+    assert all(options["sinks"] is sinks for _, options in recorder.calls)
+    exchange_splits("symm", some_splits(5), torch.bfloat16, group, sinks=sinks)
+    assert [sunk is sinks for _, _, sunk in went_to_a2a] == [True]
 
 
 def test_a_group_that_was_not_prepared_is_an_error(group: Any) -> None:

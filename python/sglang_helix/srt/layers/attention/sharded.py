@@ -145,13 +145,16 @@ class ShardedAttention(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Attention of one new token per request.
 
+        sinks: of the heads that the layer projects, natural logarithm; see `exchange.py`.
         Returns [T, own heads * Dv], or for MLA the (out, LSE) of the whole group's heads, or what
         `deferred` makes of their splits.
         """
+        sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
         if q_rope is not None:
             if save_kv_cache:
@@ -169,9 +172,11 @@ class ShardedAttention(AttentionBackend):
             self._store(layer, forward_batch, k, v)
         partial = self.partial_decode(self._group_heads(q, layer), layer, forward_batch)
         if isinstance(partial, Splits):
-            out, _ = exchange_splits(self.comm_backend, partial, q.dtype, self.kvp_group)
+            out, _ = exchange_splits(
+                self.comm_backend, partial, q.dtype, self.kvp_group, sinks=sinks
+            )
         else:
-            out, _ = self._own_heads(*partial)
+            out, _ = self._own_heads(*partial, sinks)
         return out.flatten(1).to(q.dtype)
 
     def forward_extend(
@@ -182,14 +187,17 @@ class ShardedAttention(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Attention of a chunk of new tokens per request: [T, own heads * Dv].
 
+        sinks: as in decode, counted where the chunk and its prefix are merged.
         For MLA's un-absorbed chunks what upstream returns, which may be (out, LSE). For drafts of
         MLA, whose queries the model gathers as it does before decode, (out, LSE) of the whole
         group's heads.
         """
+        sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
         if self.mla and q_rope is None and self.upstream_prefill:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
@@ -226,7 +234,7 @@ class ShardedAttention(AttentionBackend):
                 parts.append(self._own_heads(out, lse))
             if save_kv_cache:
                 self._store(layer, forward_batch, k, v)
-        out, _ = self._merged(parts)
+        out, _ = self._merged(parts, sinks)
         return out.flatten(1).to(q.dtype)
 
     # What adapters share.
@@ -297,10 +305,22 @@ class ShardedAttention(AttentionBackend):
         own = self.heads // self.shard.size
         return queries[:, own * self.shard.rank : own * (self.shard.rank + 1)]
 
-    def _own_heads(self, out: Tensor, lse: Tensor) -> Partial:
+    def _own_heads(self, out: Tensor, lse: Tensor, sinks: Tensor | None = None) -> Partial:
         """Exact attention of this rank's own heads, from every rank's partial results."""
         assert self.exchange is not None
-        return self.exchange(out, lse, self.kvp_group, base2=self.base2)
+        return self.exchange(out, lse, self.kvp_group, base2=self.base2, sinks=sinks)
+
+    def _own_sinks(self, sinks: Tensor | None) -> Tensor | None:
+        """The sinks of this rank's own heads, [H/K], of those that the layer projects."""
+        if sinks is None:
+            return None
+        if self.mla:
+            raise NotImplementedError(
+                "attention sinks of MLA are not supported with --dcp-size > 1"
+            )
+        if len(sinks) < self.heads:
+            return sinks
+        return sinks.chunk(self.shard.size)[self.shard.rank]
 
     def _own_kv_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """The key-value heads that this rank's own query heads attend to.
@@ -332,16 +352,17 @@ class ShardedAttention(AttentionBackend):
         out, lse = self._merged(parts)
         return out.to(k.dtype), lse
 
-    def _merged(self, parts: list[Partial]) -> Partial:
-        """The attention over all parts' keys."""
-        if len(parts) == 1:
+    def _merged(self, parts: list[Partial], sinks: Tensor | None = None) -> Partial:
+        """The attention over all parts' keys, and the sinks."""
+        if len(parts) == 1 and sinks is None:
             return parts[0]
         outs, lses = zip(*parts, strict=True)
-        common = torch.promote_types(outs[0].dtype, outs[1].dtype)
+        common = torch.promote_types(outs[0].dtype, outs[-1].dtype)
         return combine(
             torch.stack([out.to(common) for out in outs]),
             torch.stack(lses),
             base2=self.base2,
+            sinks=sinks,
             return_lse=True,
         )
 

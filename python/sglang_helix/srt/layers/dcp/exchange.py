@@ -7,7 +7,9 @@ heads, computed over its own tokens. Rank j ends with out [B, H/K, D] and lse [B
     lse = log sum_n exp(lse_n),    out = sum_n exp(lse_n - lse) out_n
 
 (the softmax identity behind flash decoding). A rank without tokens brings lse = -inf; what stands
-in its out is never used.
+in its out is never used. An attention sink is a key of this logit and value 0 that every query of
+its head sees: partial results leave it out, and the exchange adds those of the rank's own heads
+(sinks [H/K], natural logarithm) once, in fp32, as one more column of the merge.
 """
 
 from __future__ import annotations
@@ -36,21 +38,41 @@ class Exchange(Protocol):
     """One implementation per communication backend; `group` is a GroupCoordinator."""
 
     def __call__(
-        self, out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        group: Group,
+        *,
+        base2: bool = False,
+        sinks: torch.Tensor | None = None,
     ) -> Partial:
         """(out [B, H, D], lse [B, H]) -> (out [B, H/K, D] in out's dtype, lse [B, H/K])."""
 
 
-def a2a(out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False) -> Partial:
+def a2a(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    group: Group,
+    *,
+    base2: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> Partial:
     """One all-to-all of packed rows (output and LSE together), then a local combine."""
     send = pack(out, lse, group.world_size)
     received = torch.empty_like(send)
     group.all_to_all_single(received, send)
     partials, lses = unpack(received, out.shape[-1], out.dtype)
-    return combine(partials, lses, base2=base2, return_lse=True)
+    return combine(partials, lses, base2=base2, sinks=sinks, return_lse=True)
 
 
-def ag_rs(out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = False) -> Partial:
+def ag_rs(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    group: Group,
+    *,
+    base2: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> Partial:
     """All-gather of the LSEs, then a reduce-scatter of the rescaled outputs in fp32."""
     lses = lse.new_empty(group.world_size, *lse.shape)
     group.all_gather_into_tensor(lses, lse[None].contiguous())
@@ -59,7 +81,17 @@ def ag_rs(out: torch.Tensor, lse: torch.Tensor, group: Group, *, base2: bool = F
     reduced = scaled.new_empty(heads, *scaled.shape[1:])
     group.reduce_scatter_tensor(reduced, scaled)
     first = group.rank_in_group * heads
-    return reduced.transpose(0, 1).to(out.dtype), total[:, first : first + heads]
+    own, own_total = reduced.transpose(0, 1), total[:, first : first + heads]
+    if sinks is None:
+        return own.to(out.dtype), own_total
+    return combine(
+        own[None],
+        own_total[None],
+        out_dtype=out.dtype,
+        base2=base2,
+        sinks=sinks,
+        return_lse=True,
+    )
 
 
 def symm(
@@ -68,6 +100,7 @@ def symm(
     group: Group,
     *,
     base2: bool = False,
+    sinks: torch.Tensor | None = None,
     head_major: bool = False,
 ) -> Partial:
     """One kernel over symmetric memory, for what `prepare_symm` has prepared; else `a2a`.
@@ -77,9 +110,15 @@ def symm(
     """
     kernel = _prepared_for(group, len(out), out.shape[1], out.shape[2], out.dtype)
     if kernel is None:
-        return a2a(out, lse, group, base2=base2)
+        return a2a(out, lse, group, base2=base2, sinks=sinks)
     reduced = kernel.reduce(
-        out, lse, base2=base2, head_major=head_major, return_lse=True, layer=_layer
+        out,
+        lse,
+        base2=base2,
+        sinks=sinks,
+        head_major=head_major,
+        return_lse=True,
+        layer=_layer,
     )
     assert reduced.lse is not None
     return reduced.out, reduced.lse
@@ -91,6 +130,7 @@ def exchange_splits(
     dtype: torch.dtype,
     group: Group,
     *,
+    sinks: torch.Tensor | None = None,
     head_major: bool = False,
 ) -> Partial:
     """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
@@ -102,12 +142,14 @@ def exchange_splits(
     B, H, _, D = splits.out.shape
     taken = splits.few and BACKENDS[backend].takes_splits
     if taken and (kernel := _prepared_for(group, B, H, D, dtype)):
-        reduced = kernel.reduce_splits(splits, head_major=head_major, return_lse=True, layer=_layer)
+        reduced = kernel.reduce_splits(
+            splits, sinks=sinks, head_major=head_major, return_lse=True, layer=_layer
+        )
         assert reduced.lse is not None
         return reduced.out, reduced.lse
     heads_first = {"head_major": True} if head_major else {}
     out, lse = splits.merged(dtype)
-    return BACKENDS[backend].exchange(out, lse, group, **heads_first)
+    return BACKENDS[backend].exchange(out, lse, group, sinks=sinks, **heads_first)
 
 
 # What `symm` needs before its first call.

@@ -44,6 +44,7 @@ def combine(
     out: torch.Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
     base2: bool = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -56,6 +57,7 @@ def combine(
     out: torch.Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
     base2: bool = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -67,6 +69,7 @@ def combine(
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     base2: bool = False,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Merge N partial attention outputs into the output over all their tokens.
@@ -77,7 +80,9 @@ def combine(
         out: [B, h, D] tensor to write to, any strides, apart from ``partials``; None allocates it.
         out_dtype: bf16, fp16 or fp32; by default that of ``out``, or else of ``partials``.
         base2: the LSE, in and out, is a base-2 logarithm.
-        return_lse: also return the LSE of the result.
+        sinks: [h] of any float dtype, natural logarithm: each is one more shard of its head, with
+            this LSE and an output of 0. -inf is none.
+        return_lse: also return the LSE of the result, the sinks included.
 
     Returns:
         ``out``, or ``(out, lse [B, h] fp32)`` with ``return_lse``.
@@ -86,14 +91,14 @@ def combine(
         ValueError: shapes or devices do not fit together.
         TypeError: a dtype is not supported; fp8 is not, since its scale is not known here.
     """
-    _check_combine(partials, lse, out, out_dtype)
+    _check_combine(partials, lse, out, out_dtype, sinks)
     _, B, h, D = partials.shape
     if out is None:
         out = partials.new_empty((B, h, D), dtype=out_dtype)
     out_lse = lse.new_empty((B, h)) if return_lse else None
     if lse.numel():
         run = _combine_triton if _runs_triton(partials) else _combine_torch
-        run(partials, lse, out, out_lse, base2)
+        run(partials, lse, out, out_lse, base2, sinks)
     return out if out_lse is None else (out, out_lse)
 
 
@@ -239,8 +244,9 @@ def _combine_torch(
     out: torch.Tensor,
     out_lse: torch.Tensor | None,
     base2: bool,
+    sinks: torch.Tensor | None = None,
 ) -> None:
-    share, total = _shares(lse, base2)
+    share, total = _shares(lse, base2, sinks)
     values = partials.float().masked_fill(_without_tokens(lse)[..., None], 0)
     out.copy_((values * share[..., None]).sum(0))
     if out_lse is not None:
@@ -282,13 +288,20 @@ def _rescale_torch(
     total.copy_(lse)
 
 
-def _shares(lse: torch.Tensor, base2: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of LSEs [N, ...]: each shard's share of the softmax sum [N, ...], and the LSE of the sum."""
+def _shares(
+    lse: torch.Tensor, base2: bool, sinks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of LSEs [N, ..., h]: each shard's share of the softmax sum, and the LSE of the sum."""
     lse = lse.masked_fill(_without_tokens(lse), -torch.inf)
     top = lse.amax(0)
+    if sinks is not None:
+        sinks = sinks.float() * _LOG2_E if base2 else sinks.float()
+        top = torch.maximum(top, sinks)
     top = top.masked_fill(top == -torch.inf, 0)
     weight = torch.exp2(lse - top) if base2 else torch.exp(lse - top)
     total = weight.sum(0)  # at least 1, or 0 where all shards are empty
+    if sinks is not None:
+        total = total + (torch.exp2(sinks - top) if base2 else torch.exp(sinks - top))
     return weight / total.clamp_min(1), top + (total.log2() if base2 else total.log())
 
 
@@ -377,6 +390,7 @@ if triton is not None:
     def _combine_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         l_ptr,
+        sink_ptr,
         y_ptr,
         y_lse_ptr,
         rows,
@@ -420,10 +434,15 @@ if triton is not None:
             x += (tl.load(x_at, mask=cell_ok, other=0.0),)  # type: ignore[assignment]
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
+        if sink_ptr is not None:
+            top = tl.load(sink_ptr + h, mask=row_ok, other=float("-inf")).to(tl.float32)
+            top = top * LOG2_E if BASE2 else top
+        sink = top
         for n in tl.static_range(N):
             top = tl.maximum(top, _or_empty(lse[n]))
         top = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.full([ROWS], 0.0, tl.float32)
+        # The sink is one more shard, whose output is 0; without one, of weight 0.
+        total = tl.exp2(sink - top if BASE2 else (sink - top) * LOG2_E)
         y = tl.full([ROWS, COLS], 0.0, tl.float32)
         for n in tl.static_range(N):
             l_n_ok = _or_empty(lse[n])
@@ -550,6 +569,7 @@ def _combine_triton(
     out: torch.Tensor,
     out_lse: torch.Tensor | None,
     base2: bool,
+    sinks: torch.Tensor | None,
 ) -> None:
     N, B, h, D = partials.shape
     x, y = _Strides(partials), _Strides(out)
@@ -558,6 +578,7 @@ def _combine_triton(
     _combine_kernel[tile.grid](
         partials,
         lse,
+        sinks,
         out,
         out_lse,
         B * h,
@@ -742,6 +763,7 @@ def _check_combine(
     lse: torch.Tensor,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     if partials.ndim != 4 or partials.shape[0] == 0:
         raise ValueError(f"partials must be [N, B, h, D] with N >= 1, got {list(partials.shape)}")
@@ -761,6 +783,14 @@ def _check_combine(
         out_dtype = out.dtype
     if out_dtype not in (None, *_PAYLOADS):
         raise TypeError(f"the result must be bf16, fp16 or fp32, got {out_dtype}")
+    if sinks is not None:
+        if sinks.shape != partials.shape[2:3] or not sinks.is_contiguous():
+            raise ValueError(
+                f"sinks must be contiguous [{partials.shape[2]}], one of each head, got "
+                f"{list(sinks.shape)}"
+            )
+        if sinks.device != partials.device:
+            raise ValueError(f"sinks are on {sinks.device} and partials on {partials.device}")
 
 
 def _check_rescale(out: torch.Tensor, lses: torch.Tensor, rank: int) -> None:

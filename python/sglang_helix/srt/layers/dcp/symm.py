@@ -560,7 +560,8 @@ def exchange_kernel(
             is_head = head < HEADS
             top = tl.max(lse, 0)
             if sink_ptr is not None:
-                sink = tl.load(sink_ptr + head, mask=is_head, other=_NEG_INF).to(tl.float32)
+                sink_at = sink_ptr + tl.program_id(1) * OWNED + h
+                sink = tl.load(sink_at, mask=is_head, other=_NEG_INF).to(tl.float32)
                 sink = sink * _LOG2_E if BASE2 else sink
                 top = tl.maximum(top, sink)
             top = tl.where(top == _NEG_INF, 0.0, top)
@@ -670,7 +671,7 @@ def exchange(
         scales = lse.new_empty((B, heads * D // _FP8_GROUP.value))
     out_lse = lse.new_empty((B, heads)) if return_lse else None
     if into is not None or scales is not None or sinks is not None or dtype != layout.wire:
-        _check_result((B, heads, D), out, scales, sinks, layout.heads)
+        _check_result((B, heads, D), out, scales, sinks, workspace.local_ranks * heads)
     if tokens == 0:  # on every rank: the epochs stand still together
         return Reduced(out, out_lse, scales)
 
@@ -789,7 +790,7 @@ def _check_result(
     out: torch.Tensor,
     scales: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    heads: int,
+    own_heads: int,
 ) -> None:
     if out.shape != shape or not _rows_are_vectors(out):
         raise ValueError(
@@ -809,5 +810,5 @@ def _check_result(
             f"fp8 results have one fp32 scale per {group} elements of a head: head_dim {D} must be "
             f"a multiple, and scales {[B, owned * D // group]}, got {list(scales.shape)}"
         )
-    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
-        raise ValueError(f"sinks must be contiguous [{heads}], got {list(sinks.shape)}")
+    if sinks is not None and (sinks.shape != (own_heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks must be contiguous [{own_heads}], got {list(sinks.shape)}")

@@ -49,8 +49,8 @@ class Options(TypedDict, total=False):
             with scales. By default the exchange's dtype.
         into: [B, h, D] tensor to write to, rows of whole 16-byte vectors; None allocates it.
         scales: fp32 [B, h*D/128] tensor for the scales, any strides; None allocates it.
-        sinks: [H] attention sinks, natural logarithm, any float dtype: each adds its exponential
-            to the softmax sum of its head, once.
+        sinks: [h] attention sinks of this rank's own heads, natural logarithm, any float dtype:
+            each adds its exponential to the softmax sum of its head, once.
         layer: 0 to 65535; named when the exchange is stuck.
     """
 
