@@ -214,6 +214,29 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
         ),
         "kimi_linear": Family("kimi_linear", {**_COMMON, **_MLA, **_KDA}),
+        "gpt_oss": Family(
+            "gpt_oss",
+            {
+                **_COMMON,
+                **_GQA,
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "sliding_window": 16,
+                "intermediate_size": 128,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "max_position_embeddings": 4096,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 1024,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "truncate": False,
+                },
+            },
+        ),
         "deepseek_v2": Family(
             "deepseek_v2",
             {
@@ -288,7 +311,7 @@ def make_checkpoint(
 #: fp32 rounding cannot reorder the first two.
 _GAIN = {
     **dict.fromkeys(("q_proj", "k_proj", "q_b_proj", "q_norm", "k_norm"), 1.7),
-    "gate": 2.0,
+    **dict.fromkeys(("gate", "router"), 2.0),
     "lm_head": 4.0,
 }
 
@@ -301,6 +324,10 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
         if kind == "A_log":
             # States that forget over tens to hundreds of tokens, each head at its own pace.
             parameter.uniform_(-5.0, -2.0, generator=generator)
+        elif kind == "sinks":
+            # Next to logits of about 3: some decide. SGLang keeps them in bf16.
+            parameter.uniform_(-1, 3, generator=generator)
+            parameter.copy_(parameter.bfloat16())
         elif parameter.dim() == 1:
             # Norm weights and biases: away from their neutral value, so that they matter.
             centre = 0.0 if kind.endswith("bias") else _GAIN.get(owner, 1.0)

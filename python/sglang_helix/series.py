@@ -439,19 +439,21 @@ A2A = Patch(
             upstream="none",
             until="upstream refuses such a prompt",
         ),
-        Hook(
-            target="sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
-            ".max_new_tokens_for_memory",
-            kind="replace",
-            stage="serve",
-            impl=f"{_SRT}.mem_cache.allocator.base:max_new_tokens_for_memory",
-            signature="self, input_tokens, max_new_tokens, token_capacity, sliding_window_size, "
-            "chunk_size",
-            why="keeps back a page and the rest of another, so that answers are empty while a page "
-            "is free; K times as many lengths as in plain TP",
-            how="gives the answer all slots but those that a decode step takes ahead",
-            upstream="none",
-            until="upstream counts slots and not pages",
+        *(
+            Hook(
+                target=f"sglang.srt.mem_cache.allocator.{allocator}.max_new_tokens_for_memory",
+                kind="replace",
+                stage="serve",
+                impl=f"{_SRT}.mem_cache.allocator.base:max_new_tokens_for_memory",
+                signature="self, input_tokens, max_new_tokens, token_capacity, "
+                "sliding_window_size, chunk_size",
+                why="keeps back a page and the rest of another, so that answers are empty while "
+                "a page is free; K times as many lengths as in plain TP",
+                how="gives the answer all slots but those that a decode step takes ahead",
+                upstream="none",
+                until="upstream counts slots and not pages",
+            )
+            for allocator in ("paged.PagedTokenToKVPoolAllocator", "swa.SWATokenToKVPoolAllocator")
         ),
         Hook(
             target="sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"
@@ -477,6 +479,68 @@ A2A = Patch(
             how="rejects a peer with another layout, with both values; its requests end at once",
             upstream="none",
             until="see requires_dcp_relayout",
+        ),
+        Hook(
+            target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.kv_cache_configurator:configure",
+            signature="self, pre_model_load_memory",
+            why="the scheduler would take the rows of a rank for the tokens that full layers hold "
+            "beside windows",
+            how="tells it slots",
+            upstream="none",
+            until="upstream widens the full pool of models with windows",
+        ),
+        Hook(
+            target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+            ".logical_token_capacity",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.kv_cache_configurator:logical_token_capacity",
+            signature="self, max_total_num_tokens",
+            why="never widens a model with windows",
+            how="widens it like all others",
+            upstream="none",
+            until="see configure",
+        ),
+        Hook(
+            target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+            "._build_hybrid_swa_kv_pool",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.kv_cache_configurator:build_hybrid_swa_kv_pool",
+            signature="self, full_max_total_num_tokens, swa_max_total_num_tokens, mha_pool_class",
+            why="gives both pools the same pages and full layers' heads of a group, so that the "
+            "windows' last page is beyond its pool",
+            how="gives each its own",
+            upstream="none",
+            until="see configure",
+        ),
+        Hook(
+            target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+            "._build_token_to_kv_pool_allocator",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.mem_cache.kv_cache_configurator:build_token_to_kv_pool_allocator",
+            signature="self, sizes, token_to_kv_pool, is_dsv4_model, req_to_token_pool, "
+            "token_to_kv_pool_allocator",
+            why="see logical_token_capacity",
+            how="upstream's allocator of both pools, in widened slots and pages",
+            upstream="none",
+            until="see configure",
+        ),
+        Hook(
+            target="sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator",
+            kind="around",
+            stage="serve",
+            impl=f"{_SRT}.model_executor.pool_configurator:create_memory_pool_configurator",
+            signature="kvc",
+            why="takes a rank's rows of full layers for tokens where it divides memory among them "
+            "and windows",
+            how="counts K tokens a row, and pages of the windows as long as the allocator's",
+            upstream="none",
+            until="see configure",
         ),
         Hook(
             target="sglang.srt.managers.scheduler_components.invariant_checker"

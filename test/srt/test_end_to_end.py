@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
@@ -198,12 +198,26 @@ def test_small_pool_retracts_and_resumes(checkpoints: dict[str, Path], family: s
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("family", "backend"), [("llama", "a2a"), ("deepseek_v2", "ag_rs")])
-def test_triton_backend_under_the_interpreter(tmp_path: Path, family: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "backend", "overrides"),
+    [
+        ("llama", "a2a", {}),
+        ("deepseek_v2", "ag_rs", {}),
+        # A layer with a window of 16 tokens, and one without: prompts end beyond it.
+        (
+            "gpt_oss",
+            "a2a",
+            {"num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+    ],
+)
+def test_triton_backend_under_the_interpreter(
+    tmp_path: Path, family: str, backend: str, overrides: dict[str, Any]
+) -> None:
     """The Triton adapter and the series' own kernels, a few tokens; slow, one server each."""
-    checkpoint = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
+    checkpoint = make_checkpoint(family, tmp_path / family, num_hidden_layers=2, **overrides)
     flags = (
-        *("--attention-backend", "triton", "--dtype", "float32"),
+        *("--attention-backend", "triton", "--moe-runner-backend", "triton", "--dtype", "float32"),
         *("--chunked-prefill-size", "16", "--max-running-requests", "4"),
     )
     with serve(checkpoint, 2, 2, backend, *flags, TRITON_INTERPRET="1") as server:

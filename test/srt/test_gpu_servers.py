@@ -19,7 +19,7 @@ from sglang_cpu_reference import drafts
 from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server
-from sglang_helix.srt.layers.attention.adapters import Attention, adapter, serving
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
 from srt import share_gpu
 from srt.expected import prompt
 from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
@@ -97,6 +97,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nemotron_h": make_checkpoint(
             "nemotron_h", root / "nemotron_h", head_dim=64, num_key_value_heads=1
         ),
+        # One key-value head for two ranks, a window that prompts end before, at and beyond.
+        "gpt_oss": make_checkpoint(
+            "gpt_oss",
+            root / "gpt_oss",
+            head_dim=64,
+            num_key_value_heads=1,
+            sliding_window=64,
+            num_experts_per_tok=4,
+        ),
     }
 
 
@@ -124,13 +133,30 @@ def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "tri
 @pytest.mark.timeout(540)
 @pytest.mark.parametrize(("family", "layout", "attention"), CASES)
 def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attention: str) -> None:
-    if not adapter(attention).runs_on(get_platform(), (ATTENTION | HYBRIDS)[family]):
+    serve_and_compare(checkpoints[family], layout, attention, (ATTENTION | HYBRIDS)[family])
+
+
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize("layout", ["ag_rs", "a2a", "symm"])
+@pytest.mark.parametrize(
+    "attention", [one.name for one in ADAPTERS if one.windows and not one.off_cuda]
+)
+def test_windows_and_sinks(checkpoints: dict[str, Path], layout: str, attention: str) -> None:
+    serve_and_compare(
+        checkpoints["gpt_oss"], layout, attention, "GQA", "--moe-runner-backend", "triton"
+    )
+
+
+def serve_and_compare(
+    checkpoint: Path, layout: str, attention: str, kind: Attention, *flags: str
+) -> None:
+    """Prompts of every length that matters, one by one and in batches of several sizes."""
+    if not adapter(attention).runs_on(get_platform(), kind):
         pytest.skip(f"no kernels of {attention} for this GPU")
-    checkpoint = checkpoints[family]
     server = gpu_server(
         checkpoint,
         layout,
-        *("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK)),
+        *("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK), *flags),
         attention=attention,
     )
     oracle = Oracle(checkpoint)

@@ -537,6 +537,16 @@ ELSEWHERE = {
     "one-kernel exchange without NVIDIA GPUs",
     "one-kernel exchange of heads that are not whole 16-byte vectors",
 }
+# Of models with windows alone.
+BESIDE_WINDOWS: dict[str, dict[str, Any]] = {
+    "sliding windows beside the hierarchical cache": {"enable_hierarchical_cache": True},
+    "sliding windows beside drafts": {
+        "speculative_algorithm": "NGRAM",
+        "page_size": 1,
+        "cuda_graph_backend_decode": "disabled",
+    },
+    "sliding windows in pipeline stages": {"pp_size": 2},
+}
 ASKABLE = {row.feature: row for row in TABLE if row.status == "refused" and row.flag}
 
 
@@ -557,7 +567,7 @@ HYBRID_FLAGS: list[tuple[str, dict[str, Any]]] = [
 
 def test_every_row_with_a_flag_is_asked_for() -> None:
     of_hybrids = {feature for feature, _ in HYBRID_FLAGS} - {HYBRID_REPLICAS}
-    assert set(FLAGS) | ELSEWHERE | of_hybrids == set(ASKABLE)
+    assert set(FLAGS) | ELSEWHERE | of_hybrids | set(BESIDE_WINDOWS) == set(ASKABLE)
 
 
 @pytest.mark.parametrize("feature", FLAGS)
@@ -627,6 +637,7 @@ LATENT = {
 }
 WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
 GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW}
+SUNK = {**LATENT, "model_type": "deepseek_v2", "learnable_sink": True}
 WHISPER = {
     "model_type": "whisper",
     "d_model": 256,
@@ -659,13 +670,18 @@ QWEN3_NEXT = {
 SPARSE_ROW = "other sparse attention (DeepSeek-V4, MiniMax-M3)"
 # The row that refuses, an architecture, and its configuration.
 MODELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("sliding-window attention", "GptOssForCausalLM", GPT_OSS),
-    ("attention sinks", "GptOssForCausalLM", GPT_OSS),
+    (
+        "sliding windows with replicated queries, or fewer attention shards than key-value heads",
+        "GptOssForCausalLM",
+        {**GPT_OSS, "num_key_value_heads": 4},
+    ),
+    ("attention sinks of MLA models", "DeepseekV2ForCausalLM", SUNK),
     *(
-        ("sliding-window attention", architecture, {"model_type": kind, **WINDOW})
+        ("other sliding windows", architecture, {"model_type": kind, **WINDOW})
         for architecture, kind in (
             ("Cohere2ForCausalLM", "cohere2"),
             ("Gemma3ForCausalLM", "gemma3_text"),
+            ("LagunaForCausalLM", "llama"),
         )
     ),
     (
@@ -706,6 +722,40 @@ def test_model_is_refused(
     assert f"{feature} ({architecture}) is not supported with --dcp-size 2: {row.why}" in refused
     assert row.instead in refused
     assert "--dcp-size" not in resolved("Hopper", model, tp_size=4).error
+
+
+def test_windows_of_their_own_pool_are_served_by_what_attends_them(
+    resolved: Resolve, tmp_path: Path
+) -> None:
+    two = {**GPT_OSS, "num_key_value_heads": 2}
+    model = written(tmp_path, architectures=["GptOssForCausalLM"], **two)
+    layout = {"tp_size": 4, "dcp_size": 2}
+    served = resolved("Hopper", model, **layout)
+    assert (served.error, served.backends) == ("", ("fa3", "fa3"))
+    # SGLang's default there has windows, and no adapter for them.
+    assert resolved("Blackwell", model, **layout).backends == ("triton", "triton")
+    for backend in ("fa4", "trtllm_mha"):
+        error = resolved("Blackwell", model, **layout, attention_backend=backend).error
+        assert f"--attention-backend {backend} does not attend sliding windows" in error
+        assert "use one of triton" in error
+    split = "sliding windows with replicated queries, or fewer attention shards than"
+    for flags in ({"dcp_size": 4}, {**layout, "dcp_replicate_q_proj": True}):
+        assert split in resolved("Hopper", model, **{"tp_size": 4, **flags}).error
+    whole = {**layout, "disable_hybrid_swa_memory": True}
+    assert "other sliding windows" in resolved("Hopper", model, **whole).error
+
+
+@pytest.mark.parametrize("feature", BESIDE_WINDOWS)
+def test_what_has_not_been_tried_beside_windows_is_refused(
+    resolved: Resolve, tmp_path: Path, feature: str
+) -> None:
+    model = written(tmp_path, architectures=["GptOssForCausalLM"], **GPT_OSS)
+    flags = {"tp_size": 4, "dcp_size": 2, "page_size": 16, **BESIDE_WINDOWS[feature]}
+    row = ASKABLE[feature]
+    error = resolved("Hopper", model, **flags).error
+    asked = next((line for line in error.splitlines() if row.why in line), error)
+    assert asked.startswith(row.flag)
+    assert asked.endswith(f"{row.instead}.")
 
 
 def test_a_norm_over_the_heads_of_plain_tp_is_served(resolved: Resolve, tmp_path: Path) -> None:

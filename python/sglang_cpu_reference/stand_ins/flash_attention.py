@@ -21,10 +21,11 @@ from sglang_cpu_reference.stand_ins.kernel import (
 )
 
 _FP8 = torch.float8_e4m3fn
-# Arguments of `fwd` for what SGLang's backends never ask of a sharded cache.
+# Arguments of `fwd` for what SGLang's backends never ask of a sharded cache. (`cu_seqlens_k_new`
+# is read beside `k_new` alone; upstream gives it by itself.)
 _NOT_COMPUTED = (
-    *("k_new", "v_new", "cu_seqlens_k_new", "seqused_q", "kv_batch_idx", "leftpad_k"),
-    *("rotary_cos", "rotary_sin", "seqlens_rotary", "sinks", "sparse_mask_fine"),
+    *("k_new", "v_new", "seqused_q", "kv_batch_idx", "leftpad_k"),
+    *("rotary_cos", "rotary_sin", "seqlens_rotary", "sparse_mask_fine"),
 )
 
 
@@ -55,16 +56,11 @@ def fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for name in _NOT_COMPUTED:
         if getattr(call, name) is not None:
             raise NotImplementedError(f"the stand-in for FlashAttention-3 has no {name}")
-    if (
-        call.only_qv
-        or call.attention_chunk
-        or (call.window_size_left, call.window_size_right)
-        != (
-            -1,
-            -1,
+    left, right = call.window_size_left, call.window_size_right
+    if call.only_qv or call.attention_chunk or (left > -1 and (right, call.is_causal) != (0, True)):
+        raise NotImplementedError(
+            "the stand-in for FlashAttention-3 has causal windows, no only_qv"
         )
-    ):
-        raise NotImplementedError("the stand-in for FlashAttention-3 has no windows, no only_qv")
     _check(call)
     q, batch = call.q, _batch(call)
     if call.cu_seqlens_q is None:
@@ -89,8 +85,10 @@ def fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 keys = keys * descale[b, :, None]
         if call.v_descale is not None:
             values = values * call.v_descale[b, :, None]
-        requests.append(Request(rows, keys, values, causal=call.is_causal))
-    out, lse = attend(flat, requests, scale=call.softmax_scale, logit_cap=call.softcap)
+        requests.append(Request(rows, keys, values, causal=call.is_causal, back=left))
+    out, lse = attend(
+        flat, requests, scale=call.softmax_scale, logit_cap=call.softcap, sinks=call.sinks
+    )
     if call.cu_seqlens_k is not None and not len(call.k):
         lse.fill_(torch.inf)  # the kernel is not launched at all
     out = out.to(torch.bfloat16 if q.dtype == _FP8 else q.dtype)
@@ -202,6 +200,9 @@ def _check(call: Any) -> None:
             demand(q.dtype == _FP8, f"{name} for queries of {q.dtype}")
             demand(tuple(scale.shape) == (batch, kv_heads), f"{name} of {tuple(scale.shape)}")
             demand(scale.dtype == torch.float32, f"{name} is {scale.dtype}")
+    if call.sinks is not None:
+        demand(tuple(call.sinks.shape) == (heads,), f"sinks of shape {tuple(call.sinks.shape)}")
+        demand(call.sinks.dtype == torch.bfloat16, f"sinks are {call.sinks.dtype}")
     demand(call.num_splits <= 256, f"{call.num_splits} splits")
     if call.scheduler_metadata is not None:
         _check_plan(call, batch)

@@ -123,7 +123,8 @@ class Request(NamedTuple):
     """One request of a ragged batch: where its queries are, and the keys they may see.
 
     queries: rows of q. keys [S, G, Dk], values [S, G, Dv]. causal: the last query sees every key,
-    each one before it one key less. visible: bool [queries, S] in its place.
+    each one before it one key less; back: how many before its own, at most, -1 for all. visible:
+    bool [queries, S] in its place.
     """
 
     queries: slice
@@ -131,32 +132,46 @@ class Request(NamedTuple):
     values: Tensor
     causal: bool = False
     visible: Tensor | None = None
+    back: int = -1
 
 
 def attend(
-    q: Tensor, requests: Iterable[Request], *, scale: float, logit_cap: float = 0.0
+    q: Tensor,
+    requests: Iterable[Request],
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in fp32: out [T, H, Dv] and natural-log LSE [T, H] of q [T, H, Dk].
 
-    A query that sees no key gets 0 and -inf; what no request covers is NaN, as kernels leave it to
-    the allocator.
+    sinks [H]: one more key of these logits and value 0 for each query, in the LSE as well. A query
+    that sees no key gets 0 and -inf; what no request covers is NaN, as kernels leave it to the
+    allocator.
     """
     # Not imported with this module: it is SGLang's, and hooks are yet to be applied.
-    from sglang_helix.srt.layers.attention.torch_native_backend import causal, partial_attention
+    from sglang_helix.srt.layers.attention.torch_native_backend import (
+        causal,
+        partial_attention,
+        with_sinks,
+    )
 
     requests = list(requests)
     out = q.new_full((*q.shape[:2], requests[0].values.shape[-1]), torch.nan, dtype=torch.float32)
     lse = q.new_full(q.shape[:2], torch.nan, dtype=torch.float32)
-    for rows, keys, values, is_causal, visible in requests:
+    for rows, keys, values, is_causal, visible, back in requests:
         queries = q[rows]
-        out[rows], lse[rows] = partial_attention(
+        partial = partial_attention(
             queries,
             keys,
             values,
             scale=scale,
             logit_cap=logit_cap,
-            visible=causal(len(queries), len(keys)) if is_causal else visible,
+            visible=causal(len(queries), len(keys), back) if is_causal else visible,
         )
+        out[rows], lse[rows] = with_sinks(partial, sinks), partial.lse
+        if sinks is not None:
+            lse[rows] = torch.logaddexp(partial.lse, sinks.float())
     return out, lse
 
 

@@ -369,6 +369,8 @@ def _refusal(record: Adapter, situation: Situation) -> str:
         return f"does not verify the drafts of {asked} {what} ({reason})"
     if record.no_e5m2 and args.kv_cache_dtype == "fp8_e5m2":
         return f"does not read --kv-cache-dtype fp8_e5m2 {what} (fp8_e4m3 it does)"
+    if situation.windows and not record.windows:
+        return f"does not attend sliding windows {what}"
     if record.pages and args.page_size not in record.pages:
         sizes = " or ".join(map(str, record.pages))
         return f"takes --page-size {sizes}, not {args.page_size}, {what}"

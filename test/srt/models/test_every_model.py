@@ -147,14 +147,14 @@ AS_BUILT = {
     BY_CONFIGURATION: """
         afmoe.AfmoeAttention commandr.CohereAttention embedding_gemma2.EmbeddingGemma2Attention
         gemma3_causal.Gemma3Attention gemma4_causal.Gemma4Attention
-        gemma4_diffusion.DiffusionGemmaAttention iquest_loopcoder.LoopCoderAttention
-        jet_nemotron.JetNemotronAttention laguna.LagunaAttention lfm2.Lfm2Attention
+        gemma4_diffusion.DiffusionGemmaAttention gpt_oss.GptOssAttention
+        iquest_loopcoder.LoopCoderAttention jet_nemotron.JetNemotronAttention
+        laguna.LagunaAttention lfm2.Lfm2Attention mimo_v2.MiMoV2Attention
         muse_glimmer.MuseGlimmerAttention qwen3_5.Qwen3_5AttentionDecoderLayer
         spark2_5.Spark2_5Attention step3p5.Step3p5Attention
     """,
     WEIGHTS: """
-        baichuan.BaiChuanAttention beam.BeamAttention gpt_oss.GptOssAttention
-        iquest_q1.IQuestQ1Attention mimo_v2.MiMoV2Attention
+        baichuan.BaiChuanAttention beam.BeamAttention iquest_q1.IQuestQ1Attention
     """,
     LINEAR: """
         bailing_moe_linear.BailingMoELinearAttention minicpm.MiniCPMLightningMixer
@@ -256,10 +256,17 @@ def verdict_as_built(attention: ast.ClassDef) -> str:
     """Why the loader refuses the class where A >= KV, or in which case it does not."""
     members, made = members_of(attention)
     options = options_of(attention)
+    # One for each head, which the exchange counts.
+    sinks = {
+        call
+        for name in ("sinks", "attention_sink_bias")
+        for value in members[name]
+        for call in ast.walk(value)
+    }
     tensors = [
         ast.unparse(call)
         for call in calls(attention)
-        if called(call) in ("Parameter", "register_buffer")
+        if called(call) in ("Parameter", "register_buffer") and call not in sinks
     ]
     whole = [
         call
@@ -533,9 +540,9 @@ LEFT_AS_BUILT = {
             **TWO,
             "num_local_experts": 4,
             "sliding_window": 32,
-            "layer_types": ["full_attention"] * 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
-        "attention sinks",
+        "built",
     ),
     "Gemma3ForCausalLM": (
         "gemma3_text",

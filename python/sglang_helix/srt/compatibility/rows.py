@@ -108,11 +108,32 @@ _WINDOWED = {
 }
 
 
+# Classes of windows with a pool of their own that are served.
+_POOLED = {"GptOssForCausalLM", "GraniteSWAForCausalLM", "MellumForCausalLM"}
+
+
 def _window(situation: Situation) -> object | None:
     model = situation.model
     windowed = "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
-    named = windowed and not _WINDOWED.isdisjoint(model.hf_config.architectures)
-    return bool(model.is_hybrid_swa) or named or None
+    classes = set(model.hf_config.architectures)
+    if model.is_hybrid_swa:
+        return classes.isdisjoint(_POOLED) or None
+    # Without that pool, by --disable-hybrid-swa-memory, windows are as those of other classes.
+    return (windowed and not classes.isdisjoint(_WINDOWED | _POOLED)) or None
+
+
+def _window_heads(situation: Situation) -> object | None:
+    args = situation.args
+    whole = situation.plain_heads_grouped and not args.dcp_replicate_q_proj
+    return (situation.windows and not whole) or None
+
+
+def _windows(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
+    return lambda situation: given(situation) if situation.windows else None
+
+
+def _sinks(situation: Situation) -> object | None:
+    return (situation.mla and bool(situation.model.has_attention_sinks)) or None
 
 
 def _norm_over_heads(situation: Situation) -> object | None:
@@ -1177,22 +1198,77 @@ TABLE: tuple[Row, ...] = (
         _skipped_softmax,
     ),
     Row(
-        "sliding-window attention",
+        "sliding windows in a pool of their own (gpt-oss, Granite-SWA, Mellum)",
+        "",
+        "works",
+        "window layers stay as plain TP keeps them, full layers are sharded; answers on a CPU are "
+        "transformers', both pools conserved exactly; not yet seen on a GPU",
+        alone="wrong",
+        proof="the allocator of windows does not widen, mem_cache/kv_cache_configurator.py",
+    ),
+    Row(
+        "attention sinks of GQA and MHA models",
+        "",
+        "works",
+        "counted once, after the exchange, in fp32; answers on a CPU are transformers'; not yet "
+        "seen on a GPU",
+        alone="wrong",
+        proof="every rank's part would count the sink, layers/attention/triton_backend.py",
+    ),
+    Row(
+        "other sliding windows",
         "",
         "refused",
-        "windows are not cut by owner",
+        "windows in the pool of all layers are not cut by owner, and of those with a pool of their "
+        "own this class has not been tried",
         _PLAIN,
         _window,
         alone="wrong",
         proof="the allocator of windows does not widen, mem_cache/kv_cache_configurator.py",
     ),
     Row(
-        "attention sinks",
+        "sliding windows with replicated queries, or fewer attention shards than key-value heads",
         "",
         "refused",
-        "every rank's part would count the sink",
+        "window layers keep the heads of plain TP, and so do full layers where each rank of a "
+        "group has the same key-value head",
+        "Split the sequence over at most tp size / key-value heads ranks, with gathered queries, "
+        "or serve this model without --dcp-size",
+        _window_heads,
+        alone="wrong",
+        proof="sgl-project/sglang#34355",
+    ),
+    Row(
+        "sliding windows beside the hierarchical cache",
+        "--enable-hierarchical-cache",
+        "refused",
+        "host copies of two pools with pages of different lengths have not been tried",
+        _WITHOUT,
+        _windows(_flag("enable_hierarchical_cache")),
+    ),
+    Row(
+        "sliding windows beside drafts",
+        "--speculative-algorithm",
+        "refused",
+        "accepted drafts move in one pool by owner and in the other not, which is not built",
+        _WITHOUT,
+        _windows(_flag("speculative_algorithm")),
+    ),
+    Row(
+        "sliding windows in pipeline stages",
+        "--pp-size",
+        "refused",
+        "it has not been tried",
+        "Use --tp-size and --dcp-size alone",
+        _windows(_more_than_one("pp_size")),
+    ),
+    Row(
+        "attention sinks of MLA models",
+        "",
+        "refused",
+        "the exchange of MLA is in the model, which hands it no sinks",
         _PLAIN,
-        _model("has_attention_sinks"),
+        _sinks,
         alone="wrong",
         proof="refused by that reason for HYV4, arg_groups/model_overrides/deepseek_v2.py",
     ),
@@ -1200,7 +1276,8 @@ TABLE: tuple[Row, ...] = (
         "chunked local attention",
         "",
         "refused",
-        "chunks are not cut by owner",
+        "chunks are not cut by owner; and Llama-4 would gain nothing, with 8 key-value heads on 8 "
+        "ranks, and 40 query heads that allow no 16",
         _PLAIN,
         _model("attention_chunk_size"),
         alone="wrong",

@@ -43,6 +43,11 @@ class Situation:
         return bool(is_deepseek_dsa(self.model.hf_config))
 
     @property
+    def windows(self) -> bool:
+        """Whether the model has layers of a sliding window, in a pool of their own."""
+        return bool(self.model.is_hybrid_swa)
+
+    @property
     def hybrid(self) -> Any | None:
         """The configuration of a model some of whose layers keep recurrent states; else None."""
         from sglang.srt.configs.hybrid_arch import mambaish_config

@@ -18,10 +18,13 @@ def check_full_pool(
     whole widened pages, so when no request holds a slot the sum is exact.
     """
     leak, message = original(checker, ps, uncached)
-    if uncached or checker.is_hybrid_swa:
+    if uncached:
         return leak, message
     allocator, tree = checker.token_to_kv_pool_allocator, checker.tree_cache
-    hybrid = checker.is_hybrid_ssm  # recurrent states are counted by themselves, exactly
+    # Recurrent states and windows are not sharded, and upstream counts them exactly.
+    hybrid = checker.is_hybrid_ssm or checker.is_hybrid_swa
+    if checker.is_hybrid_swa:
+        allocator = allocator.full_attn_allocator
     slots = allocator.size // allocator.page_size * allocator.page_size
     held = {
         "free": allocator.available_size(),

@@ -123,14 +123,18 @@ def draft_runner(scheduler: Any) -> Any:
 
 
 def kv_bytes(pool: Any) -> int | None:
-    """Size of a pool that can be sharded; None for SGLang's others, not all of which say."""
+    """Size of a pool that can be sharded; None for SGLang's others, not all of which say.
+
+    Beside states or windows that of the full layers.
+    """
     from sglang.srt.mem_cache.memory_pool import (
         HybridLinearKVPool,
         MHATokenToKVPool,
         MLATokenToKVPool,
     )
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-    if isinstance(pool, HybridLinearKVPool):
+    if isinstance(pool, HybridLinearKVPool | SWAKVPool):
         pool = pool.full_kv_pool
     if not isinstance(pool, MHATokenToKVPool | MLATokenToKVPool):
         return None
@@ -167,7 +171,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
             f"Recurrent states: {slots[0]} in {slots[1] / 2**30:.2f} GiB of each rank, as plain TP "
             "holds them; --max-mamba-cache-size and --mamba-full-memory-ratio say how many"
         ]
-    return [
+    lines = [
         f"Layout: N = {layout.tp_size} ranks; attention on A = {layout.attn_tp_size} head shards, "
         f"each of K = {layout.kvp_size} ranks that split the sequence; FFN on all N",
         f"Rank {rank}: head shard {layout.attn_shard(rank)}, place {layout.kvp_rank(rank)}; "
@@ -183,6 +187,29 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
         ),
         *states,
     ]
+    if runner.is_hybrid_swa:
+        lines.append(_describe_windows(runner, report["kv_tokens"]))
+    return lines
+
+
+def _describe_windows(runner: Any, tokens: int) -> str:
+    """The pool of the windows, which plain TP has as well, and how much of it is ever needed."""
+    from sglang.srt.model_executor.pool_configurator import compute_swa_request_cap
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    pool = runner.token_to_kv_pool.swa_kv_pool
+    needed = compute_swa_request_cap(
+        page_size=runner.token_to_kv_pool_allocator.page_size,
+        window=runner.sliding_window_size,
+        attn_dp_size=get_parallel().attn_dp_size,
+        max_running_requests=runner.max_running_requests,
+    )
+    return (
+        f"Sliding windows: {pool.size} tokens in {sum(pool.get_kv_size_bytes()) / 2**30:.2f} GiB "
+        f"of each rank (--swa-full-tokens-ratio {get_schedule().swa_full_tokens_ratio:g}), whole "
+        f"as in plain TP; {runner.max_running_requests} running requests need {needed}, a ratio of "
+        f"{needed / tokens:.2g}, and what they leave full layers have"
+    )
 
 
 def series_of(stages: frozenset[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from sglang.srt.runtime_context import (
 )
 
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.attention.sharded import windowed
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
 from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
 
@@ -60,7 +61,9 @@ def prepare_exchange(result: None, runner: Any) -> None:
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
     mla = runner.use_mla_backend
-    widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in layers}
+    # Window layers exchange nothing.
+    sharded = [layer for layer in layers if not windowed(layer)]
+    widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in sharded}
     for width in sorted(widths):
         backend.prepare(
             parallel.dcp_group,

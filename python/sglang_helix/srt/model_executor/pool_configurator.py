@@ -1,11 +1,23 @@
-"""Memory of a draft's cache beside the target's. Extends `model_executor/pool_configurator.py`."""
+"""How memory is shared among the pools. Extends `model_executor/pool_configurator.py`.
+
+A draft's cache beside the target's. And full layers beside windows: upstream's sizes of full layers
+are rows, here a rank's, each of K tokens of requests; `--swa-full-tokens-ratio` speaks of tokens,
+and the pool of the windows is whole.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.model_executor.pool_configurator import (
+    HybridSWAPoolConfigurator,
+    MemoryPoolConfig,
+    SWARequestCapPoolConfigurator,
+    compute_swa_request_cap,
+)
 from sglang.srt.runtime_context import get_parallel
 
 
@@ -35,3 +47,63 @@ def draft_bytes(configurator: Any, kvc: Any) -> int:
         server_args=kvc.server_args,
     )
     return int(configurator._compute_cell_size(draft, kvc.spec_aux_config.draft_kv_num_layers))
+
+
+def create_memory_pool_configurator(original: Callable[[Any], Any], kvc: Any) -> Any:
+    """Upstream's, or of its ones for windows that over a sharded cache."""
+    configurator = original(kvc)
+    ours = _SHARDED.get(type(configurator))
+    return ours(kvc) if ours else configurator
+
+
+class ShardedSWAPoolConfigurator(HybridSWAPoolConfigurator):
+    """Window pools by their ratio to the tokens of full layers."""
+
+    _full_per_token: int
+
+    def __init__(self, kvc: Any) -> None:
+        super().__init__(kvc)
+        model, size = kvc.model_config, get_parallel().attn_dcp_size
+        tp_size = get_parallel().attn_tp_size
+        # Upstream counts the heads of plain TP; where A is below them a rank holds more.
+        self._full_per_token = (
+            self._full_per_token
+            // model.get_num_kv_heads(tp_size)
+            * model.get_num_kv_heads(tp_size, size)
+        )
+        self._swa_full_tokens_ratio *= size
+        self._recompute_cell_size()
+
+    def _make_pool_config(self, full_tokens: int, swa_tokens: int) -> MemoryPoolConfig:
+        page = self._page_size * get_parallel().attn_dcp_size
+        swa_tokens = swa_tokens // page * page
+        self.validate_swa_pool_size(swa_tokens, self._sliding_window_size, page)
+        return super()._make_pool_config(full_tokens, swa_tokens)
+
+
+class ShardedSWARequestCapPoolConfigurator(
+    ShardedSWAPoolConfigurator, SWARequestCapPoolConfigurator
+):
+    """Window pools by what `--max-running-requests` need, where no prefix is kept."""
+
+    def __init__(self, kvc: Any) -> None:
+        super().__init__(kvc)
+        page = kvc.page_size * get_parallel().attn_dcp_size
+        cap = compute_swa_request_cap(
+            page_size=page, window=kvc.sliding_window_size, attn_dp_size=kvc.attn_dp_size
+        )
+        self._swa_cap = -(-cap // page) * page
+
+    def calculate_pool_sizes_from_max_tokens(
+        self, max_total_num_tokens: int, page_size: int
+    ) -> MemoryPoolConfig:
+        """As upstream's, which bounds the windows by the tokens of full layers: here K a row."""
+        rows = max_total_num_tokens // page_size * page_size
+        tokens = rows * get_parallel().attn_dcp_size
+        return self._make_pool_config(rows, min(self._swa_cap, tokens))
+
+
+_SHARDED: dict[type, type] = {
+    HybridSWAPoolConfigurator: ShardedSWAPoolConfigurator,
+    SWARequestCapPoolConfigurator: ShardedSWARequestCapPoolConfigurator,
+}

@@ -7,7 +7,8 @@ answer wrongly without an error; with replicated queries it holds the same H / A
 Where A >= KV, plain TP has it so already: rank r of N holds key-value head r // (N / KV), and so do
 the K ranks beside it. Such a model stays as its class builds it, whatever stands in it beside its
 projections, and only the adapter acts. The loader checks the heads of every attention layer, and
-what reaches its softmax.
+what reaches its softmax. Layers of a sliding window that have a pool of their own are plain TP's
+in everything.
 
 Otherwise the projection is sharded by A while the model is built, the output projection stays
 sharded by N, and afterwards every attention layer is told its new widths. A model whose layers
@@ -28,6 +29,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.attention.sharded import windowed
 from sglang_helix.srt.layers.dcp.planner import prepare_decode_context_parallel_metadata
 from sglang_helix.srt.layers.linear import heads_shared_by, is_shared
 
@@ -35,6 +37,8 @@ from sglang_helix.srt.layers.linear import heads_shared_by, is_shared
 _PLAN = "prepare_context_parallel_metadata_for_dcp"
 # Held by a layer that is attention and a Mamba mixer in one (Falcon-H1), for the mixer.
 _NOT_OF_ATTENTION = ("mup_vector",)
+# What classes call the sinks that they hand to attention, one for each of a rank's heads.
+_SINKS = ("sinks", "attention_sink_bias")
 
 
 class ModelRefusedError(ValueError):
@@ -75,8 +79,9 @@ def initialize_model(
             _check_mla(model)
         elif layout.attn_tp_size >= kv_heads and not queries:
             model = build()
-            _check(model)
-            _check_as_built(model, layout.tp_size, heads, kv_heads)
+            windows = _check_windows(model, model_config, layout.tp_size)
+            _check(model, windows)
+            _check_as_built(model, layout.tp_size, heads, kv_heads, windows)
         else:
             with heads_shared_by(layout.kvp_size, (heads, kv_heads), queries=queries):
                 model = build()
@@ -102,14 +107,39 @@ def _advice(layout: Layout, kv_heads: int, *, as_built: bool) -> str:
     )
 
 
-def _check(model: nn.Module) -> None:
+def _check_windows(model: nn.Module, model_config: Any, ranks: int) -> frozenset[str]:
+    """Names of the window layers whose pool is whole; all others' is sharded.
+
+    Refuses a layer whose window and whose pool are not of one kind, or whose heads are not those of
+    its pool: it would be attended in a way in which it is not stored.
+    """
+    if not model_config.is_hybrid_swa:
+        return frozenset()
+    pooled, found = frozenset(model_config.swa_attention_layer_ids), set()
+    kv_heads = model_config.get_swa_num_kv_heads(ranks)
+    layers = _attention_layers(model)
+    for name, layer in layers:
+        if windowed(layer) != (layer.layer_id in pooled):
+            raise _Misfit(name, "a window and no place among those, or a place and no window")
+        if windowed(layer):
+            found.add(name)
+            if layer.tp_k_head_num != kv_heads:
+                raise _Misfit(
+                    name, f"{layer.tp_k_head_num} key-value heads per rank, its pool {kv_heads}"
+                )
+    if len(found) == len(layers):
+        raise _Misfit("the model", "windows in all of its layers: no cache grows with the context")
+    return frozenset(found)
+
+
+def _check(model: nn.Module, windows: frozenset[str] = frozenset()) -> None:
     """Refuse attention that no adapter computes over a sharded cache, or that cannot be seen."""
     if not _attention_layers(model):
         # SGLang's wrapper of a transformers model, for one, keeps them out of the module tree.
         raise _Misfit("the model", "no attention layers of SGLang")
     for name, layer in _attention_layers(model):
         reasons = {
-            "sliding-window attention": layer.sliding_window_size > -1,
+            "sliding-window attention": windowed(layer) and name not in windows,
             "attention that is not a causal decoder's": layer.attn_type != AttentionType.DECODER,
             "cross attention": layer.is_cross_attention,
             "chunked local attention": layer.use_irope,
@@ -140,13 +170,17 @@ def _check_mla(model: nn.Module) -> None:
         setattr(model, _PLAN, prepare_decode_context_parallel_metadata)
 
 
-def _check_as_built(model: nn.Module, ranks: int, heads: int, kv_heads: int) -> None:
-    """Check every attention layer of a model that is served as plain TP builds it."""
+def _check_as_built(
+    model: nn.Module, ranks: int, heads: int, kv_heads: int, windows: frozenset[str]
+) -> None:
+    """Check every sharded attention layer of a model that is served as plain TP builds it."""
     modules = dict(model.named_modules())
     own = (heads // ranks, 1)
     for name, layer in _attention_layers(model):
+        if name in windows:
+            continue
         parent = _owner(modules, name)
-        _check_own_tensors(name, parent)
+        _check_own_tensors(name, parent, sinks=own[0])
         children = dict(parent.named_children())
         projections = [c for c in children.values() if isinstance(c, QKVParallelLinear)]
         if any(child.startswith("index") for child in children):
@@ -223,17 +257,19 @@ def _fit(
             raise _Misfit(name, "the heads of attention, but is no layer of it", as_built=True)
 
 
-def _check_own_tensors(name: str, parent: nn.Module) -> None:
-    """Refuse attention with weights beside its projections, such as slopes or a sink per head.
+def _check_own_tensors(name: str, parent: nn.Module, sinks: int = 0) -> None:
+    """Refuse attention with weights beside its projections, such as slopes.
 
-    They reach the softmax, and no adapter is given them.
+    They reach the softmax, and no adapter is given them; but sinks, one for each of so many heads.
     """
-    if getattr(parent, "sinks", None) is not None:
-        raise _Misfit(name, "attention sinks")
     tensors = {**parent._parameters, **parent._buffers, **parent.__dict__}
     for own, value in tensors.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and own not in _NOT_OF_ATTENTION:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0 or own in _NOT_OF_ATTENTION:
+            continue
+        if own not in _SINKS:
             raise _Misfit(name, f"weights beside its projections ({own})")
+        if value.shape != (sinks,):
+            raise _Misfit(name, f"attention sinks {list(value.shape)}", as_built=not sinks)
 
 
 def _check_beside_heads(name: str, layer: Any, children: dict[str, nn.Module], heads: int) -> None:

@@ -114,6 +114,10 @@ def test_without_a_mask_every_key_is_seen() -> None:
 def test_causal() -> None:
     assert causal(2, 3).tolist() == [[True, True, False], [True, True, True]]
     assert causal(1, 4).all()
+    assert causal(2, 4, back=1).tolist() == [
+        [False, True, True, False],
+        [False, False, True, True],
+    ]
 
 
 class Pool:
@@ -144,7 +148,9 @@ class Conversation:
 
     LENGTHS = (37, 5, 64)
 
-    def __init__(self, heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype):
+    def __init__(
+        self, heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, back: int = -1
+    ):
         generator = torch.Generator().manual_seed(0)
         total = sum(self.LENGTHS)
         (q_heads, k_heads), (k_width, v_width) = heads, widths
@@ -153,6 +159,9 @@ class Conversation:
         value = torch.randn(total, k_heads, v_width, generator=generator).to(dtype)
         self.v = self.k[..., :v_width] if k_width == 576 else value
         self.layer = make_layer(q_heads, k_heads, k_width, v_width)
+        self.layer.sliding_window_size = back
+        # Windows and sinks, as in gpt-oss; sinks that change little and ones that decide.
+        self.sinks = torch.linspace(-2, 4, q_heads) if back > -1 else None
         self.rows = torch.randperm(total + 20, generator=generator)[:total]
         table = torch.full((5, 100), -1)  # request i uses line i + 1
         for i, part in enumerate(self.rows.split(list(self.LENGTHS))):
@@ -181,22 +190,29 @@ class Conversation:
             spec_info=None,
         )
         forward = self.backend.forward_decode if decode else self.backend.forward_extend
-        out = forward(self.q[index], self.k[index], self.v[index], self.layer, batch)
+        out = forward(
+            self.q[index], self.k[index], self.v[index], self.layer, batch, sinks=self.sinks
+        )
         assert out.dtype == self.q.dtype
         return list(out.split([n for n in new if n]))
 
     def expected(self, request: int) -> torch.Tensor:
         tokens = slice(self.starts[request], self.starts[request] + self.LENGTHS[request])
         length = self.LENGTHS[request]
+        ages = torch.arange(length)[:, None] - torch.arange(length)
+        back = self.layer.sliding_window_size
         whole = dense(
             self.q[tokens],
             self.k[tokens],
             self.v[tokens],
             self.layer.scaling,
             self.layer.logit_cap,
-            causal(length, length),
+            (ages >= 0) & ((ages <= back) | (back == -1)),
         )
-        return whole.out.flatten(1)
+        if self.sinks is None:
+            return whole.out.flatten(1)
+        total = torch.logaddexp(whole.lse, self.sinks.double())
+        return (whole.out * (whole.lse - total).exp()[..., None]).flatten(1)
 
 
 def make_layer(q_heads: int, k_heads: int, k_width: int, v_width: int) -> SimpleNamespace:
@@ -217,10 +233,11 @@ def make_layer(q_heads: int, k_heads: int, k_width: int, v_width: int) -> Simple
     )
 
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "mha": ((4, 4), (16, 16)),
     "gqa": ((8, 2), (32, 32)),
     "mla": ((8, 1), (576, 512)),
+    "gqa with windows and sinks": ((8, 2), (32, 32), 6),
 }
 
 
@@ -229,7 +246,8 @@ MODELS = {
 def test_extend_chunks_and_decode_agree_with_the_whole_sequence(
     model: str, dtype: torch.dtype
 ) -> None:
-    talk = Conversation(*MODELS[model], dtype)
+    heads, widths, *back = MODELS[model]
+    talk = Conversation(heads, widths, dtype, *back)
     # A batch of whole prompts and first chunks; odd chunks over cached prefixes beside a prompt
     # of one token and an absent request; then decode for as long as each request has tokens.
     fed = [0, 0, 0]
@@ -271,7 +289,6 @@ def test_a_layer_without_keys_of_its_own_reads_the_cache() -> None:
         ("is_cross_attention", True),
         ("attn_type", AttentionType.ENCODER_ONLY),
         ("attn_type", AttentionType.DECODER_BIDIRECTIONAL),
-        ("sliding_window_size", 128),
         ("xai_temperature_len", 1024),
         ("logit_capping_method", "rational"),
     ],

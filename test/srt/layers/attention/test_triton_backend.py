@@ -26,13 +26,16 @@ def backend() -> ShardedTritonAttnBackend:
     adapter.mla = False
     adapter.device = "cpu"
     adapter.max_context_len = 1000
+    adapter.sliding_window_size = None
     adapter.scratch = Scratch(SplitPlan(4, 1, 32, 32, 8, Tile()), 4, 16, 40, "cpu")
     adapter.allocate_captured_writes(8)
     return adapter
 
 
 def prepare(adapter: ShardedTritonAttnBackend, slots: list[int], batch: int, capture: bool) -> None:
-    view = SimpleNamespace(out_cache_loc=torch.tensor(slots), batch_size=batch)
+    view = SimpleNamespace(
+        out_cache_loc=torch.tensor(slots), batch_size=batch, forward_mode=ForwardMode.DECODE
+    )
     with mock.patch.object(TritonAttnBackend, "init_forward_metadata_out_graph"):
         adapter.init_forward_metadata_out_graph(view, capture)
 
@@ -49,6 +52,37 @@ def test_a_padded_replay_writes_no_row_of_an_earlier_one(
     prepare(backend, [103, 205], 4, capture=False)
     assert captured[:2].tolist() == [51, 102]
     assert captured[2:].max() < backend.pool_page_size
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_a_window_has_all_of_its_keys_at_decode(
+    backend: ShardedTritonAttnBackend, windows: bool
+) -> None:
+    """Upstream lists as many rows as the first key lies back; an extend has its own besides."""
+    backend.windows, backend.sliding_window_size = windows, 15
+    seen = []
+
+    def upstream(adapter: ShardedTritonAttnBackend, *args: Any) -> None:
+        seen.append(adapter.sliding_window_size)
+
+    batch = SimpleNamespace(
+        batch_size=1,
+        seq_lens_sum=1,
+        extend_prefix_lens_cpu=[4],
+        out_cache_loc=torch.tensor([3]),
+        forward_mode=ForwardMode.DECODE,
+    )
+    with (
+        mock.patch.object(TritonAttnBackend, "init_forward_metadata", upstream),
+        mock.patch.object(TritonAttnBackend, "init_forward_metadata_out_graph", upstream),
+    ):
+        backend.init_forward_metadata(batch)
+        backend.init_forward_metadata_out_graph(batch)
+        batch.forward_mode = ForwardMode.EXTEND
+        backend.init_forward_metadata(batch)
+    whole = 16 if windows else 15
+    assert seen == [whole, whole, 15]
+    assert backend.sliding_window_size == 15
 
 
 def test_graphs_list_a_ranks_rows_in_what_was_prepared(backend: ShardedTritonAttnBackend) -> None:

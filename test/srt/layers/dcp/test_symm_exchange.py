@@ -366,6 +366,7 @@ def attention_layer(heads: int, width: int, rope: int, v_scale: float) -> Any:
         k_scale_float=1.0,
         v_scale_float=v_scale,
         xai_temperature_len=-1,
+        sliding_window_size=-1,
     )
 
 

@@ -40,6 +40,7 @@ class Adapter:
     pages: the page sizes it takes; None: any.
     chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
     off_cuda: whether it runs where there is no CUDA device, too.
+    windows: whether it serves models that have layers of a sliding window with a pool of their own.
     why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
         upstream's backend, see `Hook`.
     """
@@ -51,6 +52,7 @@ class Adapter:
     majors: tuple[int, ...] | None = None
     mla_majors: tuple[int, ...] | None = None
     off_cuda: bool = False
+    windows: bool = False
     no_fp8: Mapping[Attention, str] = field(default_factory=dict)
     no_drafts: Mapping[Attention, str] = field(default_factory=dict)
     no_e5m2: bool = False
@@ -112,6 +114,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "fa3",
         base2=False,
+        windows=True,
         gqa=(f"{_OURS}.flashattention_backend:ShardedFlashAttentionBackend",),
         mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttentionBackend",),
         majors=(8, 9),
@@ -187,6 +190,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "triton",
         base2=False,
+        windows=True,
         gqa=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
         mla=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
         drafts_in_graphs=("GQA", "MLA"),
@@ -197,6 +201,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "torch_native",
         base2=False,
+        windows=True,
         gqa=(f"{_OURS}.torch_native_backend:ShardedTorchReferenceAttnBackend",),
         mla=(f"{_OURS}.torch_native_backend:ShardedTorchReferenceAttnBackend",),
         off_cuda=True,

@@ -121,6 +121,7 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE."""

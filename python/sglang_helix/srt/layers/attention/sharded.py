@@ -9,6 +9,8 @@ Decode (GQA, MHA)     write the new token's K and V -> attend the local tokens w
 Extend (GQA, MHA)     the current chunk is whole on every rank: attend it with this rank's own
                       heads, no communication; attend the cached prefix like decode does; merge
                       the two by LSE.
+Windows               layers of a sliding window are not sharded: upstream's own code attends them,
+                      with this rank's heads over a pool that is whole on every rank.
 MLA                   the model gathers queries before decode and exchanges after it (through
                       `layers/dcp/comm.py`), so decode returns (out, LSE) of the whole group's
                       heads. For extend it gathers the latent prefix instead, which for a chunk
@@ -23,6 +25,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.logits_processor import get_in_autotune_dummy_run
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
@@ -54,6 +57,8 @@ class ShardedAttention(AttentionBackend):
     upstream_prefill = False
 
     captured_rows: Tensor | None = None
+    # Whether the model has window layers, whose pool is whole.
+    windows = False
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         if model_runner.is_draft_worker:
@@ -65,6 +70,7 @@ class ShardedAttention(AttentionBackend):
         self.pool_page_size: int = model_runner.page_size
         self.device: str = model_runner.device  # not every backend of SGLang keeps it
         self.mla: bool = model_runner.use_mla_backend
+        self.windows = isinstance(model_runner.token_to_kv_pool, SWAKVPool)
         # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
         self.comm_backend: str = parallel.dcp_comm_backend
         self.exchange = None if self.mla else BACKENDS[self.comm_backend].exchange
@@ -113,6 +119,22 @@ class ShardedAttention(AttentionBackend):
         """
         raise NotImplementedError
 
+    def attend_window(
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """A window layer, as plain TP attends it: [T, own heads * Dv]."""
+        decode = forward_batch.forward_mode.is_decode_or_idle()
+        attend = super().forward_decode if decode else super().forward_extend
+        counted = {} if sinks is None else {"sinks": sinks}
+        return attend(q, k, v, layer, forward_batch, save_kv_cache, **counted)
+
     # What SGLang calls.
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -154,6 +176,8 @@ class ShardedAttention(AttentionBackend):
         Returns [T, own heads * Dv], or for MLA the (out, LSE) of the whole group's heads, or what
         `deferred` makes of their splits.
         """
+        if windowed(layer):
+            return self._window(q, k, v, layer, forward_batch, save_kv_cache, sinks, **kwargs)
         sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
         if q_rope is not None:
@@ -197,6 +221,8 @@ class ShardedAttention(AttentionBackend):
         MLA, whose queries the model gathers as it does before decode, (out, LSE) of the whole
         group's heads.
         """
+        if windowed(layer):
+            return self._window(q, k, v, layer, forward_batch, save_kv_cache, sinks, **kwargs)
         sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
         if self.mla and q_rope is None and self.upstream_prefill:
@@ -217,11 +243,7 @@ class ShardedAttention(AttentionBackend):
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
         else:
-            if k is None:
-                raise NotImplementedError(
-                    f"layer {layer.layer_id} reads another layer's cache, which is not supported "
-                    "with --dcp-size > 1: serve this model without --dcp-size"
-                )
+            _refuse_shared(layer, k)
             queries = self._own_queries(q, layer)
             # MLA's un-absorbed chunk brings keys and values of its own heads, and no prefix.
             assert not (self.mla and has_prefix)
@@ -287,6 +309,26 @@ class ShardedAttention(AttentionBackend):
         )
 
     # Between the seams.
+
+    def _window(
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+        sinks: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        _rope_parts(kwargs)
+        _refuse_shared(layer, k)
+        if not self.windows:
+            raise NotImplementedError(
+                f"layer {layer.layer_id} has a sliding window and no pool of its own, which is not "
+                "supported with --dcp-size > 1: serve this model without --dcp-size"
+            )
+        return self.attend_window(q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
     def _group_heads(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of the KVP group's heads, [T, H, Dk]: gathered, or projected by each rank."""
@@ -394,7 +436,7 @@ class ShardedPagedAttention(ShardedAttention):
 
     A batch's: `pages`, the tokens of this rank that decode or the queries of a chunk attend, and
     `cu_q` ([B+1] int32) and `max_q`, which queries are whose. Upstream's are prepared beside them
-    where upstream attends: in the prefill of MLA.
+    where upstream attends: in the prefill of MLA, and in window layers.
     """
 
     pages: LocalPages
@@ -404,6 +446,8 @@ class ShardedPagedAttention(ShardedAttention):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
         self.prepare_writes(forward_batch)
+        if self.windows:
+            super(ShardedAttention, self).init_forward_metadata(forward_batch)
         mode, batch = forward_batch.forward_mode, forward_batch.batch_size
         lens, longest = forward_batch.seq_lens, _longest(forward_batch.seq_lens_cpu)
         device = lens.device
@@ -429,6 +473,8 @@ class ShardedPagedAttention(ShardedAttention):
         self.allocate_captured_writes(max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
         self.captured_cu_q = _steps(max_bs, 1, self.device)
+        if self.windows:
+            super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -442,6 +488,8 @@ class ShardedPagedAttention(ShardedAttention):
         )
         if in_capture:
             self.pages, self.cu_q, self.max_q = pages, self.captured_cu_q[: batch + 1], 1
+        if self.windows:
+            super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Nothing: see `init_forward_metadata_out_graph`."""
@@ -470,6 +518,19 @@ def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
             f"attention with {', '.join(given)} is not supported with --dcp-size > 1"
         )
     return q_rope, k_rope
+
+
+def windowed(layer: RadixAttention) -> bool:
+    """Whether a layer sees a sliding window; its `sliding_window_size` is how far back it sees."""
+    return layer.sliding_window_size > -1
+
+
+def _refuse_shared(layer: RadixAttention, k: Any) -> None:
+    if k is None:
+        raise NotImplementedError(
+            f"layer {layer.layer_id} reads another layer's cache, which is not supported "
+            "with --dcp-size > 1: serve this model without --dcp-size"
+        )
 
 
 def _any_prefix(forward_batch: ForwardBatch) -> bool:

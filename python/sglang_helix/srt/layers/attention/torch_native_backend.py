@@ -16,9 +16,10 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.speculative.spec_info import SpecInputType
 
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, windowed
 
 
 class Partial(NamedTuple):
@@ -71,9 +72,20 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(a.out * a_share + b.out * b_share, lse)
 
 
-def causal(queries: int, keys: int) -> torch.Tensor:
-    """bool [queries, keys]: the last query sees every key, each one before it one key less."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+def causal(queries: int, keys: int, back: int = -1) -> torch.Tensor:
+    """bool [queries, keys]: the last query sees every key, each one before it one key less.
+
+    back: how many keys before its own a query sees, at most; -1: all.
+    """
+    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return visible.triu(keys - queries - back) if back > -1 else visible
+
+
+def with_sinks(partial: Partial, sinks: torch.Tensor | None) -> torch.Tensor:
+    """The output beside one key more for each head, of these logits [Hq] and value 0."""
+    if sinks is None:
+        return partial.out
+    return partial.out * torch.sigmoid(partial.lse - sinks.float()).unsqueeze(-1)
 
 
 def chunk_lens(forward_batch: Any) -> tuple[list[int], list[int]]:
@@ -122,17 +134,19 @@ class TorchReferenceAttnBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One query token per request over all its cached tokens, this one included.
 
-        q [B, Hq * Dk] or [B, Hq, Dk] -> [B, Hq * Dv] in q's dtype.
+        q [B, Hq * Dk] or [B, Hq, Dk], sinks [Hq] -> [B, Hq * Dv] in q's dtype.
         """
         refuse_unsupported(layer, forward_batch)
         if save_kv_cache and k is not None:
             self._write(layer, forward_batch, k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        slots = self.decoded_slots(forward_batch)
-        return self.rows_partial(q, layer, [1] * len(q), slots).out.flatten(1).to(q.dtype)
+        slots = [self._rows(layer, slots) for slots in self.decoded_slots(forward_batch)]
+        partial = self.rows_partial(q, layer, [1] * len(q), slots, own=True)
+        return with_sinks(partial, sinks).flatten(1).to(q.dtype)
 
     def forward_extend(
         self,
@@ -142,6 +156,7 @@ class TorchReferenceAttnBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The new tokens of each request, causal among themselves, over the cached prefix.
 
@@ -154,13 +169,14 @@ class TorchReferenceAttnBackend(AttentionBackend):
             self._write(layer, forward_batch, k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if k is None or v is None:
-            k, v = (buffer[forward_batch.out_cache_loc] for buffer in self._buffers(layer))
+            slots = self._rows(layer, forward_batch.out_cache_loc)
+            k, v = (buffer[slots] for buffer in self._buffers(layer))
         partial = self.chunk_partial(q, k, v, layer, forward_batch)
         lens, cached_lens = chunk_lens(forward_batch)
         if any(cached_lens):
             prefix = self.cached_partial(q, layer, forward_batch, lens, cached_lens)
             partial = merge(prefix, partial)
-        return partial.out.flatten(1).to(q.dtype)
+        return with_sinks(partial, sinks).flatten(1).to(q.dtype)
 
     def chunk_partial(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
@@ -171,7 +187,15 @@ class TorchReferenceAttnBackend(AttentionBackend):
         v = v.view(len(q), -1, layer.v_head_dim)
         chunks = zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
         parts = (
-            self._partial(layer, q_r, k_r, v_r, visible.to(q.device))
+            self._partial(
+                layer,
+                q_r,
+                k_r,
+                v_r,
+                visible.triu(-layer.sliding_window_size).to(q.device)
+                if windowed(layer)
+                else visible.to(q.device),
+            )
             for (q_r, k_r, v_r), visible in zip(chunks, chunk_masks(forward_batch), strict=True)
         )
         return _concatenate(parts)
@@ -186,32 +210,60 @@ class TorchReferenceAttnBackend(AttentionBackend):
     ) -> Partial:
         """Each request's query tokens over the first cached_lens tokens of its cache, all visible.
 
-        q [T, Hq, Dk], its rows split over the requests by query_lens.
+        q [T, Hq, Dk], its rows split over the requests by query_lens; they stand behind the cached
+        tokens.
         """
         requests = forward_batch.req_pool_indices.tolist()
-        rows = [self.cached_rows(*cached) for cached in zip(requests, cached_lens, strict=True)]
+        rows = [
+            self.cached_rows(layer, *cached) for cached in zip(requests, cached_lens, strict=True)
+        ]
         return self.rows_partial(q, layer, query_lens, rows)
 
     def rows_partial(
-        self, q: torch.Tensor, layer: Any, query_lens: list[int], rows: list[torch.Tensor]
+        self,
+        q: torch.Tensor,
+        layer: Any,
+        query_lens: list[int],
+        rows: list[torch.Tensor],
+        *,
+        own: bool = False,
     ) -> Partial:
-        """Groups of queries, split by query_lens, each over its own rows of the pool."""
+        """Groups of queries, split by query_lens, each over its own rows of the pool.
+
+        The queries stand behind the tokens of these rows, or with `own` are the last of them: that
+        decides what is in a window.
+        """
         keys, values = self._buffers(layer)
-        return _concatenate(
-            self._partial(layer, q_r, keys[rows_r], values[rows_r], None)
-            for q_r, rows_r in zip(q.split(query_lens), rows, strict=True)
-        )
+        parts = []
+        for q_r, rows_r in zip(q.split(query_lens), rows, strict=True):
+            visible = None
+            if windowed(layer):
+                length, behind = len(rows_r), 0 if own else len(q_r)
+                visible = causal(len(q_r), length + behind, layer.sliding_window_size)[:, :length]
+                visible = visible.to(q.device)
+            parts.append(self._partial(layer, q_r, keys[rows_r], values[rows_r], visible))
+        return _concatenate(parts)
 
     def decoded_slots(self, forward_batch: Any) -> list[torch.Tensor]:
         """Slots that each query of a decode batch sees; a draft model's see their branch too."""
         requests = zip(
             forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True
         )
-        return [self.cached_rows(request, length) for request, length in requests]
+        return [self._slots(request, length) for request, length in requests]
 
-    def cached_rows(self, request: int, length: int) -> torch.Tensor:
-        """Pool rows, int64 [length], of the first `length` tokens of a request."""
+    def cached_rows(self, layer: Any, request: int, length: int) -> torch.Tensor:
+        """Rows of a layer's pool, int64 [length], of the first `length` tokens of a request."""
+        return self._rows(layer, self._slots(request, length))
+
+    def _slots(self, request: int, length: int) -> torch.Tensor:
         return self.req_to_token_pool.req_to_token[request, :length].long()
+
+    def _rows(self, layer: Any, slots: torch.Tensor) -> torch.Tensor:
+        """Where a layer's pool has these slots: windows that left theirs read a row of others."""
+        pool = self.token_to_kv_pool
+        if isinstance(pool, SWAKVPool) and windowed(layer):
+            return pool.translate_loc_from_full_to_swa(slots)
+        return slots
 
     def _partial(
         self,
@@ -232,15 +284,19 @@ class TorchReferenceAttnBackend(AttentionBackend):
     def _write(
         self, layer: Any, forward_batch: Any, k: torch.Tensor, v: torch.Tensor | None
     ) -> None:
-        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+        slots = forward_batch.out_cache_loc
+        self.token_to_kv_pool.set_kv_buffer(
+            layer, KVWriteLoc(slots, self._rows(layer, slots)), k, v
+        )
 
 
 class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBackend):
     """``torch_native`` over a sharded cache: the adapter that the others are tested against."""
 
-    def cached_rows(self, request: int, length: int) -> torch.Tensor:
-        """Rows of this rank's tokens among the first `length` of a request."""
-        return self.shard.read_rows(super().cached_rows(request, length))
+    def cached_rows(self, layer: Any, request: int, length: int) -> torch.Tensor:
+        """Rows of this rank's tokens among the first `length` of a request; of windows, of all."""
+        rows = super().cached_rows(layer, request, length)
+        return rows if windowed(layer) else self.shard.read_rows(rows)
 
     def partial_decode(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> Partial:
         """See `ShardedAttention.partial_decode`."""
@@ -285,7 +341,6 @@ def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
     reasons = {
         "cross attention": layer.is_cross_attention,
         "encoder-only attention": layer.attn_type != AttentionType.DECODER,
-        "sliding-window attention": layer.sliding_window_size > -1,
         "temperature scaling by position": layer.xai_temperature_len > 0,
         f"logit capping by {layer.logit_capping_method}": layer.logit_cap > 0
         and layer.logit_capping_method != "tanh",

@@ -5,11 +5,16 @@ kernels the adapter calls the first decode stage, which leaves one partial resul
 sequence, and the extend kernel with its LSE output. The splits are partial attentions like those
 of other ranks, so the project's own combine, or the exchange itself, replaces upstream's second
 stage and its separate LSE reduction.
+
+Window layers decode by the same kernel over upstream's list of the rows in their window, which
+leaves out one key: W - 1 of them where all other kernels, and the models, see W. Here it has W.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +25,7 @@ from sglang.kernels.ops.attention.decode_attention import (
 )
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 from torch import Tensor
@@ -33,7 +39,8 @@ from sglang_helix.srt.layers.attention.kv_splits import (
     SplitPlan,
     Tile,
 )
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, windowed
+from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
@@ -50,6 +57,9 @@ NOT_ASKED = 8
 class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     """`triton` over a sharded cache: GQA, MHA and absorbed MLA."""
 
+    dcp_size: int
+    sliding_window_size: int
+
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
         self.scratch: Scratch = model_runner.decode_scratch
@@ -59,7 +69,32 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
         self._most_rows = self._rows_to_read(forward_batch)
-        super().init_forward_metadata(forward_batch)
+        if forward_batch.forward_mode.is_decode_or_idle():
+            with self._whole_windows():
+                super().init_forward_metadata(forward_batch)
+        else:
+            super().init_forward_metadata(forward_batch)
+
+    @contextlib.contextmanager
+    def _whole_windows(self) -> Iterator[None]:
+        """Around upstream's preparation of decode: its windows have the key that they lack.
+
+        Upstream's number is how far back the first key lies, one less than there are keys.
+        """
+        back = self.sliding_window_size
+        if self.windows:
+            self.sliding_window_size = back + 1
+        try:
+            yield
+        finally:
+            self.sliding_window_size = back
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Prepare the capture or one replay of a decode graph, in place."""
+        with self._whole_windows():
+            super().init_forward_metadata_out_graph(forward_batch, in_capture)
 
     def _rows_to_read(self, forward_batch: ForwardBatch) -> int:
         """Rows of this rank that a batch reads, or a little more, by what the host knows."""
@@ -97,34 +132,82 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Allocate what captured graphs read; filled anew before every replay."""
         # Without splits and rows of its own, which upstream sizes by the longest context.
         super().init_cuda_graph_state(max_bs, max_num_tokens, self.scratch.indices, *args[1:])
+        if self.windows:
+            # Upstream has as much for windows as for a rank's share of the context.
+            self.cuda_graph_window_kv_indices = torch.zeros(
+                max_num_tokens * (self.sliding_window_size + 1),
+                dtype=torch.int64,
+                device=self.device,
+            )
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Splits:
         """See `ShardedAttention.partial_decode`."""
         metadata = self.forward_metadata
+        return self._decode(
+            q, layer, metadata.kv_indptr, metadata.kv_indices, metadata.num_kv_splits
+        )
+
+    def _decode(
+        self, q: Tensor, layer: RadixAttention, indptr: Tensor, indices: Tensor, counts: Tensor
+    ) -> Splits:
+        """One query per request, q [B, heads, Dk], over the listed rows of the layer's pool."""
         keys, values = self._buffers(layer)
-        heads = q.shape[1]
         k_scale, v_scale = _scales(layer)
         # Splits were counted for a batch of this size.
-        assert len(q) == len(metadata.kv_indptr) - 1
-        out, lse = self.scratch.of(len(q), heads, layer.v_head_dim)
+        assert len(q) == len(indptr) - 1
+        out, lse = self.scratch.of(len(q), q.shape[1], layer.v_head_dim)
         _first_stage(
             q,
             keys,
             values,
             out,
             lse,
-            metadata.kv_indptr,
-            metadata.kv_indices,
-            metadata.num_kv_splits,
+            indptr,
+            indices,
+            counts,
             layer.scaling * k_scale,
             logit_capping_mod(layer.logit_capping_method, layer.logit_cap),
             layer.xai_temperature_len,
             self.use_mla,
             self.scratch.plan.tile,
         )
-        return Splits(out, lse, metadata.kv_indptr, metadata.num_kv_splits, BLOCK, v_scale)
+        return Splits(out, lse, indptr, counts, BLOCK, v_scale)
+
+    def attend_window(
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `ShardedAttention.attend_window`."""
+        if not forward_batch.forward_mode.is_decode_or_idle():
+            # Nothing of the layer is sharded, as where there is no DCP.
+            size, self.dcp_size = self.dcp_size, 1
+            try:
+                return super().attend_window(q, k, v, layer, forward_batch, save_kv_cache, sinks)
+            finally:
+                self.dcp_size = size
+        metadata = self.forward_metadata
+        if save_kv_cache:
+            loc = KVWriteLoc.for_batch(forward_batch, swa_loc=metadata.swa_out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
+        splits = self._decode(
+            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            layer,
+            metadata.window_kv_indptr,
+            metadata.window_kv_indices,
+            metadata.window_num_kv_splits,
+        )
+        out, lse = splits.merged(torch.float32 if sinks is not None else q.dtype)
+        if sinks is not None:
+            out = combine(out[None], lse[None], sinks=sinks, out_dtype=q.dtype)
+        return out.flatten(1)
 
     def partial_current(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
@@ -283,7 +366,7 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
     plan = SplitPlan.of(
         MLA if mla else GQA,
         config.get_max_num_attention_heads() // parallel.tp_size * parallel.attn_dcp_size,
-        1 if mla else max(layer.tp_k_head_num for layer in layers),
+        1 if mla else max(layer.tp_k_head_num for layer in layers if not windowed(layer)),
         multiprocessors=get_device_core_count(runner.gpu_id),
         local_context=local_context,
         cap=cap,

@@ -74,7 +74,7 @@ def cp_lse_ag_out_rs_mla(
             name, cp_attn_lse, cp_attn_out.dtype, cp_group, head_major=backend.head_major
         )
     else:
-        heads_first = {"head_major": True} if backend.head_major else {}
+        heads_first: dict[str, Any] = {"head_major": True} if backend.head_major else {}
         out, _ = backend.exchange(
             cp_attn_out, cp_attn_lse, cp_group, base2=not is_lse_base_on_e, **heads_first
         )

@@ -147,7 +147,7 @@ def exchange_splits(
         )
         assert reduced.lse is not None
         return reduced.out, reduced.lse
-    heads_first = {"head_major": True} if head_major else {}
+    heads_first: dict[str, Any] = {"head_major": True} if head_major else {}
     out, lse = splits.merged(dtype)
     return BACKENDS[backend].exchange(out, lse, group, sinks=sinks, **heads_first)
 

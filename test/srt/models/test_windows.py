@@ -1,0 +1,120 @@
+"""Sliding windows and sinks in SGLang's schedulers, against transformers.
+
+Window layers keep a whole pool of their own, full layers are sharded. The load goes across the
+window's edge in decode and in chunks, hits the prefix cache and comes back after retraction; a rank
+that is idle checks that no slot of either pool is lost.
+"""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
+from srt.expected import check, prompt
+from srt.fresh import Fresh
+from srt.models.serving import Answer, answer, command_line, scheduler_of, serve
+
+WINDOW = 16
+NEW_TOKENS = 6
+PAGE = 2
+CHUNK = 38
+BATCHES = (
+    (prompt(2 * CHUNK + 5, seed=10),),
+    # One token; decode from within the window to beyond it; exactly at its edge; long.
+    (prompt(1, seed=11), prompt(WINDOW - 3, seed=12), prompt(WINDOW, seed=13), prompt(60, seed=14)),
+    (prompt(2 * CHUNK + 5, seed=10) + prompt(6, seed=15),),
+)
+
+
+FLAGS = ("--attention-backend", "fa3", "--moe-runner-backend", "triton", "--dcp-size", "2")
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
+
+
+@pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
+def test_gpt_oss_equals_transformers(kernels: Fresh, gpt_oss: Path, exchange: str) -> None:
+    flags = (*FLAGS, "--dcp-comm-backend", exchange)
+    flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
+    flags += ("--max-total-tokens", "256")
+    for report in serve(kernels, gpt_oss, 4, flags, BATCHES, NEW_TOKENS):
+        for prompts, answers in zip(BATCHES, report.answers, strict=True):
+            for tokens, said in zip(prompts, answers, strict=True):
+                check(gpt_oss, tokens, said, NEW_TOKENS)
+        assert report.answers[-1][0].cached_tokens > CHUNK
+
+
+COMMON = {**FAMILIES["llama"].config, "sliding_window": WINDOW, "num_hidden_layers": 4}
+ALTERNATING = {"layer_types": ["full_attention", "sliding_attention"] * 2}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Heads of 16 in what takes their width from the hidden size.
+OTHERS = {
+    "granite_swa": Family(  # sinks in every layer; no position in one
+        "granite_swa",
+        {
+            **COMMON,
+            **ALTERNATING,
+            "head_dim": 16,
+            "layer_rope_theta": [10000.0, 10000.0, 0.0, 10000.0],
+            "attention_multiplier": 0.25,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "mellum": Family(
+        "mellum",
+        {
+            **COMMON,
+            **ALTERNATING,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_windows_equal_transformers(ready: Fresh, tmp_path: Path, family: str) -> None:
+    model = make_checkpoint(OTHERS[family], tmp_path)
+    flags = ("--attention-backend", "torch_native", "--dcp-size", "2", "--dcp-comm-backend", "a2a")
+    flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
+    flags += ("--max-total-tokens", "256")
+    for report in serve(ready, model, 4, flags, BATCHES, NEW_TOKENS):
+        for prompts, answers in zip(BATCHES, report.answers, strict=True):
+            for tokens, said in zip(prompts, answers, strict=True):
+                check(model, tokens, said, NEW_TOKENS)
+        assert report.answers[-1][0].cached_tokens > CHUNK
+
+
+def serve_counting(
+    rank: int, argv: list[str], prompts: list[list[int]], new_tokens: int
+) -> tuple[list[Answer], int]:
+    """Answers of a batch, and how often requests were retracted for it."""
+    scheduler = scheduler_of(rank, argv)
+    from sglang.srt.managers import schedule_policy
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    # Admission expects so few tokens of each request that all are let in.
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
+
+    retract: Any = ScheduleBatch.retract_decode
+    with mock.patch.object(ScheduleBatch, "retract_decode", autospec=True) as retracted:
+        retracted.side_effect = retract
+        return answer(scheduler, prompts, new_tokens), retracted.call_count
+
+
+def test_small_pools_retract_and_resume(kernels: Fresh, gpt_oss: Path) -> None:
+    """Requests that neither pool can hold at once; chunks are mixed with what decodes."""
+    new_tokens = 36
+    prompts = [prompt(20, seed=seed) for seed in range(16, 24)]
+    flags = (*FLAGS, "--page-size", "1", "--max-total-tokens", "128", "--enable-mixed-chunk")
+    flags += ("--chunked-prefill-size", "33", "--schedule-conservativeness", "0.05")
+    argv = command_line(gpt_oss, 4, *flags)
+    for answers, retracted in kernels.ranks(serve_counting, 4, argv, prompts, new_tokens):
+        assert retracted
+        for tokens, said in zip(prompts, answers, strict=True):
+            check(gpt_oss, tokens, said, new_tokens)
