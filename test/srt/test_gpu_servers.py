@@ -183,6 +183,30 @@ def serve_and_compare(
 
 
 @pytest.mark.timeout(540)
+@pytest.mark.parametrize("attention", ["fa3", "flashinfer", "flashmla"])
+def test_a_long_prefix_of_mla_in_chunks(checkpoints: dict[str, Path], attention: str) -> None:
+    """What SGLang does from 128K tokens on: attends a prefix un-absorbed, chunk after chunk."""
+    if not adapter(attention).runs_on(get_platform(), "MLA"):
+        pytest.skip(f"no kernels of {attention} for this GPU")
+    checkpoint = checkpoints["deepseek_v2"]
+    flags = ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
+    server = gpu_server(checkpoint, "a2a", *flags, attention=attention)
+    server.env["SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD"] = "1"
+    server.env["SGLANG_MAX_KV_CHUNK_CAPACITY"] = str(CHUNK)
+    oracle = Oracle(checkpoint)
+    clear = 0
+    with server:
+        # Of two lengths in a batch, so that one prefix ends before the other.
+        batch = [prompt(length) for length in (4 * CHUNK + 3, 3 * CHUNK, 2 * CHUNK + 70)]
+        continued = [tokens + prompt(9, seed=1) for tokens in batch]
+        for prompts in (batch, continued):
+            answers = server.generate_batch(prompts, NEW_TOKENS)
+            for tokens, answer in zip(prompts, answers, strict=True):
+                clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
+        assert clear > 12
+
+
+@pytest.mark.timeout(540)
 @pytest.mark.parametrize(("family", "layout"), [("llama", "symm"), ("deepseek_v2", "a2a")])
 def test_prefixes_come_back_from_the_host(
     checkpoints: dict[str, Path], family: str, layout: str
