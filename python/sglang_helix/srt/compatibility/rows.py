@@ -176,6 +176,7 @@ _HYBRIDS = {
     "FalconH1ForCausalLM",
     "GraniteMoeHybridForCausalLM",
     "KimiLinearForCausalLM",
+    "Lfm2ForCausalLM",
     "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
@@ -1293,8 +1294,8 @@ TABLE: tuple[Row, ...] = (
         alone="refuses",
     ),
     Row(
-        "hybrid linear attention of Qwen3-Next, Qwen3.5, Kimi-Linear, Nemotron-H, Granite-4-H and "
-        "Falcon-H1",
+        "hybrid linear attention of Qwen3-Next, Qwen3.5, Kimi-Linear, Nemotron-H, Granite-4-H, "
+        "Falcon-H1 and LFM2",
         "",
         "works",
         "answers are transformers', hits asserted; A a multiple of KV heads, states as in plain TP",
@@ -1315,7 +1316,7 @@ TABLE: tuple[Row, ...] = (
         "--mamba-radix-cache-strategy",
         "refused",
         "a state is then kept for the end of a request alone, which is no page of the group",
-        "Use extra_buffer, or --disable-radix-cache",
+        "Use --disable-radix-cache, or extra_buffer where the model has it",
         _states_without_snapshots,
         alone="refuses",
     ),
