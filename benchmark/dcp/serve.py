@@ -36,6 +36,9 @@ without --prefill-decode-interval and with it (--intervals; it tells most with -
 a layout whose cache cannot hold the contexts of all requests is not slow: it says "does not fit",
 and shows no time, also where a shared context would fit.
 
+Servers that draft (`-- --speculative-algorithm ...`) are timed alike; what came of it is printed
+beside: tokens of each verify pass, on average.
+
 Without a GPU a tiny model is served on the CPU. There, and where --launcher lets more ranks than
 GPUs share them, every line is marked "function only".
 """
@@ -153,6 +156,8 @@ class Answer(NamedTuple):
     arrivals: list[tuple[float, int]]
     """When a piece arrived, and the tokens so far."""
     cached_tokens: int
+    passes: int = 0
+    """That verified drafts, where the server drafts."""
 
     @property
     def gaps(self) -> list[float]:
@@ -219,7 +224,7 @@ class Client:
         got = arrivals[-1][1] if arrivals else 0
         if got != new_tokens:
             raise RequestError(f"the server sent {got} tokens of {new_tokens}")
-        return Answer(sent, arrivals, int(meta["cached_tokens"]))
+        return Answer(sent, arrivals, meta["cached_tokens"], meta.get("spec_verify_ct") or 0)
 
     def complete_together(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
         """One thread per request; all are sent at the same moment."""
@@ -305,6 +310,9 @@ def measure(client: Client, load: Load) -> dict[str, Any]:
     gaps = Timing([1e3 * gap for answer in answers for gap in answer.gaps])
     first, last = min(a.sent for a in answers), max(a.arrivals[-1][0] for a in answers)
     tokens = sum(answer.arrivals[-1][1] for answer in answers)
+    if passes := sum(answer.passes for answer in answers):
+        each = (tokens - len(answers)) / passes  # a prompt's own pass brings the first
+        print(f"{size(load.context)}, {load.concurrency} requests: {each:.2f} tokens a verify pass")
     return {
         "tpot_p10_ms": gaps.p10,
         "tpot_median_ms": gaps.median,

@@ -23,8 +23,10 @@ def register() -> None:
     """Entry point: register every hook of the platform, in every SGLang process."""
     if not selected():
         return
+    from sglang.srt.arg_groups.choices import add_draft_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
+    add_draft_attention_backend_choices(["torch_native"])
     register_resolution_hook("handle_missing_default_values")(_serve_on_the_cpu)
     register_resolution_hook("handle_cpu_backends")(_plain_torch_backends)
     register_resolution_hook("handle_hicache")(_plain_torch_transfers)

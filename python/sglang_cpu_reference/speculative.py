@@ -191,6 +191,15 @@ def _draft_slots(
     out_cache_loc.copy_(req_to_token[req_pool_indices[:, None], columns].flatten())
 
 
+def _last_slots(
+    req_to_token: Tensor, req_pool_indices_tensor: Tensor, prefix_lens_tensor: Tensor
+) -> Tensor:
+    """Each request's last slot, -1 where it has none; a kernel beside most attention backends."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(req_to_token, req_pool_indices_tensor, prefix_lens_tensor)
+
+
 def _bonus_tokens(
     accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, accept_stride: int, size: int
 ) -> None:
@@ -267,6 +276,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     f"{_OPS}.cache_locs.assign_draft_cache_locs_contiguous_func": _draft_slots,
     f"{_OPS}.eagle.fill_bonus_tokens_func": _bonus_tokens,
     "torch.cuda.synchronize": _nothing_to_wait_for,
+    "sglang.srt.mem_cache.allocation.get_last_loc": _last_slots,
     f"{_POOL}._init_kv_copy_and_warmup": _nothing_to_compile,
     f"{_POOL}._move_kv_cache_impl": _move_rows,
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": _write_slots,

@@ -276,6 +276,9 @@ CHAIN, TREE = ("3", "1", "4"), ("2", "2", "5")
         ("eagle", "symm", "triton", TREE, "full"),
         ("mtp", "a2a", "triton", CHAIN, "full"),
         ("mtp", "symm of 4", "triton", CHAIN, "full"),
+        ("mtp", "a2a", "fa3", CHAIN, "disabled"),
+        ("eagle", "symm", "fa3", CHAIN, "full"),
+        ("mtp", "symm of 4", "fa3", CHAIN, "full"),
     ],
 )
 def test_a_draft_model(

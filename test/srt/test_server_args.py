@@ -444,7 +444,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"disaggregation_mode": "decode", **EAGLE},
         "",
     ),
-    "drafts verified in CUDA graphs, unless they are named and --attention-backend is triton": (
+    "drafts verified in CUDA graphs, unless these are named beside triton or fa3": (
         {
             "cuda_graph_backend_decode": "full",
             "speculative_algorithm": "NGRAM",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sglang_cpu_reference.server import Server
@@ -120,6 +121,20 @@ def test_gaps_between_tokens() -> None:
     waits = Answer(1.0, [(4.0, 1), (5.0, 2)], 0)
     assert not serve.ran_together([answer, waits])
     assert serve.ran_together([answer, Answer(1.0, [(3.0, 1), (5.0, 2)], 0)])
+
+
+def test_what_drafts_bring_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """9 and 11 tokens, of which the prompts' passes brought one each, in 4 and 5 others."""
+    answers = [
+        Answer(1.0, [(2.0, 1), (3.0, 9)], 0, passes=4),
+        Answer(1.0, [(2.0, 1), (3.0, 11)], 0, passes=5),
+    ]
+    client = SimpleNamespace(complete_together=lambda *_: answers, flush_cache=lambda: None)
+    serve.measure(client, Load(20, 2, 9, "cold"))  # type: ignore[arg-type]
+    assert "20, 2 requests: 2.00 tokens a verify pass" in capsys.readouterr().out
+    answers = [answer._replace(passes=0) for answer in answers]
+    serve.measure(client, Load(20, 2, 9, "cold"))  # type: ignore[arg-type]
+    assert "verify pass" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", serve.PREFIXES)

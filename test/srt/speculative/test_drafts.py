@@ -44,6 +44,11 @@ FAMILIES: dict[str, tuple[Any, str, bool]] = {
     "eagle of random weights": (lambda path: drafts.make_eagle(path, noise=1.0), "EAGLE", False),
     "eagle3": (drafts.make_eagle3, "EAGLE3", True),
     "mtp": (drafts.make_mtp, "NEXTN", True),
+    "mtp of usual widths": (
+        lambda path: drafts.make_mtp(path, qk_nope_head_dim=128, v_head_dim=128),
+        "NEXTN",
+        True,
+    ),
     "standalone": (lambda path: (drafts.make_eagle(path)[0],) * 2, "STANDALONE", True),
 }
 LAYOUTS = {
@@ -115,6 +120,19 @@ def test_drafts_are_those_of_a_whole_cache(
         assert counts(report) == counts(whole(family, shape))
         if drafts_well:
             assert all(right > 0 for answers in counts(report) for right, _ in answers)
+
+
+@pytest.mark.parametrize("family", ["eagle", "mtp of usual widths"])
+def test_verified_by_fa3(kernels: Fresh, models: Any, whole: Any, family: str) -> None:
+    """On stand-ins for its kernels."""
+    target, draft = models(family)
+    flags = (*LAYOUTS["a2a"][1], *flags_of(FAMILIES[family][1], draft, *CHAIN), "--page-size", "1")
+    flags += ("--attention-backend", "fa3", "--cuda-graph-backend-decode", "disabled")
+    flags += ("--speculative-draft-attention-backend", "torch_native")
+    for report in serve(kernels, target, 2, flags, BATCHES[1:2], NEW_TOKENS):
+        for tokens, answered in zip(BATCHES[1], report.answers[0], strict=True):
+            check(target, tokens, answered, NEW_TOKENS)
+        assert counts(report)[0] == counts(whole(family, CHAIN))[1]
 
 
 def test_branches_in_pages_of_the_group(interpreted: Fresh, models: Any, whole: Any) -> None:

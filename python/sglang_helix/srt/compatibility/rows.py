@@ -850,7 +850,7 @@ TABLE: tuple[Row, ...] = (
         _drafts(_disaggregated),
     ),
     Row(
-        "drafts verified in CUDA graphs, unless they are named and --attention-backend is triton",
+        "drafts verified in CUDA graphs, unless these are named beside triton or fa3",
         "--cuda-graph-backend-decode",
         "refused",
         "no GPU has replayed a captured verify pass yet, and of others it has not been written",

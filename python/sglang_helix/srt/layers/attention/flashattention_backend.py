@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
-from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention, visible_drafts
+from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -81,9 +81,10 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         """How the kernel deals out one query of each request over pages, for GQA by version 3.
 
         By what the call itself would work it out from: the heads of the group, the lengths, and the
-        width of the page table, which bounds the splits.
+        width of the page table, which bounds the splits. None for drafts, which have several
+        queries each.
         """
-        if self.mla or self._get_scheduler_metadata is None:
+        if self.mla or self.captured_width > 1 or self._get_scheduler_metadata is None:
             return None
         schedule: Tensor = self._get_scheduler_metadata(
             batch_size=len(pages.lens),
@@ -124,7 +125,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
     ) -> Partial:
         """See `ShardedAttention.partial_current`."""
         if forward_batch.forward_mode.is_target_verify():
-            return self._drafts(q, k, v, layer, forward_batch)
+            return self._drafts(q, k, v, layer)
         return self._ragged(q, k, v, layer, self.cu_q, self.max_q, causal=True)
 
     def partial_prefix(
@@ -221,23 +222,24 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         )
         return out, self._by_query(lse, q_v)
 
-    def _drafts(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
+    def _drafts(self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
         """Draft tokens over those of their own tree that they see.
 
         The kernel has no masks: each draft token becomes a request of one query, whose page table
         names the drafts it sees, in pages of one token.
         """
-        drafts = self.max_q
-        visible = visible_drafts(forward_batch, drafts)
+        drafts, visible, q_v = self.max_q, self.visible, None
+        if self.mla:
+            q_v, q = q
+            k = k[..., layer.v_head_dim :]
         # What is seen comes first, in order.
         order = torch.sort((~visible).int(), dim=1, stable=True).indices
         trees = torch.arange(0, len(visible), drafts, device=q.device).repeat_interleave(drafts)
         out, lse, *_ = flash_attn_with_kvcache(
             q,
-            k.view(len(k), 1, -1, layer.qk_head_dim),
+            k.view(len(k), 1, -1, q.shape[-1]),
             v.view(len(v), 1, -1, layer.v_head_dim),
+            qv=q_v,
             page_table=(order + trees[:, None]).int(),
             cache_seqlens=visible.sum(1, dtype=torch.int32),
             cu_seqlens_q=torch.arange(len(q) + 1, dtype=torch.int32, device=q.device),
@@ -248,7 +250,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
-        return out, self._by_query(lse, None)
+        return out, self._by_query(lse, q_v)
 
     def _by_query(self, lse: Tensor, q_v: Tensor | None) -> Tensor:
         """The LSE as [T, heads]."""

@@ -160,7 +160,10 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
                     self.workspace_buffer, "NHD", backend="fa2"
                 )
             before, chunk = forward_batch.seq_lens, self.drafts_wrapper
-            mask = {"custom_mask": visible_drafts(forward_batch, drafts).flatten()}
+            seen = visible_drafts(
+                forward_batch.spec_info.custom_mask, forward_batch.seq_lens, drafts
+            )
+            mask = {"custom_mask": seen.flatten()}
         else:
             queries, cached = (
                 forward_batch.extend_seq_lens_cpu,

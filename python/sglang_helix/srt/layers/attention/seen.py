@@ -55,7 +55,7 @@ SEEN: tuple[Seen, ...] = (
         "Four H200s: `symm` of 4; times per token",
     ),
     Seen(
-        *("fa3", "MLA", "CPU", ("graph", "extend")),
+        *("fa3", "MLA", "CPU", ("graph", "extend", "verify")),
         "SGLang's schedulers against `transformers`, long prefixes un-absorbed at once and in "
         "chunks too, and the conformance suite",
     ),

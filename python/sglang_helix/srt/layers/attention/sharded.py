@@ -435,13 +435,16 @@ class ShardedPagedAttention(ShardedAttention):
     """For kernels that read a page table: metadata of its own takes the place of upstream's.
 
     A batch's: `pages`, the tokens of this rank that decode or the queries of a chunk attend, and
-    `cu_q` ([B+1] int32) and `max_q`, which queries are whose. Upstream's are prepared beside them
+    `cu_q` ([B+1] int32) and `max_q`, which queries are whose; of drafts `visible`
+    ([B * drafts, drafts] bool), which of them each one sees. Upstream's are prepared beside them
     where upstream attends: in the prefill of MLA, and in window layers.
     """
 
     pages: LocalPages
     cu_q: Tensor
     max_q: int
+    visible: Tensor
+    captured_width = 1  # queries of a request in captured graphs: 1, or the drafts of a verify pass
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
@@ -456,6 +459,7 @@ class ShardedPagedAttention(ShardedAttention):
         elif mode.is_target_verify():
             self.max_q = forward_batch.spec_info.draft_token_num
             self.cu_q = _steps(batch, self.max_q, device)
+            self.visible = visible_drafts(forward_batch.spec_info.custom_mask, lens, self.max_q)
         else:
             if self.mla:
                 super(ShardedAttention, self).init_forward_metadata(forward_batch)
@@ -472,7 +476,10 @@ class ShardedPagedAttention(ShardedAttention):
         """Allocate what captured graphs read; filled anew before every replay."""
         self.allocate_captured_writes(max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
-        self.captured_cu_q = _steps(max_bs, 1, self.device)
+        self.captured_width = max_num_tokens // max_bs
+        self.captured_cu_q = _steps(max_bs, self.captured_width, self.device)
+        shape = max_num_tokens, self.captured_width
+        self.captured_visible = torch.ones(shape, dtype=torch.bool, device=self.device)
         if self.windows:
             super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
 
@@ -481,13 +488,18 @@ class ShardedPagedAttention(ShardedAttention):
     ) -> None:
         """Prepare the capture or one replay of a decode graph, in place."""
         self.prepare_captured_writes(forward_batch, in_capture)
-        batch = forward_batch.batch_size
-        pages = self.captured_pages.first(batch)
-        self.fill_pages(
-            pages, forward_batch.req_pool_indices[:batch], forward_batch.seq_lens[:batch]
-        )
+        batch, width = forward_batch.batch_size, self.captured_width
+        pages, lens = self.captured_pages.first(batch), forward_batch.seq_lens[:batch]
+        self.fill_pages(pages, forward_batch.req_pool_indices[:batch], lens)
+        if forward_batch.forward_mode.is_target_verify() and not in_capture:
+            # The mask is that of the requests which are there.
+            tokens = len(forward_batch.out_cache_loc)
+            mask = forward_batch.spec_info.custom_mask
+            seen = visible_drafts(mask, lens[: tokens // width], width)
+            self.captured_visible[:tokens].copy_(seen)
         if in_capture:
-            self.pages, self.cu_q, self.max_q = pages, self.captured_cu_q[: batch + 1], 1
+            self.pages, self.cu_q, self.max_q = pages, self.captured_cu_q[: batch + 1], width
+            self.visible = self.captured_visible[: batch * width]
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
 
@@ -543,14 +555,14 @@ def _any_prefix(forward_batch: ForwardBatch) -> bool:
     return lens is None or any(lens)
 
 
-def visible_drafts(forward_batch: ForwardBatch, drafts: int) -> Tensor:
+def visible_drafts(mask: Tensor, cached: Tensor, drafts: int) -> Tensor:
     """[B * drafts, drafts] bool: which drafts of its request each draft sees.
 
-    SGLang's mask has a row for each draft, over the cached tokens and then the drafts.
+    SGLang's mask has a row for each draft, over the cached tokens [B] and then the drafts.
     """
-    columns = forward_batch.seq_lens + drafts
+    columns = cached + drafts
     before = drafts * (columns.cumsum(0) - columns)
     own = torch.arange(drafts, device=columns.device)
-    first = before[:, None] + own * columns[:, None] + forward_batch.seq_lens[:, None]
+    first = before[:, None] + own * columns[:, None] + cached[:, None]
     cells = (first[..., None] + own).view(-1, drafts)
-    return forward_batch.spec_info.custom_mask[cells]
+    return mask[cells]
