@@ -30,11 +30,15 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`--dist loadgroup`: a file's tests share a process, but for those with their own server."""
+    """`--dist loadgroup`: a file's tests share a process, but for those with their own server.
+
+    What Triton interprets shares one too, whatever its file: SGLang is imported for it once more.
+    """
     for item in items if config.pluginmanager.hasplugin("xdist") else ():
         if item.get_closest_marker("server") and not _shares(item):
             continue
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        interpreted = "interpreted" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("triton" if interpreted else item.path.stem))
 
 
 def _shares(item: pytest.Item) -> bool:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-from sglang_cpu_reference import stand_ins
 from srt.fresh import Fresh
 
 
@@ -24,9 +23,8 @@ def ready() -> Iterator[Fresh]:
 @pytest.fixture(scope="session")
 def kernels() -> Iterator[Fresh]:
     """As `ready`, with stand-ins for every GPU kernel that has one."""
-    variables = {stand_ins.VARIABLE: ",".join(stand_ins.MODULES)}
-    preload = ("srt.models.series_installed",)
-    with Fresh("cpu_reference", preload=preload, **variables) as process:
+    preload = ("srt.models.stand_ins_installed", "srt.models.series_installed")
+    with Fresh("cpu_reference", preload=preload) as process:
         yield process
 
 
@@ -34,5 +32,5 @@ def kernels() -> Iterator[Fresh]:
 def interpreted() -> Iterator[Fresh]:
     """As `ready`, with Triton's kernels in its interpreter."""
     preload = ("srt.models.series_installed",)
-    with Fresh("cpu_reference", 500, preload, TRITON_INTERPRET="1") as process:
+    with Fresh("cpu_reference", 500, preload, interpreted=True) as process:
         yield process

@@ -3,6 +3,9 @@
 Loading plugins, resolving arguments and publishing them change a process for good. A `Fresh` is a
 process that has imported what SGLang's launcher and scheduler import, with no plugin loaded yet;
 every call happens in a fork of it, or in several that are ranks of one another.
+
+The import costs twenty seconds of CPU time. It happens once for each platform, and once more for
+Triton's interpreter: a `Fresh` is itself a fork, of a process that lives as long as this one.
 """
 
 import multiprocessing
@@ -14,8 +17,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NamedTuple, Self
 from unittest import mock
 
@@ -23,6 +27,7 @@ _PRELOAD = (
     "sglang.srt.entrypoints.engine",
     "sglang.srt.managers.scheduler",
     "sglang.srt.models.registry",
+    "sglang.srt.dllm.algorithm",  # every scheduler imports it as it is built
 )
 _IMPORT_SECONDS = 120
 
@@ -46,8 +51,8 @@ class Fresh:
         platform: value of SGLANG_PLATFORM; None leaves the choice to SGLang.
         timeout: seconds that a call may take; only what hangs should meet it, also where the
             machine has other work.
-        preload: modules to import beside SGLang's, by name, before any fork.
-        variables: of the environment, for the process and all of its forks.
+        preload: modules to import after SGLang's, by name, before any fork.
+        interpreted: whether Triton's kernels are run by its interpreter, on the CPU.
     """
 
     def __init__(
@@ -55,20 +60,10 @@ class Fresh:
         platform: str | None = None,
         timeout: float = 240,
         preload: Sequence[str] = (),
-        **variables: str,
+        interpreted: bool = False,
     ) -> None:
         self.timeout = timeout
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, preload), daemon=True)
-        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        env.update(variables)
-        with mock.patch.dict(os.environ, env):
-            os.environ.pop("SGLANG_PLATFORM", None)
-            if platform is not None:
-                os.environ["SGLANG_PLATFORM"] = platform
-            self._process.start()
-        theirs.close()
+        self._connection, self._pid = _imported(platform, interpreted).fork(preload)
 
     def outcomes(
         self, functions: list[tuple[Any, ...]], env: Mapping[str, str] | None = None
@@ -77,11 +72,7 @@ class Fresh:
 
         env: environment variables that the new processes have beside this one's.
         """
-        self._connection.send((functions, dict(env or {}), self.timeout))
-        if not self._connection.poll(self.timeout + _IMPORT_SECONDS):
-            self._process.kill()  # a late answer would be taken for the next call's
-            raise TimeoutError("no answer")
-        return [Outcome(*outcome) for outcome in self._connection.recv()]
+        return [Outcome(*outcome) for outcome in self._ask(functions, dict(env or {}))]
 
     def outcome(self, function: Callable[..., Any], *args: Any, **env: str) -> Outcome:
         """Call one function."""
@@ -96,13 +87,22 @@ class Fresh:
         calls = [(function, rank, *args) for rank in range(size)]
         return [_value(outcome) for outcome in self.outcomes(calls, env)]
 
+    def here(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function returns, called in the process itself: it must leave nothing behind."""
+        return _value(Outcome(*self._ask((function, *args), {})))
+
+    def _ask(self, what: Any, env: dict[str, str]) -> Any:
+        self._connection.send((what, env, self.timeout))
+        if not self._connection.poll(self.timeout + _IMPORT_SECONDS):
+            os.kill(self._pid, signal.SIGKILL)  # a late answer would be taken for the next call's
+            raise TimeoutError("no answer")
+        return self._connection.recv()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._connection.close()
-        self._process.kill()
-        self._process.join()
 
 
 def _value(outcome: Outcome) -> Any:
@@ -110,18 +110,78 @@ def _value(outcome: Outcome) -> Any:
     return outcome.value
 
 
+@cache
+def _imported(platform: str | None, interpreted: bool) -> "_Imported":
+    return _Imported(platform, interpreted)
+
+
+class _Imported:
+    """A process that has imported SGLang on a platform, and forks those of `Fresh`."""
+
+    def __init__(self, platform: str | None, interpreted: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        process = context.Process(target=_fork_each, args=(theirs,), daemon=True)
+        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with mock.patch.dict(os.environ, env):
+            os.environ.pop("SGLANG_PLATFORM", None)
+            if platform is not None:
+                os.environ["SGLANG_PLATFORM"] = platform
+            if interpreted:  # read as kernels are decorated, at import
+                os.environ["TRITON_INTERPRET"] = "1"
+            process.start()
+        theirs.close()
+
+    def fork(self, preload: Sequence[str]) -> tuple[Connection, int]:
+        """A new process that answers, and its id."""
+        with Listener(family="AF_UNIX") as listener:
+            self._connection.send((listener.address, tuple(preload)))
+            connection = listener.accept()
+        return connection, connection.recv()
+
+
+def _fork_each(connection: Connection) -> None:
+    """Body of a process that has imported SGLang; ends when its parent does."""
+    for name in _PRELOAD:
+        import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that it forks
+    while True:
+        try:
+            address, preload = connection.recv()
+        except EOFError:
+            return
+        if os.fork() == 0:
+            connection.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            try:
+                _serve(Client(address), preload)
+            finally:
+                os._exit(0)
+
+
 def _serve(connection: Connection, preload: Sequence[str]) -> None:
-    """Body of the process to fork from; ends when its parent does."""
-    for name in (*_PRELOAD, *preload):
+    """Body of the process to fork from; ends when who asks does."""
+    connection.send(os.getpid())
+    for name in preload:
         import_module(name)
     while True:
         try:
-            functions, env, timeout = connection.recv()
+            what, env, timeout = connection.recv()
         except EOFError:
             return
         deadline = time.monotonic() + timeout
-        forks = [_Fork(function, args, env) for function, *args in functions]
+        if isinstance(what, tuple):
+            connection.send(_called(*what))
+            continue
+        forks = [_Fork(function, args, env) for function, *args in what]
         connection.send([fork.wait(deadline) for fork in forks])
+
+
+def _called(function: Callable[..., Any], *args: Any) -> Outcome:
+    try:
+        return Outcome(0, function(*args), "")
+    except Exception:
+        return Outcome(1, None, traceback.format_exc())
 
 
 class _Fork:

@@ -1,9 +1,9 @@
-"""The real server over HTTP against ``transformers``, on the same fp32 checkpoint.
+"""The real server over HTTP, and every layout in schedulers, against ``transformers``.
 
-Every layout serves the same load, one request at a time and in batches: with one exchange through a
-server, with the other through SGLang's schedulers without one. The oracle shares no code with
-SGLang. Each rank checks at idle that no slot of its pool is lost (see
-`managers/invariant_checker.py`); a rank that finds one lost ends the server, and the test with it.
+All layouts serve the same load, one request at a time and in batches, with both exchanges: on a
+server each family and each layout once, the rest through SGLang's schedulers without one. The
+oracle shares no code with SGLang. Each rank checks at idle that no slot of its pool is lost (see
+`managers/invariant_checker.py`); a rank that finds one lost ends, and the test with it.
 """
 
 import itertools
@@ -23,10 +23,19 @@ from srt.models import serving
 FAMILIES = ("llama", "qwen3", "deepseek_v2")
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))
 BACKENDS = ("ag_rs", "a2a")
-CASES = [
-    (family, tp, dcp, BACKENDS[(number + turn) % 2], BACKENDS[(number + turn + 1) % 2])
-    for number, family in enumerate(FAMILIES)
-    for turn, (tp, dcp) in enumerate(LAYOUTS)
+# Family, ranks, K and exchange; "" where there is none.
+ON_SERVERS = (
+    ("llama", 1, 1, ""),
+    ("qwen3", 2, 2, "ag_rs"),
+    ("llama", 4, 2, "ag_rs"),
+    ("deepseek_v2", 4, 4, "a2a"),
+)
+IN_SCHEDULERS = [
+    (family, tp, dcp, backend)
+    for family in FAMILIES
+    for tp, dcp in LAYOUTS
+    for backend in (BACKENDS if dcp > 1 else ("",))
+    if (family, tp, dcp, backend) not in ON_SERVERS
 ]
 # Some layouts run with pages of 1, so that a widened page is as short as it can be.
 PAGE_SIZES = {(2, 2): 64, (4, 2): 1, (4, 4): 16, (1, 1): 1}
@@ -127,7 +136,7 @@ def prompts_of(tp: int, dcp: int) -> Prompts:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), [case[:4] for case in CASES])
+@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), ON_SERVERS)
 def test_layout(checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str) -> None:
     checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
     with serve(checkpoint, tp, dcp, backend, *sizes(tp, dcp)) as server:
@@ -153,22 +162,43 @@ def test_layout(checkpoints: dict[str, Path], family: str, tp: int, dcp: int, ba
         everything_is_free(server)
 
 
-@pytest.mark.parametrize(
-    ("family", "tp", "dcp", "backend"), [(*case[:3], case[4]) for case in CASES if case[2] > 1]
-)
+def load(
+    rank: int, argv: list[str], prompts: Prompts
+) -> tuple[serving.Report, dict[str, str], serving.Answer]:
+    """In a rank: the load of a layout, the end of a request that is aborted, and one after it."""
+    scheduler = serving.scheduler_of(rank, argv)
+    alone = [[tokens] for tokens in prompts.alone + prompts.continued]
+    report = serving.answer_all(scheduler, [*alone, prompts.batch], NEW_TOKENS)
+    aborted = serving.abort_midway(scheduler, prompt(20, seed=4), turns=5)
+    (again,) = serving.answer(scheduler, [prompt(33, seed=5)], NEW_TOKENS)
+    scheduler.flush_cache()
+    scheduler.on_idle()  # with nothing cached
+    return report, aborted.finish, again
+
+
+@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), IN_SCHEDULERS)
 def test_layout_in_schedulers(
-    ready: Fresh, checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    family: str,
+    tp: int,
+    dcp: int,
+    backend: str,
 ) -> None:
     checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
-    layout = ("--dcp-size", str(dcp), "--dcp-comm-backend", backend, *sizes(tp, dcp))
-    batches = [*([tokens] for tokens in prompts.alone + prompts.continued), prompts.batch]
-    for report in serving.serve(ready, checkpoint, tp, layout, batches, NEW_TOKENS):
+    layout = ("--dcp-size", str(dcp), "--dcp-comm-backend", backend) if dcp > 1 else ()
+    processes = request.getfixturevalue("ready" if dcp > 1 else "fresh")
+    argv = serving.command_line(checkpoint, tp, *layout, *sizes(tp, dcp))
+    asked = [*prompts.alone, *prompts.continued, *prompts.batch]
+    for report, aborted, again in processes.ranks(load, tp, argv, prompts):
         check_pool(checkpoint, tp, dcp, report.kv_tokens, report.kv_bytes)
-        asked, answers = map(itertools.chain.from_iterable, (batches, report.answers))
+        answers = itertools.chain.from_iterable(report.answers)
         for tokens, answer in zip(asked, answers, strict=True):
             check(checkpoint, tokens, answer, NEW_TOKENS)
         cached = [answer.cached_tokens for (answer,) in report.answers[:-1]]
         prompts.check_cached(cached, PAGE_SIZES[tp, dcp] * dcp)
+        assert aborted["type"] == "abort"
+        check(checkpoint, prompt(33, seed=5), again, NEW_TOKENS)
 
 
 def everything_is_free(server: Server) -> None:
@@ -180,24 +210,32 @@ def everything_is_free(server: Server) -> None:
     assert "memory leak" not in server.log()
 
 
-@pytest.mark.server
+def oversubscribed(
+    rank: int, argv: list[str], batch: list[list[int]], new_tokens: int
+) -> list[serving.Answer]:
+    """In a rank: answers to a batch, of whose requests admission expects 4 tokens each."""
+    from sglang.srt.managers import schedule_policy
+
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
+    return serving.answer(serving.scheduler_of(rank, argv), batch, new_tokens)
+
+
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
-def test_small_pool_retracts_and_resumes(checkpoints: dict[str, Path], family: str) -> None:
+def test_small_pool_retracts_and_resumes(
+    ready: Fresh, checkpoints: dict[str, Path], family: str
+) -> None:
     """Eight requests that cannot all be held: some are retracted, and still answer the same."""
-    new_tokens = 48
-    flags = ("--max-total-tokens", "128", "--page-size", "1", "--schedule-conservativeness", "0.05")
-    # Admission expects 4 tokens of each request, so all eight are let in.
-    expectation = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
-    with serve(checkpoints[family], 2, 2, "a2a", *flags, **expectation) as server:
-        batch = [prompt(20, seed=seed) for seed in range(10, 18)]
-        answers = server.generate_batch(batch, new_tokens)
-        assert "Retract requests" in server.log()
+    checkpoint, new_tokens = checkpoints[family], 48
+    batch = [prompt(20, seed=seed) for seed in range(10, 18)]
+    layout = ("--dcp-size", "2", "--dcp-comm-backend", "a2a", "--page-size", "1")
+    flags = (*layout, "--max-total-tokens", "128", "--schedule-conservativeness", "0.05")
+    argv = serving.command_line(checkpoint, 2, *flags)
+    for answers in ready.ranks(oversubscribed, 2, argv, batch, new_tokens):
+        assert sum(answer.retractions for answer in answers) > 0
         for tokens, answer in zip(batch, answers, strict=True):
-            check(checkpoints[family], tokens, answer, new_tokens)
-        everything_is_free(server)
+            check(checkpoint, tokens, answer, new_tokens)
 
 
-@pytest.mark.server
 @pytest.mark.parametrize(
     ("family", "backend", "overrides"),
     [
@@ -212,16 +250,18 @@ def test_small_pool_retracts_and_resumes(checkpoints: dict[str, Path], family: s
     ],
 )
 def test_triton_backend_under_the_interpreter(
-    tmp_path: Path, family: str, backend: str, overrides: dict[str, Any]
+    interpreted: Fresh, tmp_path: Path, family: str, backend: str, overrides: dict[str, Any]
 ) -> None:
-    """The Triton adapter and the series' own kernels, a few tokens; slow, one server each."""
+    """The Triton adapter and the series' own kernels, a few tokens; slow."""
     checkpoint = make_checkpoint(family, tmp_path / family, num_hidden_layers=2, **overrides)
     flags = (
-        *("--attention-backend", "triton", "--moe-runner-backend", "triton", "--dtype", "float32"),
-        *("--chunked-prefill-size", "16", "--max-running-requests", "4"),
+        *("--dcp-size", "2", "--dcp-comm-backend", backend, "--max-running-requests", "4"),
+        *("--attention-backend", "triton", "--moe-runner-backend", "triton"),
+        *("--chunked-prefill-size", "16"),
     )
-    with serve(checkpoint, 2, 2, backend, *flags, TRITON_INTERPRET="1") as server:
-        batch = [prompt(length, seed=6) for length in (1, 19)]
-        for tokens, answer in zip(batch, server.generate_batch(batch, 3), strict=True):
-            check(checkpoint, tokens, answer, 3)
-        check(checkpoint, batch[1], server.generate(batch[1], 3), 3)
+    batch = [prompt(length, seed=6) for length in (1, 19)]
+    batches = [batch, batch[1:]]
+    for report in serving.serve(interpreted, checkpoint, 2, flags, batches, 3):
+        for prompts, answers in zip(batches, report.answers, strict=True):
+            for tokens, answer in zip(prompts, answers, strict=True):
+                check(checkpoint, tokens, answer, 3)

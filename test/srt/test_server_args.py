@@ -7,7 +7,6 @@ and on what SGLang believes about the machine (its `override_platform`), and on 
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,13 +37,6 @@ class Resolved(NamedTuple):
 
 
 Resolve = Callable[..., Resolved]
-
-
-def load() -> None:
-    os.environ.pop("SGLANG_PLATFORM", None)
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
 
 
 def resolve(machine: str, model: str, flags: dict[str, Any], launched: bool = False) -> Resolved:
@@ -86,12 +78,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def resolved(models: dict[str, str]) -> Iterator[Resolve]:
     """``resolved(machine, family or directory, tp_size=..., ...)``."""
-    variables = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with mock.patch.dict(os.environ, variables):
-        pool = multiprocessing.get_context("spawn").Pool(1, load)
-    with pool:
-        yield lambda machine, model, launched=False, **flags: pool.apply(
-            resolve, (machine, models.get(model, model), flags, launched)
+    with Fresh(preload=("srt.models.plugins_loaded",)) as process:
+        yield lambda machine, model, launched=False, **flags: process.here(
+            resolve, machine, models.get(model, model), flags, launched
         )
 
 

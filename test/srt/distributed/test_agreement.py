@@ -221,8 +221,11 @@ def start_nodes(
 
 
 @pytest.mark.parametrize("flags", [("--dcp-size", "2"), ()], ids=str)
-def test_nodes_that_run_the_same_start(fresh: Fresh, model: Path, flags: tuple[str, ...]) -> None:
-    one, two = start_nodes(fresh, model, *flags)
+def test_nodes_that_run_the_same_start(
+    request: pytest.FixtureRequest, model: Path, flags: tuple[str, ...]
+) -> None:
+    processes = request.getfixturevalue("ready" if flags else "fresh")
+    one, two = start_nodes(processes, model, *flags)
     assert (one.status, two.status) == (0, 0), one.output + two.output
     assert one.value == two.value
     assert one.value["dcp_size"] == (2 if flags else 1)
@@ -231,27 +234,32 @@ def test_nodes_that_run_the_same_start(fresh: Fresh, model: Path, flags: tuple[s
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("processes", "case", "said"),
     [
         pytest.param(
+            "ready",
             {"second": ("--page-size", "16")},
             "page_size is 1 on rank 0 (node 0, {host}), 16 on rank 1 (node 1, {host})",
             id="page size",
         ),
         pytest.param(
+            "ready",
             {"sglang_helix:__version__": "0.2.0"},
             "version is '0.1.0' on rank 0 (node 0, {host}), '0.2.0' on rank 1 (node 1, {host})",
             id="version",
         ),
         pytest.param(
+            "fresh",
             {"second": ("--dcp-size", "1")},
             "dcp_size is 2 on rank 0 (node 0, {host}), 1 on rank 1 (node 1, {host})",
             id="only one is sharded",
         ),
     ],
 )
-def test_nodes_that_differ_end(fresh: Fresh, model: Path, case: Any, said: str) -> None:
-    for rank in start_nodes(fresh, model, "--dcp-size", "2", **case):
+def test_nodes_that_differ_end(
+    request: pytest.FixtureRequest, model: Path, processes: str, case: Any, said: str
+) -> None:
+    for rank in start_nodes(request.getfixturevalue(processes), model, "--dcp-size", "2", **case):
         assert rank.status == 1
         assert "sglang-helix: the ranks do not run the same: " in rank.output
         assert said.format(host=HOST) in rank.output

@@ -21,12 +21,14 @@ class Answer(NamedTuple):
     """A request's completion, how many tokens of its prompt the prefix cache had, and its end.
 
     finish: SGLang's own account, as its HTTP answers have it ("type", "message", "status_code").
-    drafts: how many were right, and how many passes of the model verified some.
+    retractions: how often it gave its slots back before it was done. drafts: how many were right,
+    and how many passes of the model verified some.
     """
 
     completion: Completion
     cached_tokens: int
     finish: dict[str, Any]
+    retractions: int
     drafts: tuple[int, int]
 
 
@@ -71,6 +73,11 @@ def command_line(model: Path, tp: int, *flags: str) -> list[str]:
 
 def _serve(rank: int, argv: list[str], a_node: int, batches: Any, new_tokens: int) -> Report:
     scheduler = scheduler_of(rank, [*argv, "--node-rank", str(rank // a_node)])
+    return answer_all(scheduler, batches, new_tokens)
+
+
+def answer_all(scheduler: Any, batches: Any, new_tokens: int) -> Report:
+    """In a rank's process: answer batches of prompts, one batch after the other."""
     pool = scheduler.get_init_info()["sglang_helix"]
     answers = [answer(scheduler, prompts, new_tokens) for prompts in batches]
     return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
@@ -105,7 +112,6 @@ def published(rank: int, argv: list[str]) -> Any:
     return server_args
 
 
-@torch.no_grad()  # as SGLang's loop does: some models have parameters that ask for a gradient
 def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
     """Admit the prompts at once and turn the scheduler's loop until it is idle; on every rank."""
     scheduler.process_input_requests(
@@ -114,15 +120,36 @@ def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) ->
     requests = list(scheduler.waiting_queue)
     assert len(requests) == len(prompts)
     while not scheduler.is_fully_idle():
-        plan = scheduler.get_next_batch_to_run(
-            running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-        )
-        scheduler.running_batch = plan.running_batch
-        if batch := plan.batch_to_run:
-            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
-        scheduler.last_batch = batch
+        turn(scheduler)
     scheduler.on_idle()  # ends the rank if a slot of its pool is lost
     return [answer_to(request) for request in requests]
+
+
+def abort_midway(scheduler: Any, prompt: Sequence[int], turns: int) -> Answer:
+    """Admit a long request and abort it after so many passes; on every rank."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    scheduler.process_input_requests([generate_request("to-be-aborted", prompt, 2000)])
+    (request,) = scheduler.waiting_queue
+    for _ in range(turns):
+        turn(scheduler)
+    scheduler.process_input_requests([AbortReq(rid="to-be-aborted")])
+    while not scheduler.is_fully_idle():
+        turn(scheduler)
+    scheduler.on_idle()
+    return answer_to(request)
+
+
+@torch.no_grad()  # as SGLang's loop does: some models have parameters that ask for a gradient
+def turn(scheduler: Any) -> None:
+    """One pass of the scheduler's loop."""
+    plan = scheduler.get_next_batch_to_run(
+        running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+    )
+    scheduler.running_batch = plan.running_batch
+    if batch := plan.batch_to_run:
+        scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+    scheduler.last_batch = batch
 
 
 def answer_to(request: Any) -> Answer:
@@ -139,6 +166,7 @@ def answer_to(request: Any) -> Answer:
         completion,
         request.cached_tokens,
         request.finished_reason.to_json(),
+        request.retraction_count,
         (request.spec_num_correct_drafts, request.spec_verify_ct),
     )
 

@@ -1,5 +1,6 @@
 """N-gram drafts over a sharded cache: many tokens a step, the same tokens as without."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check, prompt
 from srt.fresh import Fresh
-from srt.models import serving
-from srt.test_end_to_end import everything_is_free, serve
+from srt.models.serving import serve
 
 NEW_TOKENS = 6
 LENGTHS = (1, 19, 33)
@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_drafts_of_mla(ready: Fresh, tmp_path: Path) -> None:
-    """As below, in schedulers without a server."""
+    """As below, of MLA and without an interpreter."""
     checkpoint = make_checkpoint("deepseek_v2", tmp_path / "mla", num_hidden_layers=2)
     flags = (
         *("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs", "--page-size", "1"),
@@ -30,31 +30,29 @@ def test_drafts_of_mla(ready: Fresh, tmp_path: Path) -> None:
         *("--speculative-ngram-max-bfs-breadth", "4", "--speculative-ngram-capacity", "10000"),
     )
     batches = [*([prompt(length)] for length in LENGTHS), [prompt(length) for length in LENGTHS]]
-    for report in serving.serve(ready, checkpoint, 2, flags, batches, NEW_TOKENS):
+    for report in serve(ready, checkpoint, 2, flags, batches, NEW_TOKENS):
         for prompts, answers in zip(batches, report.answers, strict=True):
             for tokens, answer in zip(prompts, answers, strict=True):
                 check(checkpoint, tokens, answer, NEW_TOKENS)
         assert all(answer.drafts[0] > NEW_TOKENS // 2 for answer in report.answers[-1])
 
 
-@pytest.mark.server
 @needs_compiler
-def test_drafts_from_earlier_answers(tmp_path: Path) -> None:
+def test_drafts_from_earlier_answers(interpreted: Fresh, tmp_path: Path) -> None:
     """The corpus learns each answer; asked again, it drafts it, in trees of several branches."""
     checkpoint = make_checkpoint("llama", tmp_path / "llama", num_hidden_layers=2)
     flags = (
+        *("--dcp-size", "2", "--dcp-comm-backend", "a2a", "--max-running-requests", "4"),
         *("--attention-backend", "triton", "--cuda-graph-backend-decode", "disabled"),
         *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6"),
         *("--speculative-ngram-max-bfs-breadth", "4", "--speculative-ngram-capacity", "10000"),
-        *("--page-size", "1", "--chunked-prefill-size", "16", "--max-running-requests", "4"),
+        *("--page-size", "1", "--chunked-prefill-size", "16"),
     )
-    with serve(checkpoint, 2, 2, "a2a", *flags, TRITON_INTERPRET="1") as server:
-        for length in LENGTHS:
-            answer = server.generate(prompt(length), NEW_TOKENS)
-            check(checkpoint, prompt(length), answer, NEW_TOKENS)
-        again = [server.generate(prompt(LENGTHS[0]), NEW_TOKENS)]
-        again += server.generate_batch([prompt(length) for length in LENGTHS[1:]], NEW_TOKENS)
-        for length, answer in zip(LENGTHS, again, strict=True):
-            check(checkpoint, prompt(length), answer, NEW_TOKENS)
-            assert answer.meta_info["spec_num_correct_drafts"] > NEW_TOKENS // 2
-        everything_is_free(server)
+    prompts = [prompt(length) for length in LENGTHS]
+    batches = [*([tokens] for tokens in prompts), prompts[:1], prompts[1:]]
+    for report in serve(interpreted, checkpoint, 2, flags, batches, NEW_TOKENS):
+        for asked, answers in zip(batches, report.answers, strict=True):
+            for tokens, answer in zip(asked, answers, strict=True):
+                check(checkpoint, tokens, answer, NEW_TOKENS)
+        for answer in itertools.chain(*report.answers[-2:]):
+            assert answer.drafts[0] > NEW_TOKENS // 2
