@@ -5,11 +5,15 @@ A test compares them with what this would write, so they cannot drift.
 
 import contextlib
 import io
+import sys
+from collections import Counter
 from pathlib import Path
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
+from sglang_helix.build import Builder
+from sglang_helix.check import check, first_line, layouts
 from sglang_helix.layout import CACHE_BYTES, Shape, rows, shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
 from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen
@@ -18,6 +22,8 @@ DOCS = Path(__file__).parent
 ATTENTIONS: tuple[Attention, ...] = ("GQA", "MLA")
 TP_SIZES = (8, 16)
 MEMORY_GIB = 60
+# Models of docs/capacity.md; models.md has all of docs/models.
+CAPACITY = ("DeepSeek-V3", "Kimi-K2", "Llama-3-70B", "Qwen3-235B-A22B")
 # Models of docs/when-it-pays.md, bytes of an element of their weights, and its name.
 PAYS = (("DeepSeek-V3", 1, "fp8"), ("Qwen3-235B-A22B", 1, "fp8"), ("Llama-3-70B", 2, "bf16"))
 
@@ -63,7 +69,7 @@ def capacity() -> str:
 Every legal layout at {" and ".join(map(str, TP_SIZES))} ranks with a bf16 cache and
 {MEMORY_GIB} GiB of each rank for it; have your own by `python -m sglang_helix layout --model-path
 DIR --tp 8 --kv-memory-gib {MEMORY_GIB}`. Computed from `docs/models/*/config.json`, which hold the
-published attention shapes of these models, by SGLang's ModelConfig and the code that lays out a
+published shapes of these models, by SGLang's ModelConfig and the code that lays out a
 server.
 
 How many tokens fit beside plain TP is max(1, KV/N) * K / max(1, KV/A): K times for MLA, N / KV
@@ -73,7 +79,7 @@ different shards still store the same heads; the smaller A of two rows with equa
 exchange.
 """
     ]
-    for model in sorted(path.parent for path in DOCS.glob("models/*/config.json")):
+    for model in (DOCS / "models" / name for name in CAPACITY):
         shape = shape_of(ModelConfig(str(model)))
         heads = "MLA" if shape.kv_heads is None else f"{shape.kv_heads} key-value heads"
         for tp_size in TP_SIZES:
@@ -81,6 +87,58 @@ exchange.
             parts.append(table(shape, tp_size, MEMORY_GIB, "bf16") + "\n")
             parts.append(with_a_draft(shape, tp_size))
     return "\n".join(parts)
+
+
+def models() -> str:
+    """docs/models.md. Takes minutes: every model is built, without weights."""
+    lines = []
+    verdicts: Counter[str] = Counter()
+    with Builder() as builder:
+        for path in model_directories():
+            gain, flags = whole_gain(path, 8)
+            further, _ = whole_gain(path, 16)
+            answer = check(["--model-path", str(path), "--tp-size", "8", *flags], builder, "Hopper")
+            verdicts[answer.verdict] += 1
+            why = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
+            gains = f"{gain:g}x | {further:g}x" if answer.verdict != "refused" else " | "
+            lines.append(
+                f"| {path.name} | {answer.verdict} | `{' '.join(flags)}` | {gains} "
+                f"| {answer.attention} | {why} |"
+            )
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    return f"""# Models
+
+Open models that people serve with long contexts in 2026, and what becomes of them on 8 Hopper
+GPUs: {counted}. Written by `python docs/render.py models.md`, in some minutes, from the
+configurations in `docs/models` by `python -m sglang_helix check`, which resolves a launch and
+builds every layer without weights; have any model's by the same.
+
+The flag is the least `--dcp-size` with all the gain there is on 8 ranks; gain is how many tokens
+fit, beside plain TP, at 8 and at 16 ranks (1x: nothing is stored twice). "works" says that a
+server starts and that no layer of it is of a kind that the series does not compute; the tests of
+`test/srt/models` compare the tokens of tiny models of these families with `transformers`, not
+these models themselves.
+
+| model | verdict | on 8 ranks | gain, 8 | 16 | attention by | why, or what was not seen |
+|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+def model_directories() -> list[Path]:
+    """The published configurations in docs/models."""
+    return sorted(path.parent for path in DOCS.glob("models/*/config.json"))
+
+
+def whole_gain(model: Path, tp_size: int) -> tuple[float, list[str]]:
+    """The most tokens beside plain TP, and the flag of the least K that holds them."""
+    try:
+        listed = layouts(str(model), tp_size)
+    except (OSError, ValueError):
+        listed = []
+    by_dcp_size = [(gain, flags) for flags, gain in listed if flags[0] == "--dcp-size"]
+    most = max((gain for gain, _ in by_dcp_size), default=1)
+    return next(((g, f) for g, f in by_dcp_size if g == most), (1, ["--dcp-size", "2"]))
 
 
 def when_it_pays() -> str:
@@ -224,7 +282,11 @@ PAGES = {
     "status.md": status,
 }
 
+# Too slow to be compared with at every test: written where it is named.
+SLOW_PAGES = {"models.md": models}
+
 if __name__ == "__main__":
-    for name, render in PAGES.items():
+    asked = {name: {**PAGES, **SLOW_PAGES}[name] for name in sys.argv[1:]} or PAGES
+    for name, render in asked.items():
         (DOCS / name).write_text(render())
         print(f"wrote {DOCS / name}")

@@ -119,7 +119,14 @@ def print_layouts(options: argparse.Namespace) -> int:
     """Print every legal layout of a model, and its time on a GPU that is given; 1: it cannot."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    from sglang_helix.layout import draft_shape_of, shape_of, state_bytes, states, table
+    from sglang_helix.layout import (
+        draft_shape_of,
+        shape_of,
+        state_bytes,
+        states,
+        table,
+        window_layers,
+    )
 
     draft = options.draft_model_path
     try:
@@ -133,6 +140,8 @@ def print_layouts(options: argparse.Namespace) -> int:
     print(table(shape, options.tp, memory, options.kv_cache_dtype, drafted))
     if (state := state_bytes(model_config, options.tp)) is not None:
         print("\n" + states(shape, options.tp, state, options.kv_cache_dtype))
+    if windows := window_layers(model_config):
+        print(f"\nWithout {windows} window layers, whose pool of their own every rank holds whole.")
     return print_advice(options, model_config) if options.gpu else 0
 
 

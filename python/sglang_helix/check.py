@@ -142,7 +142,7 @@ def check_layouts(
     parts, verdicts = [], {verdict for verdict, *_ in said}
     for (verdict, attention, reason), which in said.items():
         by = f" by {attention}" if attention else ""
-        because = f": {_first_line(reason)}" if reason else ""
+        because = f": {first_line(reason)}" if reason else ""
         parts.append(f"{', '.join(which)} {verdict}{by}{because}")
     best = next(kind for kind in ("works", "own", "refused") if kind in verdicts)
     return Answer(best, "; ".join(parts), next((by for _, by, _ in said if by), ""))
@@ -157,7 +157,8 @@ def _no_machine(machine: str | None) -> Answer | None:
     return Answer("refused", wanted)
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """What a line of a table has room for."""
     return text.strip().splitlines()[0] if text.strip() else ""
 
 

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     query_width: int
     output_width: int
     row_width: int  # of one cached head, K and V, or of the latent
-    layers: int  # that keep a cache
+    layers: int  # that keep a cache of the whole context
 
 
 class Row(NamedTuple):
@@ -51,6 +51,7 @@ def shape_of(model_config: Any) -> Shape:
     heads, layers = model_config.get_max_num_attention_heads(), model_config.num_hidden_layers
     if (hybrid := mambaish_config(model_config)) is not None:
         layers = len(hybrid.full_attention_layer_ids)
+    layers -= window_layers(model_config)
     if model_config.attention_arch == AttentionArch.MLA:
         latent = model_config.kv_lora_rank
         row = latent + model_config.qk_rope_head_dim
@@ -58,6 +59,11 @@ def shape_of(model_config: Any) -> Shape:
     key, value = model_config.head_dim, model_config.v_head_dim
     kv_heads = model_config.get_total_num_kv_heads()
     return Shape(heads, kv_heads, key, value, key + value, layers)
+
+
+def window_layers(model_config: Any) -> int:
+    """How many layers keep a window of the context, in a pool of their own."""
+    return len(model_config.swa_attention_layer_ids or ()) if model_config.is_hybrid_swa else 0
 
 
 def draft_shape_of(model_path: str) -> Shape:

@@ -31,3 +31,19 @@ def test_readme_names_the_attention_backends() -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_models_page_is_of_these_models() -> None:
+    """Its verdicts take minutes (`render.models`); who is in it, and the gains, do not."""
+    page = (ROOT / "docs/models.md").read_text()
+    rows = {
+        cells[0]: cells
+        for line in page.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 7
+    }
+    assert set(rows) - {"model", "---"} == {path.name for path in render.model_directories()}
+    for path in render.model_directories():
+        _, verdict, flags, gain, further, *_ = rows[path.name]
+        if verdict != "refused":
+            assert (float(gain.rstrip("x")), flags.strip("`").split()) == render.whole_gain(path, 8)
+            assert float(further.rstrip("x")) == render.whole_gain(path, 16)[0]

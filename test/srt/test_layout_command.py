@@ -66,6 +66,16 @@ def test_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["8", "4", "2", "1"]
 
 
+def test_windows_are_not_counted_as_sharded(capsys: pytest.CaptureFixture[str]) -> None:
+    """gpt-oss: 18 of 36 layers keep the whole context, 8 key-value heads of 64, bf16."""
+    model = Path(__file__).parents[2] / "docs/models/gpt-oss-120b"
+    assert main(["layout", "--model-path", str(model), "--tp", "8"]) == 0
+    out = capsys.readouterr().out
+    kib = 18 * 2 * 64 * 2 / 1024
+    assert f"| {kib:.1f} |" in out.splitlines()[2]
+    assert "Without 18 window layers" in out
+
+
 def test_command_says_what_it_could_not_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
