@@ -95,31 +95,27 @@ def models() -> str:
     verdicts: Counter[str] = Counter()
     with Builder() as builder:
         for path in model_directories():
-            gain, flags = whole_gain(path, 8)
-            further, _ = whole_gain(path, 16)
-            answer = check(["--model-path", str(path), "--tp-size", "8", *flags], builder, "Hopper")
+            gains, flags = model_layout(path)
+            answer = check(["--model-path", str(path), *flags], builder, "Hopper")
             verdicts[answer.verdict] += 1
             why = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
-            gains = f"{gain:g}x | {further:g}x" if answer.verdict != "refused" else " | "
-            lines.append(
-                f"| {path.name} | {answer.verdict} | `{' '.join(flags)}` | {gains} "
-                f"| {answer.attention} | {why} |"
-            )
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+            cells = (answer.verdict, f"`{' '.join(flags)}`", *gains, answer.attention, why)
+            lines.append(f"| {path.name} | {' | '.join(cells)} |")
+    counted = ", ".join(f"{verdicts[kind]} {kind}" for kind in ("works", "own", "refused"))
     return f"""# Models
 
-Open models that people serve with long contexts in 2026, and what becomes of them on 8 Hopper
-GPUs: {counted}. Written by `python docs/render.py models.md`, in some minutes, from the
-configurations in `docs/models` by `python -m sglang_helix check`, which resolves a launch and
-builds every layer without weights; have any model's by the same.
+Open models that people serve with long contexts in 2026, and what becomes of them on Hopper GPUs:
+{counted}. Written by `python docs/render.py models.md`, in some minutes, from the configurations
+in `docs/models` by `python -m sglang_helix check`, which resolves a launch and builds every layer
+without weights; have any model's by the same.
 
-The flag is the least `--dcp-size` with all the gain there is on 8 ranks; gain is how many tokens
-fit, beside plain TP, at 8 and at 16 ranks (1x: nothing is stored twice). "works" says that a
-server starts and that no layer of it is of a kind that the series does not compute; the tests of
-`test/srt/models` compare the tokens of tiny models of these families with `transformers`, not
-these models themselves.
+The flags are for 8 ranks, or for 16 where 8 store nothing twice, with the least `--dcp-size` that
+has all the gain. Gain is how many tokens fit, beside plain TP, at 8 and at 16 ranks. "works" says
+that a server starts and that no layer of it is of a kind that the series does not compute; the
+tests of `test/srt/models` compare the tokens of tiny models of these families with
+`transformers`, not these models themselves.
 
-| model | verdict | on 8 ranks | gain, 8 | 16 | attention by | why, or what was not seen |
+| model | verdict | flags | gain, 8 | 16 | attention by | why, or what was not seen |
 |---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 """
@@ -130,15 +126,21 @@ def model_directories() -> list[Path]:
     return sorted(path.parent for path in DOCS.glob("models/*/config.json"))
 
 
-def whole_gain(model: Path, tp_size: int) -> tuple[float, list[str]]:
-    """The most tokens beside plain TP, and the flag of the least K that holds them."""
-    try:
-        listed = layouts(str(model), tp_size)
-    except (OSError, ValueError):
-        listed = []
-    by_dcp_size = [(gain, flags) for flags, gain in listed if flags[0] == "--dcp-size"]
-    most = max((gain for gain, _ in by_dcp_size), default=1)
-    return next(((g, f) for g, f in by_dcp_size if g == most), (1, ["--dcp-size", "2"]))
+def model_layout(model: Path) -> tuple[list[str], list[str]]:
+    """The gains at each of TP_SIZES, and the flags of docs/models.md."""
+    flags: list[str] = []
+    gains = []
+    for tp_size in TP_SIZES:
+        by_gain = {
+            gain: asked
+            for asked, gain in reversed(layouts(str(model), tp_size))
+            if asked[0] == "--dcp-size"
+        }
+        most = max(by_gain, default=None)
+        gains.append("" if most is None else f"{most:g}x")
+        if most is not None and (most > 1 or tp_size == TP_SIZES[-1]) and not flags:
+            flags = ["--tp-size", str(tp_size), *by_gain[most]]
+    return gains, flags or ["--tp-size", str(TP_SIZES[0]), "--dcp-size", "2"]
 
 
 def when_it_pays() -> str:

@@ -54,6 +54,7 @@ def flash_attn_varlen_func(call: Any) -> tuple[Tensor, Tensor | None]:
             window_size_left=-1,
             window_size_right=-1,
             scheduler_metadata=None,
+            sinks=None,
         )
     )
     if not call.return_lse:
