@@ -56,7 +56,7 @@ def test_starts_nothing(path: Path) -> None:
 def test_what_starts_something_is_seen() -> None:
     for name, use in {
         "srt/test_end_to_end.py": "Server",
-        "srt/speculative/test_ngram.py": "Server",  # by a helper
+        "srt/disaggregation/test_mooncake.py": "scheduler_of",  # by a helper
         "srt/distributed/test_all_to_all.py": "run_ranks",
         "srt/models/test_replicas.py": "ranks",
     }.items():
