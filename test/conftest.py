@@ -26,22 +26,3 @@ def pytest_xdist_auto_num_workers() -> int:
         return 0
     cores = len(os.sched_getaffinity(0))
     return min(cores, psutil.virtual_memory().total // (MEMORY_OF_A_WORKER << 30))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`--dist loadgroup`: a file's tests share a process, but for those with their own server.
-
-    What Triton interprets shares one too, whatever its file: SGLang is imported for it once more.
-    """
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        if item.get_closest_marker("server") and not _shares(item):
-            continue
-        interpreted = "interpreted" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("triton" if interpreted else item.path.stem))
-
-
-def _shares(item: pytest.Item) -> bool:
-    """Whether the test uses what others of its file use too."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-    return any(fixture.scope == "module" for found in fixtures for fixture in found)

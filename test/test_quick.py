@@ -6,6 +6,7 @@ They import nothing that starts a server or ranks, themselves or through a helpe
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -71,3 +72,23 @@ def test_command_finds_every_file() -> None:
     found = subprocess.check_output(grep, shell=True, cwd=TESTS.parent, text=True)
     assert {TESTS.parent / name for name in found.split()} == set(quick())
     assert len(quick()) > 15
+
+
+def test_the_tests_of_a_file_share_a_process(tmp_path: Path) -> None:
+    """So that a module's servers are started once, whatever pytest-xdist makes of its options."""
+    script = (TESTS.parent / "dev").read_text()
+    options = re.findall(r"-m pytest -n auto (--dist .*) \"\$@\"", script)
+    assert len(options) == 1
+    for name in "ab":
+        (tmp_path / f"test_{name}.py").write_text(
+            "import os, pathlib, pytest\n"
+            "@pytest.mark.parametrize('number', range(6))\n"
+            "def test(number):\n"
+            f"    with pathlib.Path('{name}').open('a') as said:\n"
+            "        said.write(os.environ['PYTEST_XDIST_WORKER'] + '\\n')\n"
+        )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *options[0].split()]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    said = [(tmp_path / name).read_text().split() for name in "ab"]
+    assert [len(workers) for workers in said] == [6, 6]
+    assert [len(set(workers)) for workers in said] == [1, 1]
