@@ -74,6 +74,7 @@ def test_command_finds_every_file() -> None:
     assert len(quick()) > 15
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_file_share_a_process(tmp_path: Path) -> None:
     """So that a module's servers are started once, whatever pytest-xdist makes of its options."""
     script = (TESTS.parent / "dev").read_text()

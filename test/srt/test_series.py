@@ -248,7 +248,13 @@ def in_effect(declared: Hook) -> bool:
     return True
 
 
-@pytest.mark.parametrize("count", range(1, len(series.SERIES) + 1))
+@pytest.mark.parametrize(
+    "count",
+    [
+        *(pytest.param(count, marks=pytest.mark.slow) for count in range(1, len(series.SERIES))),
+        len(series.SERIES),
+    ],
+)
 def test_each_patch_loads_without_the_later_ones(fresh: Fresh, count: int) -> None:
     names = tuple(patch.name for patch in series.SERIES[:count])
     lacking, early = fresh.value(install, names)
