@@ -206,7 +206,9 @@ def test_a_sink_is_one_more_shard_of_no_value(
         out, out_lse = lse_combine.combine(
             shards, lse, sinks=sinks, base2=base2, return_lse=True, out_dtype=torch.float32
         )
-        assert_close(out, want, BOUND[shards.dtype])
+        # What is left beside a sink of 90 is e^-90 of its values: the fp32 exponent is rounded.
+        lost = 90 * 2**-22 if shift == 90 else 0
+        assert_close(out, want, BOUND[shards.dtype] + lost)
         assert_same_lse(out_lse, want_lse)
     with pytest.raises(ValueError, match=r"sinks must be contiguous \[5\]"):
         lse_combine.combine(partials, lse, sinks=sinks[:4])
@@ -580,7 +582,7 @@ def test_kernels_move_vectors(monkeypatch: pytest.MonkeyPatch, D: int, h: int, N
             out.view(torch.int16), torch.empty(3, N * h), send
         ),
         "_combine_kernel": lambda: lse_combine._combine_triton(
-            *lse_combine.unpack(send, D, out.dtype), out[:, :h], None, False
+            *lse_combine.unpack(send, D, out.dtype), out[:, :h], None, False, None
         ),
         "_rescale_kernel": lambda: lse_combine._rescale_triton(
             out, torch.empty(N, 3, N * h), 1, scaled, torch.empty(3, N * h), False
