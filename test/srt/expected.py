@@ -6,6 +6,7 @@ one of a scheduler without a server.
 
 import itertools
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ def check(checkpoint: Path, tokens: list[int], answer: Any, new_tokens: int) -> 
         assert [t for t, _ in ours] == [t for t, _ in theirs] or _tied(theirs)
         for (_, a), (_, b) in zip(ours, theirs, strict=True):
             assert abs(a - b) < LOGPROB_TOLERANCE, f"prompt of {len(tokens)} tokens"
+
+
+def check_all(
+    checkpoint: Path,
+    batches: Sequence[Sequence[list[int]]],
+    answers: Sequence[Sequence[Any]],
+    new_tokens: int,
+) -> None:
+    """`check`, of every answer to every prompt of every batch."""
+    for prompts, of_prompts in zip(batches, answers, strict=True):
+        for tokens, answer in zip(prompts, of_prompts, strict=True):
+            check(checkpoint, tokens, answer, new_tokens)
 
 
 def _tied(top: list[tuple[int, float]]) -> bool:

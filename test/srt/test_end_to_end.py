@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server
-from srt.expected import check, prompt
+from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models import serving
 
@@ -210,16 +210,6 @@ def everything_is_free(server: Server) -> None:
     assert "memory leak" not in server.log()
 
 
-def oversubscribed(
-    rank: int, argv: list[str], batch: list[list[int]], new_tokens: int
-) -> list[serving.Answer]:
-    """In a rank: answers to a batch, of whose requests admission expects 4 tokens each."""
-    from sglang.srt.managers import schedule_policy
-
-    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
-    return serving.answer(serving.scheduler_of(rank, argv), batch, new_tokens)
-
-
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
 def test_small_pool_retracts_and_resumes(
     ready: Fresh, checkpoints: dict[str, Path], family: str
@@ -230,7 +220,7 @@ def test_small_pool_retracts_and_resumes(
     layout = ("--dcp-size", "2", "--dcp-comm-backend", "a2a", "--page-size", "1")
     flags = (*layout, "--max-total-tokens", "128", "--schedule-conservativeness", "0.05")
     argv = serving.command_line(checkpoint, 2, *flags)
-    for answers in ready.ranks(oversubscribed, 2, argv, batch, new_tokens):
+    for answers in ready.ranks(serving.oversubscribed, 2, argv, batch, new_tokens):
         assert sum(answer.retractions for answer in answers) > 0
         for tokens, answer in zip(batch, answers, strict=True):
             check(checkpoint, tokens, answer, new_tokens)
@@ -262,6 +252,4 @@ def test_triton_backend_under_the_interpreter(
     batch = [prompt(length, seed=6) for length in (1, 19)]
     batches = [batch, batch[1:]]
     for report in serving.serve(interpreted, checkpoint, 2, flags, batches, 3):
-        for prompts, answers in zip(batches, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(checkpoint, tokens, answer, 3)
+        check_all(checkpoint, batches, report.answers, 3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.disaggregation.pair import Side, outcomes
-from srt.expected import check, prompt
+from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 
 NEW_TOKENS = 4
@@ -63,9 +63,7 @@ def test_answers_equal_transformers(
     for rank in sent + received:
         assert rank.status == 0, rank.output
     for rank in received:
-        for prompts, answers in zip(BATCHES, rank.value, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(model, tokens, answer, NEW_TOKENS)
+        check_all(model, BATCHES, rank.value, NEW_TOKENS)
 
 
 def test_layouts_that_do_not_match_are_named(servers: Fresh, tmp_path: Path) -> None:

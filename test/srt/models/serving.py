@@ -125,6 +125,22 @@ def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) ->
     return [answer_to(request) for request in requests]
 
 
+def oversubscribed(
+    rank: int, argv: list[str], prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[Answer]:
+    """In a rank's process: answers to prompts of which admission expects 4 tokens each."""
+    scheduler = scheduler_of(rank, argv)
+    expect_few_tokens()
+    return answer(scheduler, prompts, new_tokens)
+
+
+def expect_few_tokens() -> None:
+    """In a rank's process: have more requests admitted than the pool can hold at their end."""
+    from sglang.srt.managers import schedule_policy
+
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
+
+
 def abort_midway(scheduler: Any, prompt: Sequence[int], turns: int) -> Answer:
     """Admit a long request and abort it after so many passes; on every rank."""
     from sglang.srt.managers.io_struct import AbortReq

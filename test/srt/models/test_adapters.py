@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.expected import check, prompt
+from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models import serving
 from srt.models.serving import serve
@@ -57,9 +57,7 @@ def test_equals_transformers(
     flags = ("--attention-backend", backend, *layout, *sizes, *rows)
     reports = serve(kernels, checkpoints[family], tp, flags, BATCHES, NEW_TOKENS)
     for report in reports:
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(checkpoints[family], tokens, answer, NEW_TOKENS)
+        check_all(checkpoints[family], BATCHES, report.answers, NEW_TOKENS)
         if page < 64:  # else no prompt fills a page of all ranks
             assert report.answers[-1][0].cached_tokens > 0
 
@@ -127,9 +125,7 @@ def test_a_long_prefix_is_attended_without_absorbing_it(
     )
     for report, methods in found:
         assert methods == {method}
-        for prompts, answers in zip(LONG, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(checkpoints["deepseek_v2"], tokens, answer, NEW_TOKENS)
+        check_all(checkpoints["deepseek_v2"], LONG, report.answers, NEW_TOKENS)
 
 
 def on_blackwell(rank: int, argv: list[str], ranks: int) -> serving.Report:
@@ -156,36 +152,17 @@ def test_equals_transformers_on_blackwell(
     flags = ("--attention-backend", backend, *layout, *sizes)
     argv = serving.command_line(checkpoints[family], tp, *flags)
     for report in kernels.ranks(on_blackwell, tp, argv, tp):
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(checkpoints[family], tokens, answer, NEW_TOKENS)
+        check_all(checkpoints[family], BATCHES, report.answers, NEW_TOKENS)
 
 
-MANY = (tuple(prompt(20, seed=seed) for seed in range(30, 38)),)
-
-
-def retracted(rank: int, argv: list[str], ranks: int) -> tuple[serving.Report, int]:
-    """A rank's answers, and how often decoding requests had to make room."""
-    from sglang.srt.managers import schedule_policy
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
-
-    schedule_policy.CLIP_MAX_NEW_TOKENS = 4  # of each request, so that all are admitted
-    times, retract = 0, ScheduleBatch.retract_decode
-
-    def counted(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal times
-        times += 1
-        return retract(batch, *args, **kwargs)
-
-    ScheduleBatch.retract_decode = counted
-    return serving._serve(rank, argv, ranks, MANY, 40), times
+MANY = [prompt(20, seed=seed) for seed in range(30, 38)]
 
 
 def test_retracted_requests_go_on(kernels: Fresh, checkpoints: dict[str, Path]) -> None:
     """128 rows a rank are 256 tokens, eight requests want 60 each, and are expected to want 24."""
     sizes = ("--page-size", "1", "--max-total-tokens", "128", "--schedule-conservativeness", "0.05")
     argv = serving.command_line(checkpoints["llama"], 2, "--attention-backend", "fa3", *DCP, *sizes)
-    for report, times in kernels.ranks(retracted, 2, argv, 2):
-        assert times > 0
-        for tokens, answer in zip(MANY[0], report.answers[0], strict=True):
+    for answers in kernels.ranks(serving.oversubscribed, 2, argv, MANY, 40):
+        assert sum(answer.retractions for answer in answers) > 0
+        for tokens, answer in zip(MANY, answers, strict=True):
             check(checkpoints["llama"], tokens, answer, 40)

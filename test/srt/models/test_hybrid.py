@@ -13,7 +13,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from sglang_cpu_reference.server import Server
 from sglang_helix.srt.managers.invariant_checker import check_full_pool
-from srt.expected import check, prompt
+from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Report, serve
 from srt.test_end_to_end import everything_is_free
@@ -60,9 +60,7 @@ def serve_and_check(
         processes, model, tp, ("--max-total-tokens", str(ROWS), *flags), BATCHES, NEW_TOKENS
     )
     for report in reports:
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(model, tokens, answer, NEW_TOKENS)
+        check_all(model, BATCHES, report.answers, NEW_TOKENS)
         hits = [answers[0].cached_tokens for answers in report.answers]
         assert hits == ([0] * 5 if "--disable-radix-cache" in flags else cached)
         assert report.kv_tokens // dcp == ROWS // page * page

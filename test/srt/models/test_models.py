@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.expected import check, prompt
+from srt.expected import check_all, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Report, serve
 
@@ -54,9 +54,7 @@ def serve_and_check(
     reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS)
     widened = PAGE * tp // attn_tp
     for report in reports:
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(model, tokens, answer, NEW_TOKENS)
+        check_all(model, BATCHES, report.answers, NEW_TOKENS)
         # The cache answers whole widened pages.
         assert report.answers[-1][0].cached_tokens == len(BATCHES[0][0]) // widened * widened
     return reports

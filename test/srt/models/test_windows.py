@@ -6,14 +6,12 @@ that is idle checks that no slot of either pool is lost.
 """
 
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
-from srt.expected import check, prompt
+from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Answer, answer, command_line, scheduler_of, serve
+from srt.models.serving import command_line, oversubscribed, serve
 
 WINDOW = 16
 NEW_TOKENS = 6
@@ -41,9 +39,7 @@ def test_gpt_oss_equals_transformers(kernels: Fresh, gpt_oss: Path, exchange: st
     flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256")
     for report in serve(kernels, gpt_oss, 4, flags, BATCHES, NEW_TOKENS):
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, said in zip(prompts, answers, strict=True):
-                check(gpt_oss, tokens, said, NEW_TOKENS)
+        check_all(gpt_oss, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 
 
@@ -84,27 +80,8 @@ def test_windows_equal_transformers(ready: Fresh, tmp_path: Path, family: str) -
     flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256")
     for report in serve(ready, model, 4, flags, BATCHES, NEW_TOKENS):
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, said in zip(prompts, answers, strict=True):
-                check(model, tokens, said, NEW_TOKENS)
+        check_all(model, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
-
-
-def serve_counting(
-    rank: int, argv: list[str], prompts: list[list[int]], new_tokens: int
-) -> tuple[list[Answer], int]:
-    """Answers of a batch, and how often requests were retracted for it."""
-    scheduler = scheduler_of(rank, argv)
-    from sglang.srt.managers import schedule_policy
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
-
-    # Admission expects so few tokens of each request that all are let in.
-    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
-
-    retract: Any = ScheduleBatch.retract_decode
-    with mock.patch.object(ScheduleBatch, "retract_decode", autospec=True) as retracted:
-        retracted.side_effect = retract
-        return answer(scheduler, prompts, new_tokens), retracted.call_count
 
 
 def test_small_pools_retract_and_resume(kernels: Fresh, gpt_oss: Path) -> None:
@@ -114,7 +91,7 @@ def test_small_pools_retract_and_resume(kernels: Fresh, gpt_oss: Path) -> None:
     flags = (*FLAGS, "--page-size", "1", "--max-total-tokens", "128", "--enable-mixed-chunk")
     flags += ("--chunked-prefill-size", "33", "--schedule-conservativeness", "0.05")
     argv = command_line(gpt_oss, 4, *flags)
-    for answers, retracted in kernels.ranks(serve_counting, 4, argv, prompts, new_tokens):
-        assert retracted
+    for answers in kernels.ranks(oversubscribed, 4, argv, prompts, new_tokens):
+        assert sum(answer.retractions for answer in answers)
         for tokens, said in zip(prompts, answers, strict=True):
             check(gpt_oss, tokens, said, new_tokens)

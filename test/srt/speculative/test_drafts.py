@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 import pytest
 from sglang_cpu_reference import drafts
 from sglang_cpu_reference.server import Server
-from srt.expected import check, prompt
+from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Answer, Report, answer, command_line, scheduler_of, serve
+from srt.models.serving import (
+    Answer,
+    Report,
+    answer,
+    command_line,
+    expect_few_tokens,
+    scheduler_of,
+    serve,
+)
 from srt.test_end_to_end import abort_midway, everything_is_free
 
 NEW_TOKENS = 10
@@ -113,9 +121,7 @@ def test_drafts_are_those_of_a_whole_cache(
     tp, flags = LAYOUTS[layout]
     flags = (*flags, *flags_of(algorithm, draft, *shape), "--page-size", str(page))
     for report in serve(ready, target, tp, flags, BATCHES, NEW_TOKENS):
-        for prompts, answers in zip(BATCHES, report.answers, strict=True):
-            for tokens, answered in zip(prompts, answers, strict=True):
-                check(target, tokens, answered, NEW_TOKENS)
+        check_all(target, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
         assert counts(report) == counts(whole(family, shape))
         if drafts_well:
@@ -148,25 +154,20 @@ def test_branches_in_pages_of_the_group(interpreted: Fresh, models: Any, whole: 
 
 
 class Measured(NamedTuple):
-    """What a rank's pools take, what was counted for them, and how often a request was put back."""
+    """A rank's answers, what its pools take, and what was counted for them."""
 
     answers: list[Answer]
     kv_bytes: int
     counted: int
-    retractions: int
 
 
 def measured(rank: int, argv: list[str], prompts: list[list[int]], new_tokens: int) -> Measured:
     """In a rank's process: serve prompts at once, of which admission expects too little."""
-    from sglang.srt.managers import schedule_policy
-    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
     from sglang_helix.srt.managers.scheduler import kv_bytes
 
-    schedule_policy.CLIP_MAX_NEW_TOKENS = 4
-    put_back, retracted = Req.reset_for_retract, []
-    Req.reset_for_retract = lambda req: (retracted.append(req), put_back(req))[1]
     scheduler = scheduler_of(rank, argv)
+    expect_few_tokens()
     target, draft = scheduler.tp_worker.model_runner, scheduler.draft_worker.draft_worker
     pools = [runner.token_to_kv_pool for runner in (target, draft.draft_runner)]
     a_row = DefaultPoolConfigurator(target.kv_cache_configurator)._cell_size
@@ -174,7 +175,6 @@ def measured(rank: int, argv: list[str], prompts: list[list[int]], new_tokens: i
         answer(scheduler, prompts, new_tokens),
         sum(map(kv_bytes, pools)),
         a_row * (pools[0].size + pools[0].page_size),
-        len(retracted),
     )
 
 
@@ -191,7 +191,7 @@ def test_a_small_pool_and_its_draft(ready: Fresh, models: Any, family: str, layo
     argv = command_line(target, tp, *flags)
     for rank in ready.ranks(measured, tp, argv, prompts, 40):
         assert rank.kv_bytes == rank.counted
-        assert rank.retractions
+        assert sum(answered.retractions for answered in rank.answers)
         for tokens, answered in zip(prompts, rank.answers, strict=True):
             check(target, tokens, answered, 40)
 
