@@ -24,13 +24,15 @@ from scipy.optimize import least_squares
 from sglang_helix import cost
 from sglang_helix.layout import CACHE_BYTES, Shape, rows
 
+from benchmark.dcp.serve import parse_layout
+
 BOUND = 0.15
-# FA3's decode of MLA with 128 heads over 8 x 128K tokens took 500 us on an H200: 584 TFLOP/s. No
-# server of the figures has heads enough to be bound by arithmetic.
+# FA3's decode of MLA with 128 heads over 8 x 128K tokens took 500 us on an H200 (measured.json):
+# 584 TFLOP/s. No server of the figures has heads enough to be bound by arithmetic.
 ARITHMETIC = 0.59
-COLLECTIVES = Path(__file__).parents[2] / "docs/figures/collectives-h200x4.csv"
+ROOT = Path(__file__).parents[2]
+COLLECTIVES = ROOT / "docs/figures/collectives-h200x4.csv"
 DEFAULT_BACKEND = "flashinfer"  # of the files whose layouts name none: docs/benchmarks.md
-MODELS = Path(__file__).parents[2]
 
 
 class Measured(NamedTuple):
@@ -63,7 +65,7 @@ def model(path: str) -> cost.Model:
     """A model of benchmark/dcp/models, as the files name it."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    return cost.model_of(ModelConfig(str(MODELS / path)))
+    return cost.model_of(ModelConfig(str(ROOT / path)))
 
 
 def measured(path: Path) -> list[Measured]:
@@ -73,14 +75,14 @@ def measured(path: Path) -> list[Measured]:
         for row in csv.DictReader(file):
             if row["status"] != "measured" or row["prefix"] == "shared":
                 continue
-            layout, _, backend = row["layout"].partition("@")
-            kind = layout.split(":")[0]
             tp_size, kvp_size = int(row["tp_size"]), int(row["dcp_size"])
+            flags = parse_layout(row["layout"], tp_size).flags
+            given = dict(zip(flags[::2], flags[1::2], strict=True))
             listed = rows(model(row["model"]).shape, tp_size, 0, CACHE_BYTES["bf16"])
             choice = cost.Choice(
                 next(place for place in listed if place.layout.kvp_size == kvp_size),
                 exchange=row["comm"] if kvp_size > 1 else "",
-                replicated=kind == "attn-tp",
+                replicated="--attn-tp-size" in given,
             )
             name = next(name for name in cost.GPUS if name.upper() in row["device"].split())
             found.append(
@@ -90,7 +92,7 @@ def measured(path: Path) -> list[Measured]:
                     row["layout"],
                     choice,
                     cost.GPUS[name],
-                    backend or DEFAULT_BACKEND,
+                    given.get("--attention-backend", DEFAULT_BACKEND),
                     int(row["context"]),
                     int(row["concurrency"]),
                     float(row["tpot_median_ms"]),

@@ -223,12 +223,7 @@ def gdn_packed_decode(
     rows, slots = _served(ssm_state_indices)
     q, k, v = _packed(mixed_qkv[rows], initial_state)
     decay, beta = gdn_gating(A_log, a[rows], b[rows], dt_bias)
-    result, state = delta_rule(
-        q * scale, k, v, decay[0, ..., None].exp(), beta[0], initial_state[slots].float()
-    )
-    out.zero_()
-    out[rows, 0] = result.to(out.dtype)
-    initial_state[slots] = state.to(initial_state.dtype)
+    _step(q * scale, k, v, decay[0, ..., None].exp(), beta[0], initial_state, slots, out, rows)
     return out, initial_state
 
 
@@ -250,13 +245,26 @@ def kda_packed_decode(
     rows, slots = _served(ssm_state_indices)
     q, k, v = _packed(mixed_qkv[rows], initial_state)
     decay = _kda_decay(A_log, a[rows].view(q.shape), dt_bias, lower_bound).exp()
-    result, state = delta_rule(
-        q * scale, k, v, decay, b[rows].float().sigmoid(), initial_state[slots].float()
-    )
+    _step(q * scale, k, v, decay, b[rows].float().sigmoid(), initial_state, slots, out, rows)
+    return out, initial_state
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    rows: Tensor,
+) -> None:
+    """The delta rule for one token of each request served, into its row of out and its state."""
+    result, state = delta_rule(q, k, v, decay, beta, pool[slots].float())
     out.zero_()
     out[rows, 0] = result.to(out.dtype)
-    initial_state[slots] = state.to(initial_state.dtype)
-    return out, initial_state
+    pool[slots] = state.to(pool.dtype)
 
 
 def ssd_scan(

@@ -69,6 +69,11 @@ def has_gpu() -> bool:
     return bool(here.is_cuda or here.is_hip or here.is_npu or here.is_xpu)
 
 
+def first_line(text: str) -> str:
+    """What a line of a table has room for."""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
 def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
     """What a function returns, JSON, in a process that says nothing besides; None: it ended.
 
@@ -120,8 +125,7 @@ def _attempt(argv: list[str]) -> tuple[str, str]:
     except ModelRefusedError as refused:
         return str(refused), ""
     except BaseException as problem:  # whatever a class meets on a machine that lacks its GPU
-        lines = str(problem).splitlines() or [""]
-        return "", f"{type(problem).__name__}: {lines[0]}"
+        return "", f"{type(problem).__name__}: {first_line(str(problem))}"
     return "", ""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sglang_helix.build import Builder, has_gpu, in_a_fork
+from sglang_helix.build import Builder, first_line, has_gpu, in_a_fork
 
 # Flags that ask for a layout; without one, all are tried.
 LAYOUT_FLAGS = {
@@ -155,11 +155,6 @@ def _no_machine(machine: str | None) -> Answer | None:
         return None
     wanted = f"this machine has no GPU: give --on, one of {', '.join(MACHINES)}"
     return Answer("refused", wanted)
-
-
-def first_line(text: str) -> str:
-    """What a line of a table has room for."""
-    return text.strip().splitlines()[0] if text.strip() else ""
 
 
 def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str]]:

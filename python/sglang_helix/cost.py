@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sglang_helix.layout import Row, Shape, rows
+from sglang_helix.layout import Row, Shape, rows, tokens_in
 from sglang_helix.srt.distributed.topology import Layout
 
 PARAMETERS = Path(__file__).with_name("cost.json")
@@ -308,7 +308,7 @@ def advise(
                         f"--tp {tp_size}: the weights take all of {gpu.memory_gib:g} GiB a rank; "
                         "give more ranks, --weight-dtype fp8, or --kv-memory-gib"
                     )
-                tokens = int(memory * 2**30 // row.kv_bytes) * row.layout.kvp_size
+                tokens = tokens_in(memory * 2**30, row.layout, row.kv_bytes)
                 for exchange in exchanges if sharded else ("",):
                     yield Choice(row._replace(kv_tokens=tokens), exchange, replicated)
 

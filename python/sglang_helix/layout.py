@@ -111,26 +111,33 @@ def rows(
     drafted = 0 if draft is None else _kv_bytes(draft, plain, cache_bytes)
     in_plain_tp = _kv_bytes(shape, plain, cache_bytes) + drafted
     for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
-        held = 1 if shape.kv_heads is None else layout.kv_heads(shape.kv_heads)
-        own = _kv_bytes(shape, layout, cache_bytes)
-        kv_bytes = own + drafted * layout.kvp_size
+        kv_bytes = _kv_bytes(shape, layout, cache_bytes) + drafted * layout.kvp_size
         yield Row(
             layout,
             query_heads=shape.query_heads // layout.attn_tp_size,
             own_heads=shape.query_heads // tp_size,
-            kv_heads=held,
+            kv_heads=_held(shape, layout),
             kv_bytes=kv_bytes,
-            kv_tokens=int(memory // kv_bytes) * layout.kvp_size,
+            kv_tokens=tokens_in(memory, layout, kv_bytes),
             ratio=in_plain_tp * layout.kvp_size / kv_bytes,
             collectives=_collectives(layout),
             wire_bytes=_wire_bytes(shape, layout),
         )
 
 
+def tokens_in(memory: float, layout: Layout, kv_bytes: int) -> int:
+    """Tokens of a KVP group whose ranks have so many bytes each, `kv_bytes` for one of theirs."""
+    return int(memory // kv_bytes) * layout.kvp_size
+
+
 def _kv_bytes(shape: Shape, layout: Layout, cache_bytes: int) -> int:
     """Of a cached token of a rank, all layers."""
-    held = 1 if shape.kv_heads is None else layout.kv_heads(shape.kv_heads)
-    return held * shape.row_width * shape.layers * cache_bytes
+    return _held(shape, layout) * shape.row_width * shape.layers * cache_bytes
+
+
+def _held(shape: Shape, layout: Layout) -> int:
+    """Heads that a rank caches: key-value heads, or MLA's one latent."""
+    return 1 if shape.kv_heads is None else layout.kv_heads(shape.kv_heads)
 
 
 def _collectives(layout: Layout) -> dict[str, int]:

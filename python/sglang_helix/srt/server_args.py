@@ -216,11 +216,12 @@ def check_launch(result: None, server_args: Any) -> None:
         logger.warning(announcement(verdict))
     elif verdict.kind == "works":
         situation = situation_of(server_args)
-        for half, backend in _halves(attention_backends_of(resolved_view(server_args))):
+        backends = attention_backends_of(resolved_view(server_args))
+        for half, backend in _halves(backends):
             if situation.attention in adapter(backend).unseen:
                 flag, _ = situation.sharded_by
                 logger.warning("--%s-backend %s %s with %s.", half, backend, _UNSEEN, flag)
-        _advise_faster(situation, attention_backends_of(resolved_view(server_args))[1])
+        _advise_faster(situation, backends[1])
 
 
 def check(server_args: Any) -> None:
@@ -332,9 +333,9 @@ def _advise_faster(situation: Situation, backend: str) -> None:
         return
     if widths not in ((512, 64), (128,)):
         return
-    shards = Layout(args.tp_size, args.dcp_size).attn_tp_size
-    kv_heads = None if situation.mla else max(1, model.get_total_num_kv_heads() // shards)
-    heads = heads_name(model.get_max_num_attention_heads() // shards, kv_heads)
+    layout = Layout(args.tp_size, args.dcp_size)
+    kv_heads = None if situation.mla else layout.kv_heads(model.get_total_num_kv_heads())
+    heads = heads_name(model.get_max_num_attention_heads() // layout.attn_tp_size, kv_heads)
     others = [
         record.name
         for record in serving(situation.attention)

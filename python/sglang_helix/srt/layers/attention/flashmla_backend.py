@@ -125,6 +125,7 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         **kwargs: Any,
     ) -> Any:
         """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE."""
+        self._own_sinks(sinks)  # none: MLA's are refused
         return FlashInferMLAAttnBackend.forward_extend(
             self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
         )

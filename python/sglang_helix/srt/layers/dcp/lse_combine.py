@@ -298,10 +298,11 @@ def _shares(
         sinks = sinks.float() * _LOG2_E if base2 else sinks.float()
         top = torch.maximum(top, sinks)
     top = top.masked_fill(top == -torch.inf, 0)
-    weight = torch.exp2(lse - top) if base2 else torch.exp(lse - top)
+    power = torch.exp2 if base2 else torch.exp
+    weight = power(lse - top)
     total = weight.sum(0)  # at least 1, or 0 where all shards are empty
     if sinks is not None:
-        total = total + (torch.exp2(sinks - top) if base2 else torch.exp(sinks - top))
+        total = total + power(sinks - top)
     return weight / total.clamp_min(1), top + (total.log2() if base2 else total.log())
 
 
@@ -435,14 +436,15 @@ if triton is not None:
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         if sink_ptr is not None:
-            top = tl.load(sink_ptr + h, mask=row_ok, other=float("-inf")).to(tl.float32)
-            top = top * LOG2_E if BASE2 else top
-        sink = top
+            sink = tl.load(sink_ptr + h, mask=row_ok, other=float("-inf")).to(tl.float32)
+            sink = sink * LOG2_E if BASE2 else sink
+            top = sink
         for n in tl.static_range(N):
             top = tl.maximum(top, _or_empty(lse[n]))
         top = tl.where(top == float("-inf"), 0.0, top)
-        # The sink is one more shard, whose output is 0; without one, of weight 0.
-        total = tl.exp2(sink - top if BASE2 else (sink - top) * LOG2_E)
+        total = tl.full([ROWS], 0.0, tl.float32)
+        if sink_ptr is not None:  # one more shard, whose output is 0
+            total = tl.exp2(sink - top if BASE2 else (sink - top) * LOG2_E)
         y = tl.full([ROWS, COLS], 0.0, tl.float32)
         for n in tl.static_range(N):
             l_n_ok = _or_empty(lse[n])
