@@ -12,8 +12,8 @@ from pathlib import Path
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
-from sglang_helix.build import Builder
-from sglang_helix.check import check, first_line, layouts
+from sglang_helix.build import Builder, first_line
+from sglang_helix.check import check, layouts
 from sglang_helix.layout import CACHE_BYTES, Shape, rows, shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
 from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen
@@ -160,8 +160,8 @@ beside its prediction. **Eight GPUs were not measured**, nor any but H100 and H2
 of them follows from 2 and 4, and from the vendors' bandwidths. Two layouts within a few percent
 of one another are equal.
 
-Not worth it: one request of some ten thousand tokens or fewer, and models with as many key-value
-heads as GPUs, which store nothing twice. There plain TP is faster, and simpler.
+Not worth it: one request at a time below the length that stands under each table, and models with
+as many key-value heads as GPUs, which store nothing twice. There plain TP is faster, and simpler.
 """
     ]
     for name, element, says in PAYS:
