@@ -23,6 +23,8 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NamedTuple, Self
 from unittest import mock
 
+import torch
+
 _PRELOAD = (
     "sglang.srt.entrypoints.engine",
     "sglang.srt.managers.scheduler",
@@ -217,6 +219,9 @@ class _Fork:
 def _run(function: Callable[..., Any], args: list[Any], writer: int) -> None:
     """Body of a fork; ends the process."""
     status = 0
+    # The first to ask torch for its thread pool after a fork makes a new one, and who asks meanwhile
+    # finds none ("Invalid thread pool!"): here nobody does, while ranks may be threads.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         answer = pickle.dumps(function(*args))
         with open(writer, "wb") as stream:
