@@ -27,6 +27,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 _libc = ctypes.CDLL(None)
+# The process, by its target's name, that starts the ranks where there are replicas.
+_STARTS_RANKS = "run_data_parallel_controller_process"
 PRELOADED = ("sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager")
 
 
@@ -103,4 +105,7 @@ def _run(environ: Mapping[str, str], target: Callable[..., Any], *args: Any, **k
         del os.environ[name]
     os.environ.update(environ)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    if target.__name__ == _STARTS_RANKS:
+        fork()
+        use()
     return target(*args, **kwargs)
