@@ -35,6 +35,9 @@ def register() -> None:
         from sglang_helix.series import hooks
 
         check_version()
+        from sglang_helix.bindings import apply_hooks_in_one_walk
+
+        apply_hooks_in_one_walk()
         _register(hooks("launch"))
         _check_calling_engine()
         _installed.add("launch")
