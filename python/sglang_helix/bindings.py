@@ -1,8 +1,8 @@
 """One walk over what modules hold, in place of one for each hook.
 
 Python's ``from module import name`` copies a reference, so SGLang's HookRegistry looks for every
-function that it has wrapped in all attributes of all modules, some 300,000: 50 ms for each hook, and
-of this series' hundred hooks several seconds of every process that starts.
+function that it has wrapped in all attributes of all modules, some 300,000: 50 ms for each hook,
+and for this series' hundred hooks several seconds of every process that starts.
 """
 
 import sys

@@ -219,8 +219,8 @@ class _Fork:
 def _run(function: Callable[..., Any], args: list[Any], writer: int) -> None:
     """Body of a fork; ends the process."""
     status = 0
-    # The first to ask torch for its thread pool after a fork makes a new one, and who asks meanwhile
-    # finds none ("Invalid thread pool!"): here nobody does, while ranks may be threads.
+    # The first to ask torch for its thread pool after a fork makes a new one, and who asks
+    # meanwhile finds none ("Invalid thread pool!"): ranks that are threads would.
     torch.set_num_threads(torch.get_num_threads())
     try:
         answer = pickle.dumps(function(*args))
