@@ -55,9 +55,7 @@ class Bindings:
 
 def apply_hooks_in_one_walk() -> None:
     """From now on HookRegistry finds names by `Bindings`, made anew whenever it applies hooks."""
-    HookRegistry.apply_hooks = classmethod(  # type: ignore[assignment]
-        partial(_apply_hooks, HookRegistry.apply_hooks.__func__)  # type: ignore[attr-defined]
-    )
+    HookRegistry.apply_hooks = classmethod(partial(_apply_hooks, HookRegistry.apply_hooks.__func__))
 
 
 def _apply_hooks(original: Callable[[type[HookRegistry]], None], cls: type[HookRegistry]) -> None:
