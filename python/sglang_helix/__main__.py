@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_helix.build import Builder
 from sglang_helix.check import LAYOUT_FLAGS, MACHINES, check, check_layouts
+
+if TYPE_CHECKING:
+    from sglang_helix.contract import Contract
 
 _GPU_HELP = (
     "h100, h200, b200, gb200, or TB/s of memory, GB/s to peers, dense bf16 TFLOP/s and GiB: "
@@ -22,9 +26,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang_helix", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     series = commands.add_parser(
-        "series", help="list every hook and check it against the installed SGLang"
+        "series", help="check every hook, and all else that is borrowed, against SGLang"
     )
-    series.add_argument("--why", action="store_true", help="print the catalogue entry of each hook")
+    series.add_argument(
+        "--why",
+        action="store_true",
+        help="print the catalogue entry of each hook, and what nobody has looked at",
+    )
+    series.add_argument(
+        "--sglang",
+        type=Path,
+        metavar="DIR",
+        help="the package `sglang` of another version, unpacked: read, not imported",
+    )
+    series.add_argument(
+        "--record",
+        action="store_true",
+        help="the bodies that differ have been read: write down what they are now",
+    )
     commands.add_parser("compatibility", help="who serves what beside a sharded cache (Markdown)")
     asked = commands.add_parser(
         "check",
@@ -63,36 +82,66 @@ def main(argv: list[str] | None = None) -> int:
     if server:
         parser.error(f"unrecognized arguments: {' '.join(server)}")
     if options.command == "series":
-        return print_series(catalogue=options.why)
+        return print_series(options.why, options.sglang, record=options.record)
     if options.command == "layout":
         return print_layouts(options)
     return print_compatibility()
 
 
-def print_series(*, catalogue: bool) -> int:
-    """Print patch, kind, target and state of each hook; 1 when a target is not as declared."""
+def print_series(catalogue: bool, sglang: Path | None = None, *, record: bool = False) -> int:
+    """Print the hooks and what else the series takes for granted; 1 where SGLang differs."""
+    from sglang_helix.contract import Contract, installed
     from sglang_helix.hook import SeriesError, check_version, installed_sglang
     from sglang_helix.series import SERIES
 
     failures = 0
+    contract = Contract(sglang) if sglang else installed()
     try:
-        print(f"sglang {installed_sglang()}")
-        check_version()
+        print(f"sglang in {sglang}" if sglang else f"sglang {installed_sglang()}")
+        if sglang is None:
+            check_version()
     except SeriesError as unsupported:
         print(unsupported)
         failures += 1
     for patch in SERIES:
         print(f"\n{patch.name}: {patch.summary}")
         for hook in patch.hooks:
-            problem = hook.check()
-            failures += problem is not None
-            state = "ok" if problem is None else f"DIFFERS: {problem}"
+            problem = contract.hook_problem(hook) if sglang else hook.check()
+            failures += bool(problem)
+            state = f"DIFFERS: {problem}" if problem else "ok"
             print(f"  {hook.stage:6}  {hook.kind:10}  {hook.target}  {state}")
             if catalogue:
                 for name in ("why", "how", "upstream", "until"):
                     text = f"{name}: {getattr(hook, name)}"
                     print(textwrap.indent(textwrap.fill(text, 84), " " * 10))
-    return 1 if failures else 0
+    return 1 if failures + print_borrowed(contract, catalogue, record=record) else 0
+
+
+def print_borrowed(contract: Contract, catalogue: bool, *, record: bool) -> int:
+    """Print what the series takes for granted beside its hooks; how much of it differs."""
+    from sglang_helix.contract import changed
+    from sglang_helix.contract import record as write
+
+    uses, bodies = contract.uses(), contract.bodies()
+    if record:
+        write(bodies)
+    symbols = {use.symbol for use in uses}
+    private = [name for name in symbols if re.search(r"\._[a-zA-Z]", name)]
+    misfits = [f"{use.symbol} {use.problem} ({use.where})" for use in uses if use.problem]
+    differing = changed(bodies)
+    arguments, variables = contract.unlisted()
+    print(f"\nborrowed: {len(symbols)} symbols, {len(private)} of them private, {len(uses)} uses")
+    print(f"read: {len(bodies)} bodies that the series hooks or overrides")
+    print(
+        f"asked: {len(contract.arguments())} arguments, {len(contract.variables())} environment "
+        f"variables of the modules that it touches; {len(contract.not_seen())} of them nobody has "
+        "looked at" + (f": {', '.join(contract.not_seen())}" if catalogue else "")
+    )
+    for line in misfits + differing:
+        print(f"  DIFFERS: {line}")
+    for line in (*arguments, *variables):
+        print(f"  NEW: {line}")
+    return len(misfits) + len(differing) + len(arguments) + len(variables)
 
 
 def print_verdict(paths: list[str], tp_size: int, server: list[str], machine: str | None) -> int:
