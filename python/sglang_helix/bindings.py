@@ -5,6 +5,7 @@ function that it has wrapped in all attributes of all modules, some 300,000: 50 
 and for this series' hundred hooks several seconds of every process that starts.
 """
 
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 class Bindings:
     """Which names of which modules are bound to an object.
 
-    A module is read again when it has more or fewer names than before, as after an import.
+    After an import, modules are read that have more or fewer names than before it.
     """
 
     def __init__(self) -> None:
         self._names: dict[int, list[tuple[ModuleType, str]]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
+        self._imported = 0
 
     def rebind(self, original: object, wrapped: object, source: object) -> int:
         """In the place of SGLang's ``_propagate_patch``, which says what it is given and returns.
@@ -31,9 +33,8 @@ class Bindings:
         original: what other modules than `source` may still hold under any name.
         wrapped: what they shall hold instead; `source`, a module or class, has it already.
         """
-        for module in list(sys.modules.values()):
-            if isinstance(module, ModuleType) and self._sizes.get(id(module)) != len(vars(module)):
-                self._read(module)
+        if self._imported != len(sys.modules):
+            self._read_what_changed()
         # An id may have passed from an object that is gone to another, a name to another value.
         held = [
             (module, name)
@@ -47,6 +48,13 @@ class Bindings:
             self._read(source)
         return len(held)
 
+    def _read_what_changed(self) -> None:
+        modules = list(sys.modules.values())
+        self._imported = len(modules)
+        for module in modules:
+            if isinstance(module, ModuleType) and self._sizes.get(id(module)) != len(vars(module)):
+                self._read(module)
+
     def _read(self, module: ModuleType) -> None:
         self._sizes[id(module)] = len(vars(module))
         for name, value in vars(module).items():
@@ -59,9 +67,12 @@ def apply_hooks_in_one_walk() -> None:
 
 
 def _apply_hooks(original: Callable[[type[HookRegistry]], None], cls: type[HookRegistry]) -> None:
-    walk = hook_registry._propagate_patch
+    walk, collects = hook_registry._propagate_patch, gc.isenabled()
     hook_registry._propagate_patch = Bindings().rebind
+    gc.disable()  # it would look through all that SGLang has imported, several times over
     try:
         original(cls)
     finally:
         hook_registry._propagate_patch = walk
+        if collects:
+            gc.enable()

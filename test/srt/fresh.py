@@ -8,6 +8,7 @@ The import costs twenty seconds of CPU time. It happens once for each platform, 
 Triton's interpreter: a `Fresh` is itself a fork, of a process that lives as long as this one.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -146,6 +147,7 @@ def _fork_each(connection: Connection) -> None:
     """Body of a process that has imported SGLang; ends when its parent does."""
     for name in _PRELOAD:
         import_module(name)
+    gc.freeze()  # a collection in a fork would look through every module, and copy its pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that it forks
     while True:
         try:
