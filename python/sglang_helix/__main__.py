@@ -1,4 +1,4 @@
-"""Command line: ``python -m sglang_helix series``, ``compatibility``, ``check`` and ``layout``."""
+"""Command line: ``series``, ``export``, ``compatibility``, ``check`` and ``layout``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="the bodies that differ have been read: write down what they are now",
     )
+    exported = commands.add_parser(
+        "export", help="make the series' commits on a git checkout of SGLang, as a new branch"
+    )
+    exported.add_argument("checkout", type=Path, help="a clean git checkout")
+    exported.add_argument("--branch", default="helix", help="the branch to make (default: helix)")
+    exported.add_argument(
+        "--format-patch", type=Path, metavar="DIR", help="write files for git am as well"
+    )
     commands.add_parser("compatibility", help="who serves what beside a sharded cache (Markdown)")
     asked = commands.add_parser(
         "check",
@@ -83,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(server)}")
     if options.command == "series":
         return print_series(options.why, options.sglang, record=options.record)
+    if options.command == "export":
+        return print_export(options.checkout, options.branch, options.format_patch)
     if options.command == "layout":
         return print_layouts(options)
     return print_compatibility()
@@ -142,6 +152,22 @@ def print_borrowed(contract: Contract, catalogue: bool, *, record: bool) -> int:
     for line in (*arguments, *variables):
         print(f"  NEW: {line}")
     return len(misfits) + len(differing) + len(arguments) + len(variables)
+
+
+def print_export(checkout: Path, branch: str, patches: Path | None) -> int:
+    """Export the series to a checkout; 1 where it refuses, with the reason."""
+    from sglang_helix.export import export
+    from sglang_helix.hook import SeriesError
+
+    try:
+        commits = export(checkout, branch, patches)
+    except SeriesError as refused:
+        print(refused, file=sys.stderr)
+        return 1
+    print(f"{len(commits)} commits on the new branch {branch}: git -C {checkout} switch {branch}")
+    if patches is not None:
+        print(f"{len(commits)} files for git am in {patches}")
+    return 0
 
 
 def print_verdict(paths: list[str], tp_size: int, server: list[str], machine: str | None) -> int:

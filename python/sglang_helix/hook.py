@@ -6,6 +6,7 @@ Importing this module imports neither SGLang nor torch.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -90,12 +91,35 @@ class Hook:
 
 
 @dataclass(frozen=True)
+class Field:
+    """An input of ServerArgs that SGLang lacks: a field in its own tree, beside them in a plugin.
+
+    name, type: of the field, None where the user gives none.
+    namespace, after: the struct of `arg_groups/fields` that it belongs to, and its neighbour there.
+    flags, help: its command line; the first flag is the one that the name gives.
+    """
+
+    name: str
+    namespace: str
+    after: str
+    type: type
+    flags: tuple[str, ...]
+    help: str
+
+
+@dataclass(frozen=True)
 class Patch:
-    """A part of the series that can be loaded without the later ones."""
+    """A part of the series that can be loaded without the later ones.
+
+    fields: inputs of ServerArgs that it adds. modules: what lands with this patch in SGLang's own
+    tree although an earlier one could import it; every other module lands with the first that does.
+    """
 
     name: str
     summary: str
     hooks: tuple[Hook, ...]
+    fields: tuple[Field, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 def signature_of(target: Any) -> str:
@@ -125,4 +149,13 @@ def check_version() -> None:
         raise SeriesError(
             f"sglang-helix supports sglang {' or '.join(SUPPORTED_SGLANG)}, but {found} is "
             f"installed: pip install sglang=={SUPPORTED_SGLANG[-1]}, or uninstall sglang-helix"
+        )
+
+
+def check_one_form() -> None:
+    """Raise SeriesError where SGLang has the series in its own tree, too."""
+    if importlib.util.find_spec(".helix", "sglang.srt") is not None:
+        raise SeriesError(
+            "this SGLang has the series in its own tree (sglang/srt/helix.py), and the plugin "
+            "would start it twice: pip uninstall sglang-helix, or use a tree without those commits"
         )

@@ -17,7 +17,7 @@ import functools
 import logging
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ _installed: set[str] = set()
 def register() -> None:
     """Entry point of the group `sglang.srt.plugins`: the launch stage."""
     try:
-        from sglang_helix.hook import check_version
+        from sglang_helix.hook import check_one_form, check_version
         from sglang_helix.series import hooks
 
+        check_one_form()
         check_version()
         from sglang_helix.bindings import apply_hooks_in_one_walk
 
@@ -48,7 +49,7 @@ def register() -> None:
 def _check_calling_engine() -> None:
     """`sglang.Engine()` loads plugins itself, with its arguments already at hand."""
     if "sglang.srt.entrypoints.engine" in sys.modules:
-        from sglang_helix.srt.entrypoints.engine import check_calling_engine
+        from sglang_helix.flags import check_calling_engine
 
         check_calling_engine()
 
@@ -94,6 +95,12 @@ def verify(stage: Stage) -> None:
     ]
     if missing:
         raise SeriesError(f"SGLang did not apply the hooks on {', '.join(missing)}")
+
+
+def verify_series(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """First step of resolution: SGLang logs hooks that fail and carries on; stop instead."""
+    verify("launch")
+    previous(server_args)
 
 
 def _register(hooks: Iterable[Hook]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sglang_helix.hook import Hook, Patch, Stage
+from sglang_helix.hook import Field, Hook, Patch, Stage
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 
 _SRT = "sglang_helix.srt"
@@ -23,7 +23,7 @@ A2A = Patch(
             target="sglang.srt.arg_groups.parallel_hook.handle_deprecated_dp_attention",
             kind="resolution",
             stage="launch",
-            impl=f"{_SRT}.server_args:verify_series",
+            impl="sglang_helix.plugin:verify_series",
             signature="server_args",
             why="SGLang logs a hook that could not be applied and starts without it",
             how="first step of resolution: stops unless every launch hook was applied",
@@ -80,7 +80,7 @@ A2A = Patch(
             target="sglang.srt.distributed.bootstrap.init_parallel_runtime",
             kind="before",
             stage="launch",
-            impl="sglang_helix.plugin:before_process_groups",
+            impl="sglang_helix.helix:before_process_groups",
             signature="server_args, device, dist_port",
             why="attention backends and models are too heavy to import in every process",
             how="validates again; installs the serve stage in scheduler processes where the series "
@@ -660,6 +660,17 @@ QPROJ = Patch(
     ),
 )
 
+ATTENTION_TP_SIZE = Field(
+    name="attention_tensor_parallel_size",
+    namespace="parallel",
+    after="dcp_size",
+    type=int,
+    flags=("--attention-tensor-parallel-size", "--attn-tp-size"),
+    help="Shard the heads of attention over this many ranks in place of all --tp-size ones; the "
+    "ranks that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size "
+    "/ attention tp size, and the query projection is replicated. Default: same as --tp-size.",
+)
+
 ATTN_TP = Patch(
     "attn_tp",
     "Attention on fewer head shards than the FFN: --attn-tp-size",
@@ -668,7 +679,7 @@ ATTN_TP = Patch(
             target="sglang.srt.server_args.ServerArgs.add_cli_args",
             kind="after",
             stage="launch",
-            impl=f"{_SRT}.server_args:add_cli_args",
+            impl="sglang_helix.flags:add_cli_args",
             signature="parser",
             why="the flag does not exist",
             how="adds it to every parser of server arguments, YAML files included",
@@ -679,7 +690,7 @@ ATTN_TP = Patch(
             target="sglang.srt.server_args.ServerArgs.from_cli_args",
             kind="after",
             stage="launch",
-            impl=f"{_SRT}.server_args:from_cli_args",
+            impl="sglang_helix.flags:from_cli_args",
             signature="args",
             why="drops what is not a field, and a field cannot be added from outside",
             how="keeps the value beside the fields",
@@ -690,7 +701,7 @@ ATTN_TP = Patch(
             target="sglang.srt.entrypoints.engine.Engine.server_args_class",
             kind="attribute",
             stage="launch",
-            impl=f"{_SRT}.server_args:make_server_args",
+            impl="sglang_helix.flags:make_server_args",
             signature="",
             why="sglang.Engine(attn_tp_size=A) would be an unknown argument",
             how="takes it out, builds ServerArgs, and keeps it beside the fields",
@@ -701,7 +712,7 @@ ATTN_TP = Patch(
             target="sglang.srt.entrypoints.engine.Engine.__init__",
             kind="before",
             stage="launch",
-            impl=f"{_SRT}.entrypoints.engine:check_engine_arguments",
+            impl="sglang_helix.flags:check_engine_arguments",
             signature="self, **kwargs",
             why="Engine(server_args=..., attn_tp_size=A) drops the latter without a word",
             how="an error that says what to do",
@@ -720,6 +731,7 @@ ATTN_TP = Patch(
             until="upstream has the flag",
         ),
     ),
+    fields=(ATTENTION_TP_SIZE,),
 )
 
 SYMM = Patch(
@@ -750,6 +762,7 @@ SYMM = Patch(
             until="upstream has a one-kernel exchange",
         ),
     ),
+    modules=(f"{_SRT}.layers.dcp.symm", f"{_SRT}.layers.dcp.symm_workspace"),
 )
 
 DRAFTS = Patch(

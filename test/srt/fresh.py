@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 
-_PRELOAD = (
+PRELOAD = (
     "sglang.srt.entrypoints.engine",
     "sglang.srt.managers.scheduler",
     "sglang.srt.models.registry",
@@ -145,7 +145,7 @@ class _Imported:
 
 def _fork_each(connection: Connection) -> None:
     """Body of a process that has imported SGLang; ends when its parent does."""
-    for name in _PRELOAD:
+    for name in PRELOAD:
         import_module(name)
     gc.freeze()  # a collection in a fork would look through every module, and copy its pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that it forks
@@ -173,12 +173,19 @@ def _serve(connection: Connection, preload: Sequence[str]) -> None:
             what, env, timeout = connection.recv()
         except EOFError:
             return
-        deadline = time.monotonic() + timeout
         if isinstance(what, tuple):
             connection.send(_called(*what))
             continue
-        forks = [_Fork(function, args, env) for function, *args in what]
-        connection.send([fork.wait(deadline) for fork in forks])
+        connection.send(in_forks(what, env, timeout))
+
+
+def in_forks(
+    functions: list[tuple[Any, ...]], env: Mapping[str, str], timeout: float
+) -> list[tuple[int, Any, str]]:
+    """How calls in forks of this process ended, all at the same time; see `Outcome`."""
+    deadline = time.monotonic() + timeout
+    forks = [_Fork(function, args, env) for function, *args in functions]
+    return [fork.wait(deadline) for fork in forks]
 
 
 def _called(function: Callable[..., Any], *args: Any) -> Outcome:
@@ -189,7 +196,9 @@ def _called(function: Callable[..., Any], *args: Any) -> Outcome:
 
 
 class _Fork:
-    def __init__(self, function: Callable[..., Any], args: list[Any], env: dict[str, str]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: list[Any], env: Mapping[str, str]
+    ) -> None:
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed in `wait`
         reader, writer = os.pipe()
         self.pid = os.fork()

@@ -4,8 +4,9 @@ What fails here fails inside a process or a function; test_launcher_refuses.py b
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ def test_launcher_stops_at_a_launch_hook_that_did_not_take(
     assert stopped.status == 1
     assert f"SeriesError: SGLang did not apply the hooks on {target}" in stopped.output
     assert "resolved" not in stopped.output.splitlines()
+
+
+def plugin_beside_a_tree_that_has_the_series() -> None:
+    module = ModuleType("sglang.srt.helix")
+    module.__spec__ = ModuleSpec(module.__name__, None)
+    sys.modules[module.__name__] = module
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    print("loaded", flush=True)
+
+
+def test_the_series_is_not_started_twice(fresh: Fresh) -> None:
+    stopped = fresh.outcome(plugin_beside_a_tree_that_has_the_series)
+    assert stopped.status == 1
+    assert "this SGLang has the series in its own tree (sglang/srt/helix.py)" in stopped.output
+    assert "pip uninstall sglang-helix" in stopped.output
+    assert "loaded" not in stopped.output.splitlines()
 
 
 @pytest.mark.parametrize("target", SERVE[:: max(1, len(SERVE) // 4)])
@@ -213,7 +232,7 @@ def test_a_rank_with_another_report_is_named(rank: int, different: dict[str, Any
 @pytest.mark.usefixtures("parallel")
 @pytest.mark.parametrize("info", [{}, {"status": "ready"}, {SERIES_KEY: {}}])
 def test_a_rank_without_the_series_is_named(info: dict[str, Any]) -> None:
-    with pytest.raises(SeriesError, match="scheduler process 1 runs without sglang-helix"):
+    with pytest.raises(SeriesError, match="scheduler process 1 runs without the series"):
         check_reports([report(), info])
 
 
@@ -273,7 +292,7 @@ def test_reports_of_replicas_come_through_their_controller(parallel: SimpleNames
     check_reports(controller(*[report()] * 8))
     with pytest.raises(SeriesError, match="7 scheduler processes of at least 8 have"):
         check_reports(controller(*[report()] * 7))
-    with pytest.raises(SeriesError, match="scheduler process 2 runs without sglang-helix"):
+    with pytest.raises(SeriesError, match="scheduler process 2 runs without the series"):
         check_reports(controller(report(), report(), {}))
     with pytest.raises(SeriesError, match=r"scheduler process 1 runs .*'dcp_size': 4"):
         check_reports(controller(report(), report(dcp_size=4)))

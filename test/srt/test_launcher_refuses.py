@@ -52,7 +52,7 @@ hook.SUPPORTED_SGLANG = ("0.0.1",)
     [
         pytest.param(LAUNCH_HOOK, "broken on purpose", id="launch hook"),
         pytest.param(SERVE_HOOK_IN_THE_RANKS, "broken on purpose", id="serve hook"),
-        pytest.param(NO_SERIES_IN_THE_RANKS, "without sglang-helix", id="rank without the series"),
+        pytest.param(NO_SERIES_IN_THE_RANKS, "without the series", id="rank without the series"),
         pytest.param(OTHER_VERSION, "supports sglang 0.0.1, but 0.5.23 is", id="other version"),
     ],
 )

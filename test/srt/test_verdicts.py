@@ -20,8 +20,9 @@ from unittest import mock
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.check import facts_of
+from sglang_helix.flags import keep_attn_tp_size
 from sglang_helix.srt.compatibility.rows import BESIDE_OWN, NO_PLAN, TABLE, Row
-from sglang_helix.srt.compatibility.situation import Situation, keep_attn_tp_size
+from sglang_helix.srt.compatibility.situation import Situation
 from sglang_helix.srt.compatibility.verdict import Verdict, decide, refusals
 from srt.fresh import Fresh
 from srt.model_loader.test_loader import configuration

@@ -10,11 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang_helix import plugin
 from sglang_helix.srt.compatibility.situation import (
     Situation,
     attn_tp_size_of,
-    keep_attn_tp_size,
     situation_of,
 )
 from sglang_helix.srt.compatibility.verdict import (
@@ -32,12 +30,6 @@ logger = logging.getLogger(__name__)
 
 Step = Callable[[Any], None]
 
-_HELP = (
-    "Shard the heads of attention over this many ranks in place of all --tp-size ones; the ranks "
-    "that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size / "
-    "attention tp size, and the query projection is replicated. Default: same as --tp-size."
-)
-
 
 def add_comm_backends(result: None, parser: argparse.ArgumentParser) -> None:
     """After `ServerArgs.add_cli_args`: the series' own choices of `--dcp-comm-backend`."""
@@ -52,33 +44,6 @@ def _own_comm_backends() -> dict[str, str]:
     from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
     return {name: backend.help for name, backend in BACKENDS.items() if backend.help}
-
-
-def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
-    """After `ServerArgs.add_cli_args`: `--attn-tp-size`, for every command line and YAML file."""
-    parser.add_argument(
-        "--attention-tensor-parallel-size",
-        "--attn-tp-size",
-        type=int,
-        default=None,
-        dest="helix_attn_tp_size",
-        metavar="A",
-        help=_HELP,
-    )
-
-
-def from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
-    """After `ServerArgs.from_cli_args`: keep the flag on the new record."""
-    keep_attn_tp_size(result, getattr(args, "helix_attn_tp_size", None))
-
-
-def make_server_args(attn_tp_size: int | None = None, **fields: Any) -> Any:
-    """`Engine`'s way to its ServerArgs: `sglang.Engine(attn_tp_size=A)`."""
-    from sglang.srt.server_args import ServerArgs
-
-    server_args = ServerArgs(**fields)
-    keep_attn_tp_size(server_args, attn_tp_size)
-    return server_args
 
 
 def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
@@ -102,12 +67,6 @@ def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
                 dcp_size=layout.kvp_size,
                 dcp_replicate_q_proj=True,
             )
-    previous(server_args)
-
-
-def verify_series(server_args: Any, previous: Step) -> None:
-    """First step of resolution: SGLang logs hooks that fail and carries on; stop instead."""
-    plugin.verify("launch")
     previous(server_args)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_helix import helix
 from sglang_helix.srt.layers.attention.adapters import Attention
 
 
@@ -100,16 +101,6 @@ def situation_of(server_args: Any) -> Situation:
     )
 
 
-# SGLang's `attn_tp_size` is another, derived name (tp / dp / cp); ours rides beside the fields of
-# ServerArgs, whose pickled form keeps it.
-_ATTN_TP_SIZE = "_helix_attn_tp_size"
-
-
 def attn_tp_size_of(server_args: Any) -> int | None:
     """A as the user gave it; None where they did not."""
-    return getattr(server_args, _ATTN_TP_SIZE, None)
-
-
-def keep_attn_tp_size(server_args: Any, attn_tp_size: int | None) -> None:
-    """Keep A beside the fields of a ServerArgs."""
-    setattr(server_args, _ATTN_TP_SIZE, attn_tp_size)
+    return getattr(server_args, helix.ATTN_TP_SIZE, None)

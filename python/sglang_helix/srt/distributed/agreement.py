@@ -25,8 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_helix import plugin
-from sglang_helix.hook import SeriesError, installed_sglang
+from sglang_helix import helix
 from sglang_helix.srt.managers.scheduler import series_of
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ class Agreement:
             silent = [rank for rank, key in enumerate(keys) if not self._has(key)]
             missing = f"{self._named(silent)} {_have(silent)} not been ready for {waited:.0f} s"
             if waited >= limit:
-                raise SeriesError(f"{missing}: see the log of that node")
+                raise helix.SeriesError(f"{missing}: see the log of that node")
             logger.warning("%s; waiting", missing)
             due += _MINUTE
         return [json.loads(self._store.get(key)) for key in keys]
@@ -156,7 +155,7 @@ class Agreement:
         return (
             f"{self._named(silent)} {_have(silent)} not said within {patience:.0f} s what "
             "they run, and without the series their answers would be wrong: see the log of that "
-            "node, install the same sglang-helix there and leave it in SGLANG_PLUGINS."
+            f"node, {helix.RUN_THE_SAME}."
         )
 
     def _differences(self, said: list[dict[str, Any]]) -> str | None:
@@ -196,7 +195,7 @@ def agree(result: None, *args: Any, **kwargs: Any) -> None:
 
     if publish_role() != "scheduler" or get_exec().moe.is_ep_joiner:
         return
-    sharded = "serve" in plugin.installed_stages()
+    sharded = "serve" in helix.installed_stages()
     if get_parallel().nnodes == 1 and not sharded:
         return
     agreement = Agreement.of_process()
@@ -239,9 +238,9 @@ def what_runs() -> dict[str, Any]:
     config = _plain(process_model_config().hf_config.to_dict())
     config.pop("_name_or_path", None)  # nodes may keep the model at different places
     return {
-        **series_of(plugin.installed_stages()),
+        **series_of(helix.installed_stages()),
         "sources": _digest(_sources()),
-        "sglang": installed_sglang(),
+        "sglang": helix.installed_sglang(),
         "torch": torch.__version__,
         "nccl": list(torch.cuda.nccl.version()) if torch.cuda.is_available() else None,
         "attention_backends": list(attention_backends()),

@@ -1,34 +1,13 @@
-"""What the launcher refuses: lost arguments, ranks without the series. Extends `engine.py`."""
+"""What the launcher refuses: ranks without the series. Extends `engine.py`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_helix.hook import SeriesError
+from sglang_helix import helix
 from sglang_helix.srt.compatibility.verdict import verdict_of
 from sglang_helix.srt.managers.scheduler import OTHER_NODES, SERIES_KEY, series_of
-
-
-def check_engine_arguments(engine: Any, **kwargs: Any) -> None:
-    """Before `Engine.__init__`, which drops every other argument where `server_args` is given."""
-    if "server_args" in kwargs and kwargs.get("attn_tp_size") is not None:
-        raise ValueError(
-            f"Engine(server_args=..., attn_tp_size={kwargs['attn_tp_size']}): attn_tp_size would "
-            "be ignored. Give the fields in place of server_args: Engine(model_path=..., "
-            "tp_size=..., attn_tp_size=...)."
-        )
-
-
-def check_calling_engine() -> None:
-    """The same of an `Engine.__init__` that is loading plugins now, too late for its own hook."""
-    from sglang.srt.entrypoints.engine import Engine
-
-    frame = sys._getframe()
-    while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code is Engine.__init__.__code__:
-            check_engine_arguments(frame.f_locals["self"], **frame.f_locals["kwargs"])
 
 
 def launch_scheduler_processes(
@@ -63,19 +42,19 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
         reports += report if isinstance(report, list) else [report]
     reports += [other for report in reports for other in report.get(OTHER_NODES, [])]
     for index, report in enumerate(reports):
-        found = report.get("series", "without sglang-helix")
+        found = report.get("series", "without the series")
         if found != expected:
-            raise SeriesError(
+            raise helix.SeriesError(
                 f"scheduler process {index} runs {found}, the launcher {expected}. Every rank must "
-                "run the same series, or answers would be wrong: see that process's log, install "
-                "the same sglang-helix everywhere and leave it in SGLANG_PLUGINS."
+                "run the same series, or answers would be wrong: see that process's log, "
+                f"{helix.RUN_THE_SAME}."
             )
     ranks, parallel = 1, get_parallel()
     if serves:
         ranks = parallel.tp_size * parallel.pp_size * parallel.dp_size
         ranks //= parallel.nnodes if parallel.node_rank else 1
     if len(reports) < ranks:
-        raise SeriesError(
+        raise helix.SeriesError(
             f"{len(reports)} scheduler processes of at least {ranks} have said what they run. "
             "Every rank must run the same series, or answers would be wrong: see the log of those "
             "that are missing."

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_helix import helix
 from sglang_helix.srt.compatibility.rows import STORAGE
 from sglang_helix.srt.compatibility.situation import situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
@@ -33,14 +34,13 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     """
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
-    from sglang_helix import plugin
     from sglang_helix.srt.layers.attention.attention_registry import check_backend
 
     parallel = get_parallel()
     runner = scheduler.tp_worker.model_runner
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     report = {
-        "series": series_of(plugin.installed_stages()),
+        "series": series_of(helix.installed_stages()),
         "kv_tokens": scheduler.max_total_num_tokens,
         "kv_bytes": kv_bytes(runner.token_to_kv_pool),
     }
@@ -55,7 +55,7 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
         check_backend(runner.attn_backend, mla=runner.use_mla_backend)
         for line in describe(layout, runner, report):
             logger.info(line)
-    if "serve" in plugin.installed_stages() and parallel.nnodes > 1:
+    if "serve" in helix.installed_stages() and parallel.nnodes > 1:
         from sglang.srt.model_executor.model_runner_components.load_model_utils import (
             UNBALANCED_MODEL_LOADING_TIMEOUT_S,
         )
@@ -216,11 +216,9 @@ def series_of(stages: frozenset[str]) -> dict[str, Any]:
     """What must be the same on every rank: version, verdict, stages, layout, as they are here."""
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
-    from sglang_helix import __version__
-
     parallel = get_parallel()
     return {
-        "version": __version__,
+        "version": helix.__version__,
         "verdict": verdict_of(get_server_args()).kind,
         "stages": sorted(stages),
         "tp_size": parallel.tp_size,

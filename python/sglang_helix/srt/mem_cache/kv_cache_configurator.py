@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 
-from sglang_helix.hook import SeriesError
+from sglang_helix.helix import SeriesError
 
 
 def mark_replicated(pools: Any, configurator: Any, **kwargs: Any) -> None:

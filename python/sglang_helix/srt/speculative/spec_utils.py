@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_helix.hook import SeriesError
+from sglang_helix.helix import SeriesError
 from sglang_helix.srt.layers.attention.attention_registry import absorbed_mla_backends
 
 _PLAIN_TP = {

@@ -18,7 +18,14 @@ from sglang_helix.srt.layers.attention.seen import seen_on_a_gpu
 
 Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
 
-_OURS = "sglang_helix.srt.layers.attention"
+# The series' own modules; classes of all others are SGLang's.
+_FLASHATTENTION = "sglang_helix.srt.layers.attention.flashattention_backend"
+_FLASHINFER = "sglang_helix.srt.layers.attention.flashinfer_backend"
+_FLASHMLA = "sglang_helix.srt.layers.attention.flashmla_backend"
+_TRTLLM_MHA = "sglang_helix.srt.layers.attention.trtllm_mha_backend"
+_TRITON = "sglang_helix.srt.layers.attention.triton_backend"
+_TORCH_NATIVE = "sglang_helix.srt.layers.attention.torch_native_backend"
+_OURS = frozenset({_FLASHATTENTION, _FLASHINFER, _FLASHMLA, _TRTLLM_MHA, _TRITON, _TORCH_NATIVE})
 _SGLANG = "sglang.srt.layers.attention"
 
 
@@ -69,7 +76,9 @@ class Adapter:
 
     def own_class(self, attention: Attention) -> str | None:
         """The class of the series that serves it; None where SGLang's own does, or nothing."""
-        return next((name for name in self.classes(attention) if name.startswith(_OURS)), None)
+        return next(
+            (name for name in self.classes(attention) if name.partition(":")[0] in _OURS), None
+        )
 
     @property
     def own_file(self) -> str | None:
@@ -115,8 +124,8 @@ ADAPTERS: tuple[Adapter, ...] = (
         "fa3",
         base2=False,
         windows=True,
-        gqa=(f"{_OURS}.flashattention_backend:ShardedFlashAttentionBackend",),
-        mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttentionBackend",),
+        gqa=(f"{_FLASHATTENTION}:ShardedFlashAttentionBackend",),
+        mla=(f"{_FLASHATTENTION}:ShardedFlashAttentionBackend",),
         majors=(8, 9),
         mla_majors=(9,),
         chosen_on=(9,),
@@ -129,8 +138,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "fa4",
         base2=False,
-        gqa=(f"{_OURS}.flashattention_backend:ShardedFlashAttention4Backend",),
-        mla=(f"{_OURS}.flashattention_backend:ShardedFlashAttention4Backend",),
+        gqa=(f"{_FLASHATTENTION}:ShardedFlashAttention4Backend",),
+        mla=(f"{_FLASHATTENTION}:ShardedFlashAttention4Backend",),
         majors=(9, 10),
         mla_majors=(10,),
         no_fp8={
@@ -144,7 +153,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "flashinfer",
         base2=True,
-        gqa=(f"{_OURS}.flashinfer_backend:ShardedFlashInferAttnBackend",),
+        gqa=(f"{_FLASHINFER}:ShardedFlashInferAttnBackend",),
         mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),
         no_drafts={"MLA": "SGLang's class returns no LSE of a verify pass"},
         why="no DCP with GQA: attends every rank's slots, planned for the heads of one rank",
@@ -153,7 +162,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "flashmla",
         base2=False,
-        mla=(f"{_OURS}.flashmla_backend:ShardedFlashMLABackend",),
+        mla=(f"{_FLASHMLA}:ShardedFlashMLABackend",),
         no_drafts={"MLA": _UNTRIED},
         majors=(9,),
         no_e5m2=True,
@@ -164,7 +173,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "trtllm_mha",
         base2=True,
-        gqa=(f"{_OURS}.trtllm_mha_backend:ShardedTRTLLMHAAttnBackend",),
+        gqa=(f"{_TRTLLM_MHA}:ShardedTRTLLMHAAttnBackend",),
         majors=(10,),
         pages=(16, 32, 64),
         why="no DCP: attends every rank's slots, and returns no LSE",
@@ -191,8 +200,8 @@ ADAPTERS: tuple[Adapter, ...] = (
         "triton",
         base2=False,
         windows=True,
-        gqa=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
-        mla=(f"{_OURS}.triton_backend:ShardedTritonAttnBackend",),
+        gqa=(f"{_TRITON}:ShardedTritonAttnBackend",),
+        mla=(f"{_TRITON}:ShardedTritonAttnBackend",),
         drafts_in_graphs=("GQA", "MLA"),
         why="its DCP ignores the communication backend, drops heads and breaks on MLA",
         upstream="sgl-project/sglang#25090, #34161, #30444",
@@ -202,8 +211,8 @@ ADAPTERS: tuple[Adapter, ...] = (
         "torch_native",
         base2=False,
         windows=True,
-        gqa=(f"{_OURS}.torch_native_backend:ShardedTorchReferenceAttnBackend",),
-        mla=(f"{_OURS}.torch_native_backend:ShardedTorchReferenceAttnBackend",),
+        gqa=(f"{_TORCH_NATIVE}:ShardedTorchReferenceAttnBackend",),
+        mla=(f"{_TORCH_NATIVE}:ShardedTorchReferenceAttnBackend",),
         off_cuda=True,
         why="no DCP and no absorbed MLA",
         until="upstream's backend serves both",

@@ -30,10 +30,10 @@ def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: Mo
 
 
 def create_torch_native_backend(runner: ModelRunner) -> Any:
-    """`torch_native` of the CPU reference platform over a whole cache: plain torch, with MLA."""
-    from sglang_helix.srt.layers.attention import torch_native_backend
+    """`torch_native` of the CPU reference platform: plain torch, with MLA, over either cache."""
+    from sglang_helix.srt.layers.attention.torch_native_backend import TorchReferenceAttnBackend
 
-    return torch_native_backend.TorchReferenceAttnBackend(runner)
+    return create_backend("torch_native", TorchReferenceAttnBackend, runner)
 
 
 def check_backend(backend: Any, *, mla: bool) -> None:
@@ -44,7 +44,7 @@ def check_backend(backend: Any, *, mla: bool) -> None:
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 
-    from sglang_helix.hook import SeriesError
+    from sglang_helix.helix import SeriesError
 
     if isinstance(backend, HybridLinearAttnBackend):  # the others keep recurrent states
         backend = backend.full_attn_backend

@@ -29,7 +29,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from sglang_helix.hook import SeriesError
+from sglang_helix.helix import SeriesError
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.dcp.comm import deferred

@@ -30,7 +30,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 from torch import Tensor
 
-from sglang_helix.hook import SeriesError
+from sglang_helix.helix import SeriesError
 from sglang_helix.srt.layers.attention.kv_splits import (
     BLOCK,
     GQA,
