@@ -46,15 +46,14 @@ SEEN: tuple[Seen, ...] = (
     Seen(
         *("fa3", "GQA", "one H200", ("graph", "extend", "fp8")),
         "Llama-shaped `symm` server with an fp8 cache, scales of a checkpoint and without: no "
-        "further from the oracle than one rank; before a decode step's schedule was worked out "
-        "once for all layers",
+        "further from the oracle than one rank",
     ),
     Seen(
         *("fa3", "GQA", "several GPUs", ("graph", "extend")),
         "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; `symm` of 4 "
         "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token. "
-        "Four H200s: `symm` of 4; times per token. All before a decode step's schedule was worked "
-        "out once for all layers",
+        "Four H200s: `symm` of 4; times per token. All without HELIX_FA3_SCHEDULE=1, by which a "
+        "decode step's schedule is worked out once for all layers",
     ),
     Seen(
         *("fa3", "MLA", "CPU", ("graph", "extend", "verify")),
