@@ -119,7 +119,7 @@ def print_series(catalogue: bool, sglang: Path | None = None, *, record: bool = 
             problem = contract.hook_problem(hook) if sglang else hook.check()
             failures += bool(problem)
             state = f"DIFFERS: {problem}" if problem else "ok"
-            print(f"  {hook.stage:6}  {hook.kind:10}  {hook.target}  {state}")
+            print(f"  {hook.stage:8}  {hook.kind:10}  {hook.target}  {state}")
             if catalogue:
                 for name in ("why", "how", "upstream", "until"):
                     text = f"{name}: {getattr(hook, name)}"

@@ -18,7 +18,7 @@ SUPPORTED_SGLANG = ("0.5.23",)
 Kind = Literal[
     "before", "after", "around", "replace", "resolution", "backend", "append", "attribute"
 ]
-Stage = Literal["launch", "serve"]
+Stage = Literal["launch", "serve", "transfer"]
 
 # The kinds that SGLang's own hook registry installs.
 HOOK_TYPES = frozenset({"before", "after", "around", "replace"})
@@ -40,7 +40,8 @@ class Hook:
         attribute to the implementation, as a static method.
     stage: ``launch`` hooks go into every process and import nothing heavy; ``serve`` hooks go
         into a scheduler process just before its process groups are built, and only when the
-        layout shards the cache.
+        layout shards the cache; ``transfer`` hooks go there too, where it disaggregates prefill
+        from decode by Mooncake, sharded or not: one of the two servers may be.
     impl: ``module:function`` of this package.
     signature: parameter names of the target, ``=`` after those with a default; empty for what is
         not called by the series.

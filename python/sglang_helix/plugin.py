@@ -1,8 +1,9 @@
-"""SGLang's door to the series: the entry point, its two stages, and the checks that fail closed.
+"""SGLang's door to the series: the entry point, its stages, and the checks that fail closed.
 
 SGLang calls `register` in every process that loads plugins. The launch stage registers the light
 hooks. The serve stage runs in a scheduler process whose layout shards the cache, just before the
-process groups are built, and installs the rest.
+process groups are built, and installs the rest, but for what transfers between a prefill and a
+decode server need: that is a stage of its own, for plain servers too.
 
 SGLang logs a plugin or a hook that fails and carries on; a rank that lacks one would then serve
 wrong tokens. So whatever goes wrong in a stage ends the process (SystemExit passes through
@@ -56,7 +57,12 @@ def _check_calling_engine() -> None:
 
 def install_serve_stage() -> None:
     """In a scheduler process, before its process groups: import the heavy targets and patch."""
-    if "serve" in _installed:
+    install("serve")
+
+
+def install(stage: Stage) -> None:
+    """The same of any stage but the first."""
+    if stage in _installed:
         return
     try:
         from sglang.srt.plugins.hook_registry import HookRegistry
@@ -64,16 +70,36 @@ def install_serve_stage() -> None:
         from sglang_helix.series import hooks
 
         verify("launch")
-        # A platform registers its attention backends when this is imported; adapters take the
-        # place of what is there.
-        import sglang.srt.model_executor.model_runner  # noqa: F401
+        if stage == "serve":
+            # A platform registers its attention backends when this is imported; adapters take the
+            # place of what is there.
+            import sglang.srt.model_executor.model_runner  # noqa: F401
 
-        _register(hooks("serve"))
+        _register(hooks(stage))
         HookRegistry.apply_hooks()
-        verify("serve")
-        _installed.add("serve")
+        verify(stage)
+        _installed.add(stage)
     except Exception as failure:
-        _stop("serve", failure)
+        _stop(stage, failure)
+
+
+def stages_of(server_args: Any) -> frozenset[Stage]:
+    """The stages of a rank that runs with resolved arguments.
+
+    A plain prefill server sends to sharded decode servers, so it needs the stage of transfers too.
+    """
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    from sglang_helix.srt.compatibility.verdict import verdict_of
+
+    kind, view = verdict_of(server_args).kind, resolved_view(server_args)
+    stages: set[Stage] = {"launch"}
+    if kind == "works":
+        stages.add("serve")
+    disaggregated = view.disaggregation_mode not in ("null", None)
+    if kind != "own" and disaggregated and view.disaggregation_transfer_backend == "mooncake":
+        stages.add("transfer")
+    return frozenset(stages)
 
 
 def installed_stages() -> frozenset[str]:
@@ -141,16 +167,15 @@ def _stop(stage: str, failure: Exception) -> NoReturn:
 
 
 def before_process_groups(*args: Any, server_args: Any, **kwargs: Any) -> None:
-    """Before SGLang's `init_parallel_runtime`: the serve stage, where the series serves.
+    """Before SGLang's `init_parallel_runtime`: the stages that the series has for this rank.
 
     Whoever resolved the arguments: they are checked here as they were in the launcher.
     """
-    from sglang_helix.srt.compatibility.verdict import verdict_of
     from sglang_helix.srt.server_args import check
 
     try:
         check(server_args)
     except ValueError as refused:
         _stop("serve", refused)
-    if verdict_of(server_args).kind == "works":
-        install_serve_stage()
+    for stage in sorted(stages_of(server_args) - {"launch"}):
+        install(stage)

@@ -51,6 +51,14 @@ ASKED: dict[str, dict[str, Any]] = {
         "env": {"SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR": "0.5"},
         "beside": {"attention_backend": "trtllm_mla"},
     },
+    "decoded K and V in the hierarchical cache": {
+        "args": {"disaggregation_decode_enable_offload_kvcache": True},
+        "beside": {"disaggregation_mode": "decode"},
+    },
+    "staged transfers": {
+        "env": {"SGLANG_DISAGG_STAGING_BUFFER": "1"},
+        "beside": {"disaggregation_mode": "decode"},
+    },
     "sequence-parallel norms": {"args": {"enable_layernorm_sp": True}},
     "beam search": {"args": {"beam_width": 2}},
 }

@@ -185,9 +185,17 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         dcp_replicate_q_proj=False,
     )
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: layout)
-    arguments = SimpleNamespace(_helix_verdict=Verdict("works"))
-    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", lambda: arguments)
+    launched_with(monkeypatch, "works")
     return layout
+
+
+def launched_with(monkeypatch: pytest.MonkeyPatch, kind: Any, mode: str = "null") -> None:
+    arguments = SimpleNamespace(
+        _helix_verdict=Verdict(kind),
+        disaggregation_mode=mode,
+        disaggregation_transfer_backend="mooncake",
+    )
+    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", lambda: arguments)
 
 
 def report(**different: Any) -> dict[str, Any]:
@@ -241,8 +249,7 @@ def test_a_rank_without_the_series_is_named(info: dict[str, Any]) -> None:
 def test_the_launch_stage_alone_where_the_series_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
-    arguments = SimpleNamespace(_helix_verdict=Verdict(kind))
-    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", lambda: arguments)
+    launched_with(monkeypatch, kind)
     check_reports([report(stages=["launch"])] * 4)
     with pytest.raises(SeriesError):
         check_reports([report(stages=["launch"]), {}])
@@ -250,6 +257,25 @@ def test_the_launch_stage_alone_where_the_series_does_not_serve(
         check_reports([report()])
     with pytest.raises(SeriesError, match="0 scheduler processes of at least 1 have"):
         check_reports([])
+
+
+@pytest.mark.usefixtures("parallel")
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [
+        ("works", ["launch", "serve", "transfer"]),
+        ("whole", ["launch", "transfer"]),
+        ("own", ["launch"]),
+    ],
+)
+def test_both_servers_of_a_transfer_have_its_stage(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, stages: list[str]
+) -> None:
+    """A plain prefill server too: without it, it would end at a sharded decode server."""
+    launched_with(monkeypatch, kind, mode="prefill")
+    check_reports([report(stages=stages)] * 4)
+    with pytest.raises(SeriesError, match="scheduler process 3 runs"):
+        check_reports([report(stages=stages)] * 3 + [report(stages=stages[:-1])])
 
 
 def test_no_rank_is_missing(parallel: SimpleNamespace) -> None:

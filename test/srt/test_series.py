@@ -1,6 +1,7 @@
 """The declaration of the series against the installed SGLang: the contract it rests on."""
 
 import inspect
+import itertools
 import pkgutil
 import re
 import runpy
@@ -9,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from sglang_helix import hook, series
 from sglang_helix.__main__ import main
-from sglang_helix.hook import HOOK_TYPES, SUPPORTED_SGLANG, Hook, Patch, signature_of
+from sglang_helix.hook import HOOK_TYPES, SUPPORTED_SGLANG, Hook, Patch, Stage, signature_of
 from srt.fresh import Fresh
 
 pytestmark = pytest.mark.quick
@@ -184,15 +185,14 @@ def test_targets_are_disjoint() -> None:
     other's way.
     """
     by_stage = {
-        stage: [h for h in series.hooks(stage) if h.kind in HOOK_TYPES]
-        for stage in ("launch", "serve")
+        stage: [h for h in series.hooks(stage) if h.kind in HOOK_TYPES] for stage in get_args(Stage)
     }
     for hooks in by_stage.values():
         alone = [h.target for h in hooks if h.kind != "after"]
         assert len(alone) == len(set(alone))
         assert not set(alone) & {h.target for h in hooks if h.kind == "after"}
-    launch, serve = ({h.target for h in hooks} for hooks in by_stage.values())
-    assert not launch & serve
+    targets = [{h.target for h in hooks} for hooks in by_stage.values()]
+    assert not any(one & another for one, another in itertools.combinations(targets, 2))
 
 
 def test_launch_stage_imports_nothing_heavy() -> None:
@@ -216,7 +216,8 @@ def install(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
     load_plugins()
     early = [h.target for h in series.hooks("serve") if in_effect(h)]
     lacking = [h.target for h in series.hooks("launch") if not in_effect(h)]
-    plugin.install_serve_stage()
+    for stage in get_args(Stage)[1:]:
+        plugin.install(stage)
     lacking += [h.target for h in series.hooks() if not in_effect(h)]
     return lacking, early
 

@@ -35,7 +35,7 @@ HYBRID = (
 )
 DRAFTS = "DSPARK and what cutedsl_mla verifies, of MLA models, and draft models of DSA and Qwen3.5"
 DSA = "sparse attention of DeepSeek (DSA: DeepSeek-V3.2, GLM-5) on Blackwell and NPUs"
-PD = "prefill-decode disaggregation of MLA models by NIXL, Mori, or beside more of its flags"
+PD = "prefill-decode disaggregation of MLA models by NIXL, Mori, or with host copies"
 NIXL = {"disaggregation_transfer_backend": "nixl"}
 PLATFORM = "AMD, Ascend and Intel accelerators"
 

@@ -4,7 +4,10 @@ Each rank turns SGLang's own loop of its role. Pages, bootstrap, transfers and t
 SGLang's; the bytes are carried by `sglang_cpu_reference.transfer_engine`.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,14 @@ from srt.models.serving import Answer, answer_to, command_line, generate_request
 Batches = Sequence[Sequence[Sequence[int]]]
 
 
+#: How soon a decode server takes a prefill server for dead, and its last write for done.
+_IMPATIENT = {
+    "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
+    "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "1",
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "5",
+}
+
+
 class Side(NamedTuple):
     """One of the two servers: its ranks, and flags beside those of its role."""
 
@@ -22,56 +33,179 @@ class Side(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
+class Failing(NamedTuple):
+    """How a decode rank went through failures of its prefill server.
+
+    answers: of a request that went well, one that was aborted as it was written, and one whose
+    prefill server was killed as it wrote. seconds: until the last one ended. free: slots of the
+    pool before the first request and after each of them.
+    """
+
+    answers: list[Answer]
+    seconds: float
+    free: list[int]
+
+
 def outcomes(
     processes: Fresh, model: Path, prefill: Side, decode: Side, batches: Batches, new_tokens: int
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Answer batches of prompts, one batch after the other; how each side's ranks ended.
 
-    A rank's value is its answers to each batch. Those of the prefill side have no token.
+    A rank's value is its answers to each batch. Those of the prefill side have no token; of the
+    decode side `cached_tokens` are those that it had itself.
     """
+    return _outcomes(processes, model, prefill, decode, _serve, batches, new_tokens)
+
+
+def failures(
+    processes: Fresh, model: Path, prefill: Side, decode: Side, prompt: Sequence[int], stalls: Path
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Three requests; the value of each decode rank is its `Failing`.
+
+    stalls: a path at which nothing is; the prefill server makes it when it stalls.
+    """
+    return _outcomes(processes, model, prefill, decode, _fail, prompt, stalls)
+
+
+def _outcomes(
+    processes: Fresh, model: Path, prefill: Side, decode: Side, call: Any, *args: Any
+) -> tuple[list[Outcome], list[Outcome]]:
     port, calls = free_port(), []
     for role, side in (("prefill", prefill), ("decode", decode)):
         flags = ("--disaggregation-mode", role, "--disaggregation-bootstrap-port", str(port))
         argv = command_line(model, side.tp, *flags, *side.flags)
-        calls += [(_serve, rank, argv, port, batches, new_tokens) for rank in range(side.tp)]
-    ended = processes.outcomes(calls)
+        calls += [(call, rank, argv, port, *args) for rank in range(side.tp)]
+    ended = processes.outcomes(calls, _IMPATIENT)
     return ended[: prefill.tp], ended[prefill.tp :]
+
+
+class _Rank:
+    """A rank's scheduler, in the loop of its role."""
+
+    def __init__(self, rank: int, argv: list[str], port: int) -> None:
+        self.scheduler = scheduler_of(rank, argv)
+        self.decodes = self.scheduler.disaggregation_mode.value == "decode"
+        self.rooms = 0
+        self._bootstrap = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port}
+        self._requests: list[Any] = []
+        self._had: dict[str, int] = {}
+        add = self.scheduler._add_request_to_queue
+
+        def note(request: Any, **given: Any) -> None:
+            if request not in self._requests:  # a retracted one comes again
+                self._requests.append(request)
+            add(request, **given)
+
+        self.scheduler._add_request_to_queue = note
+        if self.decodes:
+            queue = self.scheduler.disagg_decode_prealloc_queue
+            match = queue._match_prefix_and_lock
+
+            def note_prefix(request: Any) -> Any:
+                found = match(request)
+                self._had[request.rid] = found.decode_prefix_len
+                return found
+
+            queue._match_prefix_and_lock = note_prefix
+
+    def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Admit prompts at once, each in a room of its own: 1, 2, ..."""
+        self._requests.clear()
+        for prompt in prompts:
+            self.rooms += 1
+            fields = {**self._bootstrap, "bootstrap_room": self.rooms}
+            request = generate_request(str(self.rooms), prompt, new_tokens, **fields)
+            self.scheduler.process_input_requests([request])
+
+    def answers(self) -> Generator[None, None, list[Answer]]:
+        """Wait for the answers to what was asked last."""
+        while not all(request.finished() for request in self._requests):
+            yield
+        answers = [(request.rid, answer_to(request)) for request in self._requests]
+        if not self.decodes:
+            return [answer for _, answer in answers]
+        return [answer._replace(cached_tokens=self._had.get(rid, 0)) for rid, answer in answers]
+
+    def turn(self, script: Iterator[None]) -> None:
+        """Turn the loop until the script ends, which goes on wherever requests would come in."""
+
+        def ingest() -> None:
+            self.scheduler.gracefully_exit = next(script, self) is self
+
+        self.scheduler.ingest_requests = ingest
+        if self.decodes:
+            self.scheduler.event_loop_normal_disagg_decode()
+        else:
+            self.scheduler.event_loop_normal_disagg_prefill()
+        self.scheduler.on_idle()  # ends the rank if a slot of its pool is lost
 
 
 def _serve(
     rank: int, argv: list[str], port: int, batches: Batches, new_tokens: int
 ) -> list[list[Answer]]:
-    scheduler = scheduler_of(rank, argv)
-    answers = []
-    requests: list[Any] = []
-    rooms = iter(range(1, 1 << 20))
-    add = scheduler._add_request_to_queue
+    side = _Rank(rank, argv, port)
+    answers: list[list[Answer]] = []
 
-    def note(request: Any, **given: Any) -> None:
-        if request not in requests:  # a retracted one comes again
-            requests.append(request)
-        add(request, **given)
-
-    def batch_by_batch() -> Iterator[None]:
+    def script() -> Iterator[None]:
         for prompts in batches:
-            requests.clear()
-            fields = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port}
-            for prompt in prompts:
-                fields["bootstrap_room"] = room = next(rooms)
-                scheduler.process_input_requests(
-                    [generate_request(str(room), prompt, new_tokens, **fields)]
-                )
-            while not all(request.finished() for request in requests):
-                yield
-            answers.append([answer_to(request) for request in requests])
-        scheduler.gracefully_exit = True
+            side.ask(prompts, new_tokens)
+            answers.append((yield from side.answers()))
 
-    turns = batch_by_batch()
-    scheduler._add_request_to_queue = note
-    scheduler.ingest_requests = lambda: next(turns, None)
-    if scheduler.disaggregation_mode.value == "prefill":
-        scheduler.event_loop_normal_disagg_prefill()
-    else:
-        scheduler.event_loop_normal_disagg_decode()
-    scheduler.on_idle()  # ends the rank if a slot of its pool is lost
+    side.turn(script())
     return answers
+
+
+def _fail(
+    rank: int, argv: list[str], port: int, prompt: Sequence[int], stalls: Path
+) -> Failing | None:
+    side = _Rank(rank, argv, port)
+    if not side.decodes:
+        side.turn(_failing_prefill(side, prompt, stalls))
+        return None
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.runtime_context import get_parallel
+
+    group, allocator = get_parallel().tp_group, side.scheduler.token_to_kv_pool_allocator
+    answers: list[Answer] = []
+    free = [allocator.available_size()]
+    began = 0.0
+
+    def script() -> Iterator[None]:
+        nonlocal began
+        for room in (1, 2, 3):
+            began = time.monotonic()
+            side.ask([prompt], 2)
+            if room == 2:
+                while not all(group.all_gather_object(stalls.exists())):
+                    yield
+                side.scheduler.process_input_requests([AbortReq(rid="2")])
+            answers.extend((yield from side.answers()))
+            while allocator.available_size() < free[0]:
+                yield
+            free.append(allocator.available_size())
+
+    side.turn(script())
+    return Failing(answers, time.monotonic() - began, free)
+
+
+def _failing_prefill(side: _Rank, prompt: Sequence[int], stalls: Path) -> Iterator[None]:
+    """Serve room 1; stall in the transfer of room 2 until its request has ended; die in 3."""
+    from sglang_cpu_reference.transfer_engine import TransferEngine
+
+    write = TransferEngine.batch_transfer_sync_write
+    goes_on = threading.Event()
+
+    def fail(engine: Any, session: str, *what: Any) -> int:
+        if side.rooms == 2:
+            stalls.touch()
+            goes_on.wait()
+        elif side.rooms == 3:
+            os._exit(9)
+        return write(engine, session, *what)
+
+    TransferEngine.batch_transfer_sync_write = fail  # type: ignore[method-assign]
+    for _ in range(3):
+        side.ask([prompt], 2)
+        yield from side.answers()
+        if side.rooms == 2:
+            goes_on.set()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.disaggregation.pair import Side, outcomes
+from srt.disaggregation.pair import Side, failures, outcomes
 from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 
@@ -16,11 +16,11 @@ SIZES = (
     *("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK)),
     *("--max-total-tokens", "2048"),
 )
-#: One token; the edges of a page and of two ranks' widened one, at once; several chunks; one that
-#: continues another.
+BY_TOKEN = ("--page-size", "1")
+#: One token and the edges of a page and of two ranks' widened one, at once; several chunks; one
+#: that continues another.
 BATCHES = (
-    [prompt(1)],
-    [prompt(length) for length in (PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1)],
+    [prompt(length) for length in (1, *(PAGE + d for d in (-1, 0, 1)), 7, 8, 9, 16)],
     [prompt(2 * CHUNK + 5, seed=1)],
     [prompt(2 * CHUNK + 5, seed=1) + prompt(6, seed=2), prompt(19, seed=3)],
 )
@@ -41,6 +41,8 @@ def sharded(tp: int, *layout: str) -> Side:
 PLAIN = sharded(1)
 A2A = sharded(2, "--dcp-size", "2", "--dcp-comm-backend", "a2a")
 AG_RS = sharded(2, "--dcp-size", "2", "--dcp-comm-backend", "ag_rs")
+CACHED = Side(2, (*A2A.flags, "--disaggregation-decode-enable-radix-cache"))
+CACHED_BY_TOKEN = Side(2, (*CACHED.flags, *BY_TOKEN))
 HELIX = sharded(4, "--attn-tp-size", "2", "--dcp-comm-backend", "a2a")
 
 
@@ -49,11 +51,17 @@ HELIX = sharded(4, "--attn-tp-size", "2", "--dcp-comm-backend", "a2a")
     [
         ("llama", PLAIN, PLAIN),
         ("deepseek_v2", PLAIN, PLAIN),
-        ("deepseek_v2", PLAIN, A2A),
+        ("deepseek_v2", PLAIN, CACHED),
         ("deepseek_v2", PLAIN, HELIX),
         ("deepseek_v2", AG_RS, AG_RS),
+        ("llama", sharded(2, *BY_TOKEN), CACHED_BY_TOKEN),
+        ("llama", PLAIN, HELIX),
+        ("llama", AG_RS, AG_RS),
     ],
-    ids=["llama", "deepseek_v2", "1 to a2a of 2", "1 to 4 on 2 shards", "2 to 2, ag_rs"],
+    ids=[
+        *("llama", "deepseek_v2", "1 to 2 that cache", "1 to 4 on 2 shards", "2 to 2, ag_rs"),
+        *("llama: 2 to 2 that cache", "llama: 1 to 4 on 2 shards", "llama: 2 to 2, ag_rs"),
+    ],
 )
 def test_answers_equal_transformers(
     servers: Fresh, tmp_path: Path, family: str, prefill: Side, decode: Side
@@ -64,22 +72,35 @@ def test_answers_equal_transformers(
         assert rank.status == 0, rank.output
     for rank in received:
         check_all(model, BATCHES, rank.value, NEW_TOKENS)
+        hits = [answer.cached_tokens for answer in rank.value[-1]]
+        # Of the prompt that continues another of 69 tokens, whole widened pages.
+        assert hits == [{CACHED: 64, CACHED_BY_TOKEN: 68}.get(decode, 0), 0]
+    assert sent[0].value[-1][0].cached_tokens >= 2 * CHUNK
 
 
-def test_layouts_that_do_not_match_are_named(servers: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "decode"),
+    [("deepseek_v2", PLAIN), ("llama", HELIX)],
+    ids=["latents, to a plain one", "K and V, to another"],
+)
+def test_layouts_that_do_not_match_are_named(
+    servers: Fresh, tmp_path: Path, family: str, decode: Side
+) -> None:
     """By both values, for each request, by the prefill rank that answers clients; it goes on."""
-    model = make_checkpoint("deepseek_v2", tmp_path / "model", num_hidden_layers=2)
-    sent, _ = outcomes(servers, model, AG_RS, PLAIN, [[prompt(9)], [prompt(5)]], 2)
-    assert sent[0].status == 0, sent[0].output
+    model = make_checkpoint(family, tmp_path / "model", num_hidden_layers=2)
+    sent, received = outcomes(servers, model, AG_RS, decode, [[prompt(9)], [prompt(5)]], 2)
+    for rank in (sent[0], received[0]):
+        assert rank.status == 0, rank.output
+        assert [answer.finish["type"] for [answer] in rank.value] == ["abort"] * 2
     for [answer] in sent[0].value:
-        assert answer.finish["type"] == "abort"
         assert "--dcp-size 2" in answer.finish["message"]
-        assert "the decode server with 1" in answer.finish["message"]
+        assert f"the decode server on {decode.tp} with" in answer.finish["message"]
 
 
-def test_retracted_requests_are_answered(servers: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["deepseek_v2", "llama"])
+def test_retracted_requests_are_answered(servers: Fresh, tmp_path: Path, family: str) -> None:
     """Their rows are kept by owner meanwhile: two answers that the decode pool holds one of."""
-    model = make_checkpoint("deepseek_v2", tmp_path / "model", num_hidden_layers=2)
+    model = make_checkpoint(family, tmp_path / "model", num_hidden_layers=2)
     small = ("--max-total-tokens", "24", "--num-reserved-decode-tokens", "1")
     decode = Side(2, (*A2A.flags, *small))
     prompts = [prompt(15, seed=seed) for seed in (1, 2)]
@@ -89,3 +110,21 @@ def test_retracted_requests_are_answered(servers: Fresh, tmp_path: Path) -> None
         for tokens, answer in zip(prompts, *rank.value, strict=True):
             check(model, tokens, answer, 12)
     assert "Retract requests" in received[0].output
+
+
+def test_failures_in_transfer(servers: Fresh, tmp_path: Path) -> None:
+    """Aborted as it is written, or its prefill server killed: an error, and no slot is lost."""
+    model = make_checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
+    tokens, stalls = prompt(3 * PAGE + 1), tmp_path / "stalls"
+    sent, received = failures(servers, model, PLAIN, A2A, tokens, stalls)
+    assert sent[0].status == 9, sent[0].output
+    for rank in received:
+        assert rank.status == 0, rank.output
+        well, aborted, killed = rank.value.answers
+        check(model, tokens, well, 2)
+        for answer in (aborted, killed):
+            assert answer.finish["type"] == "abort"
+            assert not answer.completion.token_ids
+        assert "KVTransferError" in killed.finish["message"]
+        assert rank.value.seconds < 30
+        assert len(set(rank.value.free)) == 1

@@ -138,7 +138,9 @@ ARGUMENTS: dict[str, str] = {
         lmcache_config_file flexkv_config_file dllm_algorithm_config dllm_fdfo
         tbo_token_distribution_threshold offload_num_in_group offload_prefetch_step offload_mode
         disaggregation_bootstrap_port disaggregation_ib_device
-        disaggregation_decode_polling_interval         pdmux_config_path sm_group_num
+        disaggregation_decode_enable_radix_cache disaggregation_decode_host_receive_threshold
+        disaggregation_decode_retraction_backup disaggregation_decode_polling_interval
+        pdmux_config_path sm_group_num
         kv_canary_real_data kv_canary_sweep_interval         enable_prefill_cp cp_strategy
         enable_cp_tp_group_sharing enable_cp_decode_attn_tp         enable_dsa_cache_layer_split
         dsa_prefill_backend dsv4_prefill_backend dsa_triton_union         dsa_decode_backend
@@ -164,7 +166,7 @@ ARGUMENTS: dict[str, str] = {
 #: Arguments that nobody has looked at.
 ARGUMENTS_NOT_SEEN = """
     decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank
-    decoupled_spec_role disaggregation_decode_allocation_policy disaggregation_enable_kv_checksum
+    decoupled_spec_role disaggregation_decode_allocation_policy
     num_reserved_decode_tokens disaggregation_decode_extra_slots optimistic_prefill_attempts
     encoder_only language_only language_model_only encoder_transfer_backend encoder_urls
     encoder_bootstrap_port encoder_register_urls enable_adaptive_dispatch_to_encoder
@@ -263,8 +265,8 @@ VARIABLES: dict[str, str] = {
 #: Variables that nobody has looked at.
 VARIABLES_NOT_SEEN = """
     SGLANG_DISABLE_LEAN_ATTENTION SGLANG_FORCE_LEAN_GRID_CU_MULT
-    SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE SGLANG_DISAGG_STAGING_BUFFER
-    SGLANG_DISAGG_STAGING_POOL_SIZE_MB SGLANG_EAGER_INPUT_NO_COPY
+    SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE
+    SGLANG_DISAGG_STAGING_POOL_SIZE_MB SGLANG_STAGING_USE_TORCH SGLANG_EAGER_INPUT_NO_COPY
     SGLANG_ENABLE_COLOCATED_BATCH_GEN     SGLANG_ENABLE_DISAGG_SAMPLING_MASK
     SGLANG_ENABLE_POST_CAPTURE_KV_SIZING SGLANG_ENABLE_PP_SPEC
     SGLANG_ENABLE_PREFILL_WAR_READ_DONE SGLANG_ENABLE_TORCH_COMPILE SGLANG_ENABLE_WAR_BARRIER

@@ -34,8 +34,10 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
     """
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
+    from sglang_helix.plugin import stages_of
+
     serves = verdict_of(get_server_args()).kind == "works"
-    expected = series_of(frozenset({"launch", "serve"} if serves else {"launch"}))
+    expected = series_of(stages_of(get_server_args()))
     reports: list[dict[str, Any]] = []
     for info in infos:
         report = info.get(SERIES_KEY, {})

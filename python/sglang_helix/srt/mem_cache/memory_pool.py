@@ -1,4 +1,7 @@
-"""Writing to sharded pools, and moving rows in them. Extends `mem_cache/memory_pool.py`."""
+"""Writing to sharded pools, moving rows in them, and keeping them on the host.
+
+Extends `mem_cache/memory_pool.py`.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,38 @@ def move_kv_cache(
     widths = [buffer[0].numel() for buffer in buffers]
     for buffer, values in zip(buffers, moved.split(widths, dim=1), strict=True):
         buffer[to] = values.view(-1, *buffer.shape[1:])
+
+
+def get_cpu_copy(
+    original: Callable[..., Any],
+    pool: Any,
+    indices: torch.Tensor,
+    mamba_indices: torch.Tensor | None = None,
+    req_pool_index: int | None = None,
+) -> Any:
+    """K and V of a request's slots, int64 [S], widened: those that this rank owns, on the host."""
+    return original(pool, _owned(pool, indices), mamba_indices, req_pool_index)
+
+
+def load_cpu_copy(
+    original: Callable[..., None],
+    pool: Any,
+    kv_cache_cpu: Any,
+    indices: torch.Tensor,
+    mamba_indices: torch.Tensor | None = None,
+    req_pool_index: int | None = None,
+) -> None:
+    """Put what `get_cpu_copy` kept into the slots that the request has now.
+
+    A token's owner is that of its position, so it is still this rank.
+    """
+    original(pool, kv_cache_cpu, _owned(pool, indices), mamba_indices, req_pool_index)
+
+
+def _owned(pool: Any, slots: torch.Tensor) -> torch.Tensor:
+    """Rows of those slots that this rank owns; of a draft's pool, which is whole, all."""
+    if getattr(pool, "dcp_replicated", False):
+        return slots
+    parallel = get_parallel()
+    size, rank = parallel.attn_dcp_size, parallel.attn_dcp_rank
+    return slots[slots % size == rank] // size
