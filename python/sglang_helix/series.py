@@ -550,6 +550,19 @@ A2A = Patch(
             target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
             kind="after",
             stage="serve",
+            impl=f"{_SRT}.model_executor.model_runner:prepare_exchange",
+            signature="self",
+            why="an exchange that one machine gets wrong shows in answers alone; symmetric memory "
+            "is allocated by all ranks at once, before the pool is sized and graphs are captured",
+            how="allocates it for the heads, widths and dtype of the loaded model; tries every "
+            "exchange once against a reference, and stops all ranks where one gets it wrong",
+            upstream="sgl-project/sglang#33364, #40539",
+            until="upstream tries its exchanges",
+        ),
+        Hook(
+            target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+            kind="after",
+            stage="serve",
             impl=f"{_SRT}.model_executor.model_runner:prepare_decode",
             signature="self",
             why="buffers of Triton's decode grow K times with the heads that a rank attends with, "
@@ -722,18 +735,6 @@ SYMM = Patch(
             signature="parser",
             why="the flag's choices are upstream's backends",
             how="adds one, in every parser of server arguments, YAML files included",
-            upstream="sgl-project/sglang#33364, #40539",
-            until="upstream has a one-kernel exchange",
-        ),
-        Hook(
-            target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
-            kind="after",
-            stage="serve",
-            impl=f"{_SRT}.model_executor.model_runner:prepare_exchange",
-            signature="self",
-            why="symmetric memory is allocated by all ranks together, before the pool is sized and "
-            "before graphs are captured",
-            how="allocates it for the heads, widths and dtype of the loaded model",
             upstream="sgl-project/sglang#33364, #40539",
             until="upstream has a one-kernel exchange",
         ),

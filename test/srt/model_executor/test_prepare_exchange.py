@@ -1,4 +1,4 @@
-"""What is prepared for `symm` once a model is loaded: heads of a group, widths, largest batch."""
+"""What is prepared and probed once a model is loaded: heads of a group, widths, largest batch."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,10 +29,17 @@ class Case:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prepared: list[dict[str, Any]] = []
+        self.probed: list[dict[str, Any]] = []
         self.group = object()
+        self.everyone = object()
         self.parallel = SimpleNamespace(
-            dcp_comm_backend="symm", tp_size=8, attn_dcp_size=4, dcp_group=self.group
+            dcp_comm_backend="symm",
+            tp_size=8,
+            attn_dcp_size=4,
+            dcp_group=self.group,
+            tp_group=SimpleNamespace(cpu_group=self.everyone),
         )
+        self.backends = "flashinfer", "fa3"
         self.decode = SimpleNamespace(bs=[1, 2, 160])
         self.schedule = SimpleNamespace(max_running_requests=None)
         graph = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=self.decode))
@@ -46,6 +53,8 @@ class Case:
         }
         for name, bag in bags.items():
             monkeypatch.setattr(model_runner, name, lambda bag=bag: bag)
+        monkeypatch.setattr(model_runner, "attention_backends", lambda: self.backends)
+        monkeypatch.setattr(model_runner, "probe", self._probe)
         symm = replace(model_runner.BACKENDS["symm"], prepare=self._prepare)
         monkeypatch.setitem(model_runner.BACKENDS, "symm", symm)
         self.runner = SimpleNamespace(
@@ -58,6 +67,11 @@ class Case:
     def _prepare(self, group: object, **shape: Any) -> None:
         assert group is self.group
         self.prepared.append(shape)
+
+    def _probe(self, backend: str, group: object, everyone: object, **options: Any) -> None:
+        assert group is self.group
+        assert everyone is self.everyone
+        self.probed.append({"backend": backend, **options})
 
     def load(self) -> list[dict[str, Any]]:
         model_runner.prepare_exchange(None, self.runner)
@@ -100,6 +114,21 @@ def test_every_draft_of_a_request_is_exchanged(case: Case) -> None:
 def test_a_draft_model_exchanges_nothing(case: Case) -> None:
     case.parallel.attn_dcp_size = 1
     assert case.load() == []
+    assert case.probed == []
+
+
+@pytest.mark.parametrize(
+    ("decode", "base2", "splits"),
+    [("fa3", False, False), ("flashinfer", True, False), ("triton", False, True)],
+)
+@pytest.mark.parametrize("backend", ["symm", "a2a", "ag_rs"])
+def test_every_exchange_is_probed_as_decode_calls_it(
+    case: Case, backend: str, decode: str, base2: bool, splits: bool
+) -> None:
+    case.parallel.dcp_comm_backend, case.backends = backend, ("fa3", decode)
+    case.load()
+    shape = {"num_heads": 32, "dtype": torch.bfloat16, "max_tokens": 160, "head_dims": [64, 128]}
+    assert case.probed == [{"backend": backend, "base2": base2, "splits": splits, **shape}]
 
 
 def test_layers_are_noted_as_they_run(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +143,4 @@ def test_other_exchanges_need_nothing(case: Case, backend: str) -> None:
     case.parallel.dcp_comm_backend = backend
     assert case.load() == []
     assert not case.runner.model.layers[0]._forward_pre_hooks
+    assert [found["backend"] for found in case.probed] == [backend] * (backend != "fi_a2a")

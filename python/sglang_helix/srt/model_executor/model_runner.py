@@ -5,8 +5,9 @@ Replicated query projection of MLA: see `replicas`.
 Partial results of the Triton adapter's decode: upstream allocates them when the pool has taken its
 share.
 
-Symmetric memory of the `symm` exchange: as soon as the model is there, its heads, widths and dtype
-are known; every rank is at this point at the same time; and the pool is sized by what is left.
+The exchange, and for `symm` its memory: as soon as the model is there, its heads, widths and dtype
+are known; every rank is at this point at the same time; and the pool is sized by what is left. It
+is tried once, and no rank goes on where one gets something wrong out of it.
 
 A draft model needs none of it: inside its scope there is no KVP group.
 """
@@ -27,8 +28,10 @@ from sglang.srt.runtime_context import (
 )
 
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.attention.adapters import adapter
 from sglang_helix.srt.layers.attention.sharded import windowed
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
+from sglang_helix.srt.layers.dcp.probe import probe
 from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
 
 
@@ -50,13 +53,17 @@ def prepare_decode(result: None, runner: Any) -> None:
 
 
 def prepare_exchange(result: None, runner: Any) -> None:
-    """After the weights are loaded and before the pool is sized: what the exchange needs."""
+    """After the weights are loaded and before the pool is sized: what the exchange needs.
+
+    It is then tried, see `probe`.
+    """
     parallel, config = get_parallel(), runner.model_config
-    backend = BACKENDS.get(parallel.dcp_comm_backend)
-    if backend is None or backend.prepare is None or parallel.attn_dcp_size == 1:
+    name = parallel.dcp_comm_backend
+    backend = BACKENDS.get(name)
+    if backend is None or parallel.attn_dcp_size == 1:
         return
     layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
-    for layer in layers:
+    for layer in layers if backend.prepare else ():
         layer.register_forward_pre_hook(note_layer)
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
@@ -64,15 +71,29 @@ def prepare_exchange(result: None, runner: Any) -> None:
     # Window layers exchange nothing.
     sharded = [layer for layer in layers if not windowed(layer)]
     widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in sharded}
-    for width in sorted(widths):
+    max_tokens = requests and requests * (drafts or 1)
+    num_heads = config.get_max_num_attention_heads() // layout.attn_tp_size
+    for width in sorted(widths) if backend.prepare else ():
         backend.prepare(
             parallel.dcp_group,
-            max_tokens=requests and requests * (drafts or 1),
-            num_heads=config.get_max_num_attention_heads() // layout.attn_tp_size,
+            max_tokens=max_tokens,
+            num_heads=num_heads,
             head_dim=width,
             dtype=runner.dtype,
             timeout=get_device().watchdog_timeout,
         )
+    decode = adapter(attention_backends()[1])
+    probe(
+        name,
+        parallel.dcp_group,
+        parallel.tp_group.cpu_group,
+        num_heads=num_heads,
+        head_dims=sorted(widths),
+        dtype=runner.dtype,
+        base2=decode.base2,
+        splits=decode.name == "triton",
+        max_tokens=max_tokens,
+    )
 
 
 def _most_requests() -> int | None:

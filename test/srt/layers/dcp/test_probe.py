@@ -1,0 +1,132 @@
+"""The probe of a start: an exchange that is wrong on one rank stops every rank by name."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.distributed import parallel_state
+from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_helix.srt.layers.dcp import exchange
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, a2a, ag_rs
+from sglang_helix.srt.layers.dcp.probe import probe
+from srt.distributed.ranks import collective_backend, run_ranks
+from srt.fresh import Fresh
+from srt.layers.dcp.test_exchange import install
+from srt.models.serving import command_line, scheduler_of
+
+HEADS, DIMS = 12, (32, 80)
+
+
+def of_another_rank(out: Any, lse: Any, group: Any, **options: Any) -> Any:
+    out, lse = a2a(out, lse, group, **options)
+    return out.roll(1, 1), lse
+
+
+def with_the_other_base(
+    out: Any, lse: Any, group: Any, *, base2: bool = False, sinks: Any = None
+) -> Any:
+    return a2a(out, lse, group, base2=not base2, sinks=sinks)
+
+
+def without_its_lse(out: Any, lse: Any, group: Any, **options: Any) -> Any:
+    out, lse = ag_rs(out, lse, group, **options)
+    return out, lse + 0.5
+
+
+def of_empty_shards(out: Any, lse: Any, group: Any, **options: Any) -> Any:
+    whole, total = a2a(out, lse, group, **options)
+    return whole.masked_fill((total == -torch.inf)[..., None], torch.nan), total
+
+
+def that_raises(out: Any, lse: Any, group: Any, **options: Any) -> Any:
+    a2a(out, lse, group, **options)
+    raise ValueError("no such kernel")
+
+
+BROKEN = {
+    "the output is off": (of_another_rank, with_the_other_base, of_empty_shards),
+    "the LSE is off": (without_its_lse,),
+    "it raised ValueError: no such kernel": (that_raises,),
+}
+
+
+def probed(rank: int, world_size: int) -> list[str]:
+    """What is not as it should be on a rank."""
+    install()
+    group, wrong = parallel_state.get_world_group(), []
+    backends = ["a2a", "ag_rs"]
+    if torch.cuda.is_available():
+        backends.append("symm")
+        for width in DIMS:
+            exchange.prepare_symm(
+                group,
+                max_tokens=3,
+                num_heads=HEADS,
+                head_dim=width,
+                dtype=torch.bfloat16,
+                timeout=60.0,
+            )
+
+    def run(name: str, **options: Any) -> str:
+        shape: Any = {"num_heads": HEADS, "head_dims": DIMS, "dtype": torch.bfloat16}
+        options = shape | {"base2": False, "splits": True, "max_tokens": 3} | options
+        try:
+            probe(name, group, group.cpu_group, **options)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    for name in backends:
+        for options in ({}, {"base2": True}, {"dtype": torch.float32, "max_tokens": None}):
+            wrong += [f"{name} {options}: {said}" for said in [run(name, **options)] if said]
+    right = BACKENDS["ag_rs"]
+    for what, exchanges in BROKEN.items():
+        for broken in exchanges:
+            # A rank that goes its own way still takes part in the collectives of the others.
+            others = right.exchange if broken is without_its_lse else a2a
+            bad = broken if rank == 1 else others
+            BACKENDS["ag_rs"] = replace(right, exchange=bad)
+            said = run("ag_rs", splits=False)
+            BACKENDS["ag_rs"] = right
+            expected = "--dcp-comm-backend ag_rs does not give what attention over all ranks gives"
+            told = f"(rank 1: rows of 32 elements in torch.bfloat16: {what}"
+            if not said.startswith(expected) or told not in said or "rank 0:" in said:
+                wrong.append(f"{broken.__name__}: {said!r}")
+    return wrong
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_wrong_on_one_rank_stops_all_by_name(world_size: int) -> None:
+    backend = collective_backend(world_size)
+    for rank, wrong in enumerate(run_ranks(probed, world_size, backend=backend)):
+        assert not wrong, f"rank {rank}: {wrong}"
+
+
+def started_broken(rank: int, argv: list[str]) -> None:
+    if rank == 1:
+        BACKENDS["a2a"] = replace(BACKENDS["a2a"], exchange=with_the_other_base)
+    scheduler_of(rank, argv)
+
+
+def started(rank: int, argv: list[str]) -> str:
+    scheduler = scheduler_of(rank, argv)
+    return str(scheduler.get_init_info()["sglang_helix"])
+
+
+def test_a_scheduler_does_not_start_with_a_broken_exchange(ready: Fresh, tmp_path: Path) -> None:
+    model = make_checkpoint("deepseek_v2", tmp_path / "model", num_hidden_layers=2)
+    argv = command_line(model, 2, "--dcp-size", "2", "--dcp-comm-backend", "a2a")
+    for outcome in ready.outcomes([(started_broken, rank, argv) for rank in range(2)]):
+        assert outcome.status == 1
+        last = outcome.output.strip().splitlines()[-1]
+        assert "SeriesError: --dcp-comm-backend a2a does not give" in last
+        assert "(rank 1: rows of " in last
+        assert "rank 0:" not in last
+    argv = command_line(model, 2, "--dcp-size", "2", "--dcp-comm-backend", "a2a")
+    for outcome in ready.outcomes([(started, rank, argv) for rank in range(2)]):
+        assert outcome.status == 0, outcome.output
+        said = [line for line in outcome.output.splitlines() if "what its reference gives" in line]
+        assert float(said[0].rpartition("(")[2].removesuffix(" s)")) < 2
