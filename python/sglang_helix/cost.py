@@ -66,6 +66,11 @@ def gpu_of(text: str) -> Gpu:
     )
 
 
+def gpu_called(device: str) -> Gpu | None:
+    """A GPU by what CUDA calls it ("NVIDIA H200"); None for others than those above."""
+    return next((GPUS[word] for word in device.lower().split() if word in GPUS), None)
+
+
 class Parameters(NamedTuple):
     """Microseconds a layer, and shares of the vendor's bandwidths and arithmetic."""
 
@@ -226,6 +231,8 @@ def step_ms(
 _STATIC = 0.88
 # The longest context that a crossing point is looked for in.
 _LONGEST = 1 << 24
+# The largest batch in which replicated queries are looked for to be faster than gathered ones.
+_MOST_REQUESTS = 1 << 12
 
 
 class Advice(NamedTuple):
@@ -318,6 +325,40 @@ def advise(
     return Advice(model, gpu, listed, weight_element)
 
 
+def on_queries(
+    model: Model, layout: Layout, gpu: Gpu, exchange: str, weight_element: float = 2
+) -> str:
+    """What replicated queries cost beside gathered ones, in words; contexts do not matter."""
+    row = next(row for row in rows(model.shape, layout.tp_size, 0, 2) if row.layout == layout)
+
+    def saved(requests: int) -> float:
+        gathered, replicated = (
+            step_ms(
+                model,
+                Choice(row, exchange, replicated),
+                gpu,
+                fitted(),
+                context=0,
+                requests=requests,
+                weight_element=weight_element,
+            )
+            for replicated in (False, True)
+        )
+        return gathered - replicated
+
+    from_requests = _first(lambda requests: saved(requests) > 0, _MOST_REQUESTS)
+    if from_requests == 1:
+        when = f"faster than to gather them at any batch, alone by {saved(1):.2f} ms a token"
+    elif from_requests is None:
+        when = f"slower than to gather them at any batch, alone by {-saved(1):.2f} ms a token"
+    else:
+        when = (
+            f"faster than to gather them from {from_requests} requests at once on, and alone "
+            f"{-saved(1):.2f} ms a token slower"
+        )
+    return f"to replicate queries is {when} (computed)"
+
+
 def length(tokens: int) -> str:
     """4096 as 4K, 1048576 as 1M."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
@@ -360,6 +401,11 @@ def advice(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) -
             f"- With {count} at once a sharded cache is faster than plain TP "
             + (f"from {length(crossing)} tokens each on." if crossing else "at no length.")
         )
+    exchange = compared.choices[-1].exchange
+    for choice in compared.choices:
+        if choice.replicated and choice.exchange == exchange:
+            says = on_queries(compared.model, choice.row.layout, compared.gpu, exchange, element)
+            lines.append(f"- K = {choice.row.layout.kvp_size}: {says}.")
     return "\n".join(lines)
 
 

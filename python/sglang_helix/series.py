@@ -657,7 +657,8 @@ ATTENTION_TP_SIZE = Field(
     flags=("--attention-tensor-parallel-size", "--attn-tp-size"),
     help="Shard the heads of attention over this many ranks in place of all --tp-size ones; the "
     "ranks that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size "
-    "/ attention tp size, and the query projection is replicated. Default: same as --tp-size.",
+    "/ attention tp size, and the query projection is replicated; with --no-dcp-replicate-q-proj "
+    "queries are gathered. Default: same as --tp-size.",
 )
 
 ATTN_TP = Patch(

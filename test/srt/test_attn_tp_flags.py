@@ -75,6 +75,17 @@ def test_flag_sets_the_layout(
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_queries_are_gathered_where_that_is_asked_for(
+    fresh: Fresh, checkpoints: dict[str, str], family: str
+) -> None:
+    """The layout of the flag, and all else as --dcp-size alone has it."""
+    model = ("--model-path", checkpoints[family], "--tp", "4", "--no-dcp-replicate-q-proj")
+    found = fresh.value(command_line, *model, "--attn-tp-size", "2")
+    assert (found["dcp_size"], found["dcp_replicate_q_proj"]) == (2, False)
+    assert found == fresh.value(command_line, *model, "--dcp-size", "2")
+
+
 @pytest.mark.parametrize("backend", ["a2a", "ag_rs"])
 def test_queries_are_replicated_with_every_exchange(
     fresh: Fresh, checkpoints: dict[str, str], backend: str
@@ -133,7 +144,6 @@ def test_both_flags_may_be_given_when_they_agree(fresh: Fresh, checkpoints: dict
             ("--attn-tp-size", "1", "--dcp-size", "2"),
             r"--attn-tp-size 1 .*--dcp-size 4, but --dcp-size 2 was given",
         ),
-        (("--attn-tp-size", "2", "--no-dcp-replicate-q-proj"), r"--no-dcp-replicate-q-proj"),
     ],
 )
 def test_what_cannot_be_right_is_said(

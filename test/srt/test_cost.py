@@ -9,6 +9,7 @@ from scipy.optimize import least_squares
 from sglang_helix import cost
 from sglang_helix.__main__ import main
 from sglang_helix.layout import rows
+from sglang_helix.srt.distributed.topology import Layout
 
 from benchmark.dcp import fit
 
@@ -191,3 +192,25 @@ def test_mla_of_many_heads_is_bound_by_arithmetic() -> None:
         for tflops in (989, math.inf)
     ]
     assert times[0] > 1.2 * times[1]
+
+
+def test_replicated_queries_are_advised_where_they_pay() -> None:
+    """DeepSeek-V3's 128 heads are read by every rank; V2-Lite's 16 cost less than a gather."""
+    gpu = cost.gpu_called("NVIDIA H200")
+    assert gpu == cost.GPUS["h200"]
+    assert cost.gpu_called("NVIDIA A100-SXM4-80GB") is None
+    lite, deep = fit.model(LITE), fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers")
+    small = cost.on_queries(lite, Layout(8, 8), gpu, "symm")
+    assert small.startswith("to replicate queries is faster than to gather them at any batch")
+    said = cost.on_queries(deep, Layout(8, 8), gpu, "symm")
+    # By hand, in bf16, a layer: the query projections of 7/8 more heads, beside a gather.
+    low_rank, heads, width, latent, nope = 1536, 128, 192, 512, 128
+    read = 2 * 7 / 8 * heads * (low_rank * width + nope * latent) / 4.8e6
+    parameters = cost.fitted()
+    row = next(row for row in rows(deep.shape, 8, 0, 2) if row.layout == Layout(8, 8))
+    sent = row.wire_bytes["a2a"] - row.wire_bytes["a2a+q"]
+    sent /= gpu.link_gb_s * 1e3 * parameters.link["ag_rs"]
+    pays = math.floor((read / parameters.weights - parameters.gather) / sent) + 1
+    assert pays > 1
+    alone = deep.shape.layers * (read / parameters.weights - parameters.gather - sent) / 1e3
+    assert f"from {pays} requests at once on, and alone {alone:.2f} ms a token slower" in said

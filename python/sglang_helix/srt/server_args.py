@@ -47,7 +47,10 @@ def _own_comm_backends() -> dict[str, str]:
 
 
 def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
-    """`handle_deprecated_dp_attention`, the first step: A becomes K and replicated queries."""
+    """`handle_deprecated_dp_attention`, the first step: A becomes K and replicated queries.
+
+    With `--no-dcp-replicate-q-proj`, which is faster for some models and batches, K alone.
+    """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
 
     attn_tp_size = attn_tp_size_of(server_args)
@@ -55,17 +58,12 @@ def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
         view = resolved_view(server_args)
         layout = layout_of(view.tp_size, attn_tp_size, view.dcp_size)
         if layout.kvp_size > 1:
-            if server_args._raw_input.get("dcp_replicate_q_proj") is False:
-                raise ValueError(
-                    f"--attn-tp-size {attn_tp_size} replicates the query projection, but "
-                    "--no-dcp-replicate-q-proj was given: leave that out, or use "
-                    f"--dcp-size {layout.kvp_size} in place of --attn-tp-size."
-                )
+            gathers = server_args._raw_input.get("dcp_replicate_q_proj") is False
             declare_resolution(
                 server_args,
                 "sglang_helix",
                 dcp_size=layout.kvp_size,
-                dcp_replicate_q_proj=True,
+                dcp_replicate_q_proj=not gathers,
             )
     previous(server_args)
 

@@ -46,11 +46,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def serve_and_check(
-    ready: Fresh, model: Path, tp: int, attn_tp: int, backend: str, *, replicated: bool = True
+    ready: Fresh,
+    model: Path,
+    tp: int,
+    attn_tp: int,
+    backend: str,
+    *flags: str,
+    replicated: bool = True,
 ) -> list[Report]:
     """Serve the load with replicated or with gathered queries, and check every answer."""
     sizes = ("--attn-tp-size", attn_tp) if replicated else ("--dcp-size", tp // attn_tp)
-    layout = (*map(str, sizes), "--dcp-comm-backend", backend)
+    layout = (*map(str, sizes), "--dcp-comm-backend", backend, *flags)
     reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS)
     widened = PAGE * tp // attn_tp
     for report in reports:
@@ -79,6 +85,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_model_equals_transformers(ready: Fresh, checkpoint: Any, model: str) -> None:
     family, overrides = MODELS[model]
     serve_and_check(ready, checkpoint(family, **overrides), 4, 2, "a2a")
+
+
+@pytest.mark.parametrize("kv_heads", [4, None], ids=["kv4", "mla"])
+def test_head_shards_with_gathered_queries(
+    ready: Fresh, checkpoint: Any, kv_heads: int | None
+) -> None:
+    """A below the key-value heads: the ranks of a group share theirs, and not their queries."""
+    model = small(checkpoint, kv_heads)
+    serve_and_check(ready, model, 4, 2, "a2a", "--no-dcp-replicate-q-proj")
 
 
 # Every A that divides N, except N itself: that is plain TP.

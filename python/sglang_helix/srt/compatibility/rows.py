@@ -139,7 +139,7 @@ def _sinks(situation: Situation) -> object | None:
 def _norm_over_heads(situation: Situation) -> object | None:
     config = situation.model.hf_config
     # With the heads of plain TP on every rank, its all-reduced mean stays that of the model.
-    kept = situation.sglang_groups_heads and situation.attn_tp_size is None
+    kept = situation.sglang_groups_heads and not situation.args.dcp_replicate_q_proj
     normed = (
         "MiniMaxM2ForCausalLM" in config.architectures
         and getattr(config, "use_qk_norm", False)
@@ -245,9 +245,8 @@ def _dsa_kernel(half: str) -> Callable[[Situation], object | None]:
 
 
 def _gated_replicas(situation: Situation) -> object | None:
-    replicated = situation.attn_tp_size is not None or situation.args.dcp_replicate_q_proj
     gated = situation.hybrid is not None and not situation.mla
-    return (gated and replicated) or None
+    return (gated and bool(situation.args.dcp_replicate_q_proj)) or None
 
 
 def _states_without_snapshots(situation: Situation) -> object | None:
@@ -1367,7 +1366,8 @@ TABLE: tuple[Row, ...] = (
         "",
         "refused",
         "gates beside the queries of some are cut by tp size, and the others have not been tried",
-        "Use --dcp-size alone: tp size / attn tp size",
+        "Use --dcp-size alone (tp size / attn tp size), or --no-dcp-replicate-q-proj beside "
+        "--attn-tp-size",
         _gated_replicas,
         alone="lacks",
     ),

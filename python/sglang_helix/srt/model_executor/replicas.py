@@ -66,8 +66,9 @@ def obstacle(layer: Any) -> str | None:
 def refusal(name: str, reason: str) -> str:
     """What the user reads about a layer that cannot have the replica that was asked for."""
     return (
-        f"the query projection of {name} cannot be replicated: {reason}. Use --dcp-size with "
-        "--no-dcp-replicate-q-proj in place of --attn-tp-size or --dcp-replicate-q-proj."
+        f"the query projection of {name} cannot be replicated: {reason}. Give "
+        "--no-dcp-replicate-q-proj, with which queries are gathered, in place of "
+        "--dcp-replicate-q-proj or beside --attn-tp-size."
     )
 
 
@@ -109,7 +110,7 @@ def is_current(layer: Any, group: Any) -> bool:
 def asked_for(server_args: Any) -> bool:
     """Whether the user asked for replicas; for some models SGLang turns them on by itself."""
     asked = server_args._raw_input.get("dcp_replicate_q_proj")
-    return bool(asked) or attn_tp_size_of(server_args) is not None
+    return bool(asked) or (asked is None and attn_tp_size_of(server_args) is not None)
 
 
 def _projection(layer: Any) -> Any:
