@@ -73,15 +73,16 @@ def prepare_exchange(result: None, runner: Any) -> None:
     widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in sharded}
     max_tokens = requests and requests * (drafts or 1)
     num_heads = config.get_max_num_attention_heads() // layout.attn_tp_size
-    for width in sorted(widths) if backend.prepare else ():
-        backend.prepare(
-            parallel.dcp_group,
-            max_tokens=max_tokens,
-            num_heads=num_heads,
-            head_dim=width,
-            dtype=runner.dtype,
-            timeout=get_device().watchdog_timeout,
-        )
+    if backend.prepare:
+        for width in sorted(widths):
+            backend.prepare(
+                parallel.dcp_group,
+                max_tokens=max_tokens,
+                num_heads=num_heads,
+                head_dim=width,
+                dtype=runner.dtype,
+                timeout=get_device().watchdog_timeout,
+            )
     decode = adapter(attention_backends()[1])
     probe(
         name,

@@ -33,21 +33,23 @@ class Step(NamedTuple):
     tokens: dict[int, int]
 
 
-# Chunks that end anywhere, prefixes shorter than K, one request and two, prefix beside none.
+# Chunks that end anywhere, prefixes shorter than K, one request and two; a prefix before, behind
+# and on both sides of none.
 STEPS = [
     Step("extend", {0: 1}),
     Step("decode", {0: 1}),
     Step("extend", {0: 5, 1: 2}),
     Step("decode", {1: 1}),
     Step("extend", {2: 3}),
-    Step("extend", {2: 1, 3: 40}),
+    Step("extend", {3: 40, 2: 1}),
     Step("decode", {0: 1, 1: 1}),
     Step("extend", {1: 33}),
     Step("decode", {0: 1, 1: 1, 2: 1, 3: 1}),
     Step("extend", {3: 1, 0: 1}),
     Step("decode", {3: 1}),
+    Step("extend", {1: 3, 4: 2, 0: 1}),
 ]
-REQUESTS = 4
+REQUESTS = 5
 
 
 class Heads(NamedTuple):

@@ -1,5 +1,7 @@
 """What the Triton adapter prepares; its kernels run in test_symm_exchange.py and on servers."""
 
+from collections import defaultdict
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,7 +15,10 @@ from sglang.srt.server_args import ServerArgs
 from sglang_helix.srt.layers.attention import triton_backend
 from sglang_helix.srt.layers.attention.kv_splits import Scratch, SplitPlan, Tile
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
+from sglang_helix.srt.layers.dcp import lse_combine
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 from sglang_helix.srt.layers.dcp.ownership import KVShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.quick
 
@@ -60,6 +65,7 @@ def test_a_window_has_all_of_its_keys_at_decode(
 ) -> None:
     """Upstream lists as many rows as the first key lies back; an extend has its own besides."""
     backend.windows, backend.sliding_window_size = windows, 15
+    backend.forward_metadata = SimpleNamespace(qo_indptr=None, kv_indptr=None)
     seen = []
 
     def upstream(adapter: ShardedTritonAttnBackend, *args: Any) -> None:
@@ -69,6 +75,7 @@ def test_a_window_has_all_of_its_keys_at_decode(
         batch_size=1,
         seq_lens_sum=1,
         extend_prefix_lens_cpu=[4],
+        extend_seq_lens_cpu=[1],
         out_cache_loc=torch.tensor([3]),
         forward_mode=ForwardMode.DECODE,
     )
@@ -105,7 +112,11 @@ def test_rows_are_counted_without_asking_the_device(
     backend: ShardedTritonAttnBackend, mode: ForwardMode, known: dict[str, Any], rows: int
 ) -> None:
     """Three requests on one of two ranks: at least the rows that it has, at most one more each."""
-    batch = SimpleNamespace(forward_mode=mode, **{"batch_size": 3, **known})
+    lens = {"extend_seq_lens_cpu": [1, 1, 1]}
+    batch = SimpleNamespace(forward_mode=mode, **lens, **{"batch_size": 3, **known})
+    backend.forward_metadata = SimpleNamespace(
+        qo_indptr=torch.arange(4), kv_indptr=torch.zeros(4, dtype=torch.int32)
+    )
     found = []
 
     def upstream(adapter: ShardedTritonAttnBackend, forward_batch: Any) -> None:
@@ -191,3 +202,137 @@ def test_what_does_not_fit_beside_the_weights_is_refused(
     said = "triton: .* of up to 256 take 0.50 GiB.* leave 0.40 GiB .*--cuda-graph-max-bs-decode"
     with pytest.raises(ValueError, match=said):
         triton_backend.prepare(Runner(mla=True), 256, 256)
+
+
+class Launches(TorchDispatchMode):
+    """What the device would be given to do, in order: operations that touch memory, by name."""
+
+    # Of no device's work: views, and memory that nobody fills.
+    FREE = (
+        "view",
+        "detach",
+        "reshape",
+        "slice",
+        "select",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "alias",
+    )
+    FREE += ("empty", "empty_like", "new_empty", "_unsafe_view", "as_strided", "split", "expand")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def kernel(self, name: str) -> Any:
+        """In the place of a kernel: notes that it was launched."""
+        return defaultdict(lambda: lambda *args, **options: self.names.append(name))
+
+
+RANKS, OWN = 2, 4
+
+
+@pytest.mark.parametrize("prefixes", [[7, 0, 9], [0, 7, 0], [0, 0, 0]], ids=["ends", "one", "none"])
+@pytest.mark.parametrize("replicated", [False, True], ids=["gathered", "replicated"])
+def test_launches_of_an_extend(
+    backend: ShardedTritonAttnBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    replicated: bool,
+    prefixes: list[int],
+) -> None:
+    """GQA, a2a: 21 a layer once, at most 9 now; who stands before or behind all prefixes is out."""
+    launches, chunks = Launches(), [2, 3, 4]
+    cached = {(7, 0, 9): sum(chunks), (0, 7, 0): 3, (0, 0, 0): 0}[tuple(prefixes)]
+    heads = OWN * RANKS
+    monkeypatch.setattr(lse_combine, "_runs_triton", lambda x: True)
+    for name in ("_merge_kernel", "_pack_kernel", "_combine_kernel"):
+        monkeypatch.setattr(lse_combine, name, launches.kernel(name))
+
+    class Group:
+        world_size, rank_in_group = RANKS, 1
+
+        def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+            assert (x.shape, dim, x.is_contiguous()) == ((OWN, cached, 32), 0, True)
+            launches.names.append("all_gather")
+            return x.new_empty(heads, cached, 32)
+
+        def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
+            row = lse_combine.packed_row_bytes(32, torch.bfloat16)
+            assert input.shape == (RANKS, cached, OWN, row)
+            launches.names.append("all_to_all")
+
+    attended = []
+
+    def attend(q: Any, k: Any, v: Any, out: Any, *rest: Any, lse_extend: Any, **kind: Any) -> None:
+        assert out.dtype == q.dtype
+        launches.names.append("prefix" if kind["skip_extend"] else "chunk")
+        attended.append((tuple(q.shape), rest[2].tolist(), rest[3].tolist()))
+
+    backend.heads, backend.shard, backend.kvp_group = heads, KVShard(RANKS, 1), Group()
+    backend.base2, backend.use_mla = False, False
+    backend.exchange = BACKENDS["a2a"].exchange
+    backend.extend_attention_fwd = attend
+    backend.kv_indptr = torch.zeros(9, dtype=torch.int32)
+    backend.nothing_before = torch.zeros_like(backend.kv_indptr)
+    row = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
+    backend.token_to_kv_pool = SimpleNamespace(
+        get_key_buffer=lambda layer: row,
+        get_value_buffer=lambda layer: row,
+        set_kv_buffer=lambda *args: launches.names.append("store"),
+    )
+    q_width, kv_width = (heads if replicated else OWN) * 32, 2 * 32
+    # As the projection leaves them: queries, keys and values of a token in one row.
+    qkv = torch.zeros(sum(chunks), q_width + 2 * kv_width, dtype=torch.bfloat16)
+    q, k, v = qkv.split([q_width, kv_width, kv_width], dim=1)
+    k, v = k.unflatten(1, (2, 32)), v.unflatten(1, (2, 32))
+    layer: Any = SimpleNamespace(
+        layer_id=3,
+        tp_q_head_num=q_width // 32,
+        tp_k_head_num=2,
+        qk_head_dim=32,
+        v_head_dim=32,
+        scaling=1.0,
+        logit_cap=0.0,
+        logit_capping_method="tanh",
+        xai_temperature_len=-1,
+        sliding_window_size=-1,
+        k_scale=None,
+        v_scale=None,
+    )
+    local = [(length + RANKS - 2) // RANKS for length in prefixes]
+    batch: Any = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=3,
+        extend_prefix_lens_cpu=prefixes,
+        extend_seq_lens_cpu=chunks,
+        out_cache_loc=torch.arange(sum(chunks)),
+        out_cache_loc_is_physical=False,
+    )
+    backend.forward_metadata = SimpleNamespace(
+        qo_indptr=torch.tensor([0, *accumulate(chunks)], dtype=torch.int32),
+        kv_indptr=torch.tensor([0, *accumulate(local)], dtype=torch.int32),
+        kv_indices=torch.zeros(sum(local), dtype=torch.int64),
+        custom_mask=None,
+        max_extend_len=4,
+    )
+    with mock.patch.object(TritonAttnBackend, "init_forward_metadata"):
+        backend.init_forward_metadata(batch)
+    with launches:
+        out = backend.forward_extend(q, k, v, layer, batch)
+    assert (out.shape, out.dtype) == ((sum(chunks), OWN * 32), torch.bfloat16)
+    gather = [] if replicated else ["clone", "all_gather"]
+    exchange = ["prefix", "_pack_kernel", "all_to_all", "_combine_kernel"]
+    prefix = [*gather, *exchange, "store", "_merge_kernel"] if cached else ["store"]
+    assert launches.names == ["chunk", *prefix]
+    assert len(launches.names) <= 9
+    assert attended[0] == ((sum(chunks), OWN, 32), [0, 2, 5, 9], [0, 0, 0, 0])
+    queries = {0: [], 3: [0, 3], 9: [0, 2, 5, 9]}[cached]
+    keys = {0: [], 3: [0, 3], 9: [0, 3, 3, 7]}[cached]
+    assert attended[1:] == ([((cached, heads, 32), queries, keys)] if cached else [])

@@ -214,6 +214,54 @@ def test_a_sink_is_one_more_shard_of_no_value(
         lse_combine.combine(partials, lse, sinks=sinks[:4])
 
 
+@pytest.mark.parametrize("base2", [False, True])
+@pytest.mark.parametrize(
+    ("dtypes", "first", "count", "sunk"),
+    [
+        ((torch.float32, torch.float32), 0, 6, False),
+        ((torch.float16, torch.float16), 2, 3, False),
+        ((torch.float32, torch.float16), 5, 1, True),
+        ((torch.bfloat16, torch.bfloat16), 0, 4, True),
+        ((torch.float32, torch.float32), 3, 0, True),
+    ],
+)
+@pytest.mark.parametrize("D", [80, 128])
+def test_merge_of_two_that_lie_apart(
+    impl: Implementation,
+    D: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    first: int,
+    count: int,
+    sunk: bool,
+    base2: bool,
+) -> None:
+    B, h, some = 6, 5, slice(first, first + count)
+    outs = [torch.randn(B, h, D), torch.randn(B, h, D)]
+    lses = [10 * torch.randn(B, h), 10 * torch.randn(B, h)]
+    for shard, poison in enumerate((math.nan, INF)):  # of one, and in the last query of both
+        lses[shard][shard], outs[shard][shard] = EMPTY[shard], poison
+        lses[shard][-1], outs[shard][-1] = EMPTY[2], poison
+    outs = [out.to(dtype) for out, dtype in zip(outs, dtypes, strict=True)]
+    lses[1][:first], lses[1][first + count :] = -INF, -INF
+    sinks = torch.randn(h).to(torch.bfloat16) if sunk else None
+    shards, logs = torch.stack([out.float() for out in outs]), torch.stack(lses)
+    if sinks is not None:
+        column = sinks.float().expand(1, B, h) / (math.log(2) if base2 else 1)
+        shards, logs = torch.cat([shards, torch.zeros_like(shards[:1])]), torch.cat([logs, column])
+    want, want_lse = in_float64(shards, logs, base2)
+    whole = laid_out(outs[0], [1, 0], 8, 1), laid_out(lses[0][..., None], [1, 0], 1, 1)[..., 0]
+    part = laid_out(outs[1][some], [0, 1], 4, 1), lses[1][some]
+    whole, part = ((moved(x, impl.device), lse.to(impl.device)) for x, lse in (whole, part))
+    sinks = None if sinks is None else sinks.to(impl.device)
+    for dtype in (torch.float32, torch.float16):
+        options: Any = {"first": first, "out_dtype": dtype, "base2": base2, "sinks": sinks}
+        out, out_lse = lse_combine.merge(whole, part, return_lse=True, **options)
+        assert out.dtype == dtype
+        assert_close(out, want, BOUND[dtype])
+        assert_same_lse(out_lse, want_lse)
+        assert torch.equal(out, lse_combine.merge(whole, part, **options))
+
+
 @generated
 @given(case=cases(), place=st.integers(0, 15))
 def test_rescale(impl: Implementation, case: Case, place: int) -> None:
@@ -453,6 +501,11 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ("combine", (X, L), {"out": X[0].int()}, TypeError, "int32"),
     ("combine", (X, L), {"out_dtype": torch.float64}, TypeError, "float64"),
     ("combine", (X, L), {"out": X[0], "out_dtype": torch.half}, TypeError, "float16"),
+    ("merge", ((X[0], L[0]), (X[0], L[0, 1:])), FP32, ValueError, "[2, 4]"),
+    ("merge", ((X[0], L[0]), (X[0, :, 1:], L[0, :, 1:])), FP32, ValueError, "[3, 3, 16]"),
+    ("merge", ((X[0], L[0]), (X[0, 1:], L[0, 1:])), {"first": 2} | FP32, ValueError, "2 queries"),
+    ("merge", ((X[0], L[0]), (X[0], L[0].half())), FP32, TypeError, "float16"),
+    ("merge", ((X[0], L[0]), (X[0], L[0])), {"out_dtype": torch.int8}, TypeError, "int8"),
     ("rescale", (X, L, 0), {}, ValueError, "[2, 3, 4, 16]"),
     ("rescale", (X[0].to(torch.float8_e5m2), L, 0), {}, TypeError, "float8_e5m2"),
     ("rescale", (X[0], L[0], 0), {}, ValueError, "[3, 4]"),
@@ -577,6 +630,7 @@ def test_kernels_move_vectors(monkeypatch: pytest.MonkeyPatch, D: int, h: int, N
     out = torch.empty(3, N * h, D, dtype=torch.bfloat16)
     send = torch.empty(N, 3, h, lse_combine.packed_row_bytes(D, out.dtype), dtype=torch.uint8)
     scaled = torch.empty(N * h, 3, D)
+    rows = out[:, :h], torch.empty(3, h)
     for name, launch in {
         "_pack_kernel": lambda: lse_combine._pack_triton(
             out.view(torch.int16), torch.empty(3, N * h), send
@@ -586,6 +640,9 @@ def test_kernels_move_vectors(monkeypatch: pytest.MonkeyPatch, D: int, h: int, N
         ),
         "_rescale_kernel": lambda: lse_combine._rescale_triton(
             out, torch.empty(N, 3, N * h), 1, scaled, torch.empty(3, N * h), False
+        ),
+        "_merge_kernel": lambda: lse_combine._merge_triton(
+            rows, (rows[0][1:], rows[1][1:]), 1, torch.empty_like(rows[0]), None, False, None
         ),
     }.items():
         recorder = Recorder(getattr(lse_combine, name))

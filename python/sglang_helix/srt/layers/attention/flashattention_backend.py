@@ -143,15 +143,14 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         """See `ShardedAttention.partial_prefix`."""
         if gathered is None:
             return self._cached(q, layer)
-        lens = forward_batch.extend_prefix_lens
-        starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = max(forward_batch.extend_prefix_lens_cpu)
-        return self._ragged(
-            q, gathered, gathered[..., : layer.v_head_dim], layer, starts, longest, causal=False
+        longest, values = (
+            max(forward_batch.extend_prefix_lens_cpu),
+            gathered[..., : layer.v_head_dim],
         )
+        return self._ragged(q, gathered, values, layer, self.cu_prefix, longest, causal=False)
 
     def _cached(self, q: Any, layer: RadixAttention) -> Partial:
-        """The batch's queries over this rank's pages; each sees all tokens of its request."""
+        """Queries over this rank's pages; each sees all tokens of its request."""
         if self.mla:
             q_v, q = q
             latent = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
@@ -167,7 +166,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
                 None,
                 None,
                 layer,
-                logical_batch_size=len(self.cu_q) - 1,
+                logical_batch_size=len(self.cu_cached) - 1,
                 kv_head_num=keys.shape[2],
                 is_prefill=self.max_q > 1,
             )
@@ -179,7 +178,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             qv=q_v,
             page_table=self.pages.table,
             cache_seqlens=self.pages.lens,
-            cu_seqlens_q=self.cu_q,
+            cu_seqlens_q=self.cu_cached,
             max_seqlen_q=self.max_q,
             k_descale=scales[0],
             v_descale=scales[1],

@@ -28,7 +28,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, visible_drafts
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, visible_drafts
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -149,9 +149,9 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
 
     def _plan_chunk(self, forward_batch: ForwardBatch) -> None:
         """A chunk on itself, and the tokens cached before it; in a verify pass the drafts."""
-        batch = forward_batch.batch_size
         if forward_batch.forward_mode.is_target_verify():
             drafts = forward_batch.spec_info.draft_token_num
+            batch = forward_batch.batch_size
             # Not the host's lengths, which for some algorithms count the drafts; packing the mask
             # waits for the device as well.
             queries, cached = [drafts] * batch, forward_batch.seq_lens.tolist()
@@ -183,16 +183,19 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             q_data_type=self.q_dtype,
             **mask,
         )
-        if not any(cached):
+        prefix = prefixed(forward_batch)
+        if prefix is None:
             return
-        held = self.shard.lens(torch.tensor(cached)).tolist()
+        which = prefix.requests
+        held = self.shard.lens(torch.tensor(cached[which])).tolist()
         kv_indptr = _summed(held)
-        rows = self._local_rows(forward_batch.req_pool_indices, self.shard.lens(before), sum(held))
+        requests, lens = forward_batch.req_pool_indices[which], self.shard.lens(before[which])
+        rows = self._local_rows(requests, lens, sum(held))
         self.prefill_wrappers_paged[0].begin_forward(
-            qo_indptr,
+            _summed(queries[which]),
             kv_indptr,
             rows,
-            self.host_last_page_len[:batch],
+            self.host_last_page_len[: len(held)],
             self.heads,
             self.group_kv_heads,
             self.head_dim,
@@ -271,7 +274,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         return self._cached(self.prefill_wrappers_paged[0], q, layer, causal=False)
 
     def _cached(self, wrapper: Any, q: Tensor, layer: RadixAttention, **causal: bool) -> Partial:
-        """The batch's queries over this rank's rows, as the wrapper was planned."""
+        """Queries over this rank's rows, as the wrapper was planned."""
         _refuse(layer)
         return wrapper.forward_return_lse(
             q.contiguous(),

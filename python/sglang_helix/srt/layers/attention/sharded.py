@@ -19,7 +19,7 @@ MLA                   the model gathers queries before decode and exchanges afte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -34,7 +34,7 @@ from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.dcp.comm import deferred
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits
-from sglang_helix.srt.layers.dcp.lse_combine import combine
+from sglang_helix.srt.layers.dcp.lse_combine import combine, merge
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
@@ -114,8 +114,9 @@ class ShardedAttention(AttentionBackend):
     ) -> Partial:
         """Queries of a chunk over the tokens cached before it, not causal.
 
-        q [T, heads, Dk]. With `gathered` None: this rank's rows of the pool. Otherwise MLA's
-        gathered prefix [sum of prefix lengths, 1, Dk], request after request, whole.
+        With `gathered` None: q [t, heads, Dk] of the requests that `prefixed` names, over this
+        rank's rows of the pool. Otherwise q [T, heads, Dk] of all requests over MLA's gathered
+        prefix [sum of prefix lengths, 1, Dk], request after request, whole.
         """
         raise NotImplementedError
 
@@ -227,7 +228,8 @@ class ShardedAttention(AttentionBackend):
         q_rope, k_rope = _rope_parts(kwargs)
         if self.mla and q_rope is None and self.upstream_prefill:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        has_prefix = _any_prefix(forward_batch)
+        prefix = prefixed(forward_batch)
+        first, part = 0, None
         if q_rope is not None:
             queries = self.mla_queries(q, q_rope, layer)
             latent = torch.cat([k, k_rope.view(*k.shape[:-1], -1)], dim=-1)
@@ -235,28 +237,39 @@ class ShardedAttention(AttentionBackend):
                 if save_kv_cache:
                     self._store_mla(layer, forward_batch, k, k_rope)
                 return self._verified_mla(queries, latent, k, layer, forward_batch)
-            parts = [self.partial_current(queries, latent, k, layer, forward_batch)]
-            if has_prefix:
+            current = self.partial_current(queries, latent, k, layer, forward_batch)
+            if prefix is not None:
                 metadata = forward_batch.attn_dcp_metadata
-                prefix = metadata.dcp_kv_buffer[: metadata.dcp_extend_prefix_lens_sum]
-                parts.append(self.partial_prefix(queries, layer, forward_batch, prefix))
+                gathered = metadata.dcp_kv_buffer[: metadata.dcp_extend_prefix_lens_sum]
+                part = self.partial_prefix(queries, layer, forward_batch, gathered)
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
         else:
             _refuse_shared(layer, k)
             queries = self._own_queries(q, layer)
             # MLA's un-absorbed chunk brings keys and values of its own heads, and no prefix.
-            assert not (self.mla and has_prefix)
+            assert not (self.mla and prefix is not None)
             own_k, own_v = (k, v) if self.mla else self._own_kv_heads(queries, k, v)
-            parts = [self.partial_current(queries, own_k, own_v, layer, forward_batch)]
-            if has_prefix:
-                out, lse = self.partial_prefix(self._group_heads(q, layer), layer, forward_batch)
-                if forward_batch.forward_mode.is_target_verify():
-                    out = out.to(q.dtype)  # as decode's, which is what symm carries
-                parts.append(self._own_heads(out, lse))
+            current = self.partial_current(queries, own_k, own_v, layer, forward_batch)
+            if prefix is not None:
+                first = prefix.tokens.start or 0
+                cached = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)[prefix.tokens]
+                out, lse = self.partial_prefix(
+                    self._group_heads(cached, layer), layer, forward_batch
+                )
+                # On the wire in the model's dtype, as decode's, which is what symm carries.
+                part = self._own_heads(out.to(q.dtype), lse)
             if save_kv_cache:
                 self._store(layer, forward_batch, k, v)
-        out, _ = self._merged(parts, sinks)
+        if part is not None:
+            out = merge(
+                current, part, first=first, out_dtype=q.dtype, base2=self.base2, sinks=sinks
+            )
+        elif sinks is not None:
+            whole, lses = (each[None] for each in current)
+            out = combine(whole, lses, out_dtype=q.dtype, base2=self.base2, sinks=sinks)
+        else:
+            out = current[0]
         return out.flatten(1).to(q.dtype)
 
     # What adapters share.
@@ -388,25 +401,11 @@ class ShardedAttention(AttentionBackend):
 
         The drafts, which every rank has whole, are counted once: by the rank of place 0.
         """
-        parts = [self.partial_prefix(queries, layer, batch)]
+        out, lse = self.partial_prefix(queries, layer, batch)
         if self.shard.rank == 0:
-            parts.append(self.partial_current(queries, latent, k, layer, batch))
-        out, lse = self._merged(parts)
+            current = self.partial_current(queries, latent, k, layer, batch)
+            return merge((out, lse), current, out_dtype=k.dtype, base2=self.base2, return_lse=True)
         return out.to(k.dtype), lse
-
-    def _merged(self, parts: list[Partial], sinks: Tensor | None = None) -> Partial:
-        """The attention over all parts' keys, and the sinks."""
-        if len(parts) == 1 and sinks is None:
-            return parts[0]
-        outs, lses = zip(*parts, strict=True)
-        common = torch.promote_types(outs[0].dtype, outs[-1].dtype)
-        return combine(
-            torch.stack([out.to(common) for out in outs]),
-            torch.stack(lses),
-            base2=self.base2,
-            sinks=sinks,
-            return_lse=True,
-        )
 
     def _store(
         self, layer: RadixAttention, forward_batch: ForwardBatch, k: Tensor, v: Tensor
@@ -434,14 +433,18 @@ class ShardedAttention(AttentionBackend):
 class ShardedPagedAttention(ShardedAttention):
     """For kernels that read a page table: metadata of its own takes the place of upstream's.
 
-    A batch's: `pages`, the tokens of this rank that decode or the queries of a chunk attend, and
-    `cu_q` ([B+1] int32) and `max_q`, which queries are whose; of drafts `visible`
+    A batch's: `cu_q` ([B+1] int32) and `max_q`, which queries are whose; `pages`, the tokens of
+    this rank that decode or the queries of a chunk attend, of requests whose queries are
+    `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`; of drafts
+    `visible`
     ([B * drafts, drafts] bool), which of them each one sees. Upstream's are prepared beside them
     where upstream attends: in the prefill of MLA, and in window layers.
     """
 
     pages: LocalPages
     cu_q: Tensor
+    cu_cached: Tensor
+    cu_prefix: Tensor
     max_q: int
     visible: Tensor
     captured_width = 1  # queries of a request in captured graphs: 1, or the drafts of a verify pass
@@ -452,6 +455,7 @@ class ShardedPagedAttention(ShardedAttention):
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata(forward_batch)
         mode, batch = forward_batch.forward_mode, forward_batch.batch_size
+        requests = forward_batch.req_pool_indices
         lens, longest = forward_batch.seq_lens, _longest(forward_batch.seq_lens_cpu)
         device = lens.device
         if mode.is_decode_or_idle():
@@ -463,14 +467,21 @@ class ShardedPagedAttention(ShardedAttention):
         else:
             if self.mla:
                 super(ShardedAttention, self).init_forward_metadata(forward_batch)
-            self.cu_q = _summed(forward_batch.extend_seq_lens)
+                self.cu_prefix = summed(forward_batch.extend_prefix_lens)
+            self.cu_q = summed(forward_batch.extend_seq_lens)
             self.max_q = max(forward_batch.extend_seq_lens_cpu)
             lens = forward_batch.extend_prefix_lens
             longest = max(forward_batch.extend_prefix_lens_cpu)
+        self.cu_cached = self.cu_q
+        prefix = None if mode.is_decode_or_idle() else prefixed(forward_batch)
+        if prefix is not None and not prefix.all:
+            which = prefix.requests
+            requests, lens = requests[which], lens[which]
+            self.cu_cached = summed(forward_batch.extend_seq_lens[which])
         if longest is None:
             longest = self.max_context_len
-        self.pages = self.allocate_pages(batch, longest)
-        self.fill_pages(self.pages, forward_batch.req_pool_indices, lens)
+        self.pages = self.allocate_pages(len(lens), longest)
+        self.fill_pages(self.pages, requests, lens)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
@@ -499,6 +510,7 @@ class ShardedPagedAttention(ShardedAttention):
             self.captured_visible[:tokens].copy_(seen)
         if in_capture:
             self.pages, self.cu_q, self.max_q = pages, self.captured_cu_q[: batch + 1], width
+            self.cu_cached = self.cu_q
             self.visible = self.captured_visible[: batch * width]
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
@@ -517,7 +529,7 @@ def _steps(requests: int, queries: int, device: Any) -> Tensor:
     return torch.arange(0, requests * queries + 1, queries, dtype=torch.int32, device=device)
 
 
-def _summed(lens: Tensor) -> Tensor:
+def summed(lens: Tensor) -> Tensor:
     """[B+1] int32: where each request's tokens begin, and where the last one's end."""
     return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
 
@@ -545,14 +557,31 @@ def _refuse_shared(layer: RadixAttention, k: Any) -> None:
         )
 
 
-def _any_prefix(forward_batch: ForwardBatch) -> bool:
-    """Whether any request of the batch has cached tokens: the same answer on every rank.
+class Prefixed(NamedTuple):
+    """A run of a batch's requests, their queries, and whether it is all of them."""
 
-    The number of *local* cached tokens is not: with a short prefix some ranks hold none, and a
-    rank that skipped the exchange would leave its peers waiting for ever.
+    requests: slice
+    tokens: slice
+    all: bool
+
+
+def prefixed(forward_batch: ForwardBatch) -> Prefixed | None:
+    """From the first to the last request that has cached tokens: the same on every rank.
+
+    None where no request has any. The number of *local* cached tokens does not count: with a short
+    prefix some ranks hold none, and a rank that skipped the exchange would leave its peers waiting
+    for ever. All requests where the host does not know.
     """
     lens = forward_batch.extend_prefix_lens_cpu
-    return lens is None or any(lens)
+    if lens is None or forward_batch.forward_mode.is_target_verify():
+        return Prefixed(slice(None), slice(None), True)
+    having = [request for request, length in enumerate(lens) if length]
+    if not having:
+        return None
+    first, end = having[0], having[-1] + 1
+    before, own = sum(forward_batch.extend_seq_lens_cpu[:first]), slice(first, end)
+    queries = sum(forward_batch.extend_seq_lens_cpu[own])
+    return Prefixed(own, slice(before, before + queries), end - first == len(lens))
 
 
 def visible_drafts(mask: Tensor, cached: Tensor, drafts: int) -> Tensor:

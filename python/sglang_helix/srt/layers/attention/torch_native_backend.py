@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.speculative.spec_info import SpecInputType
 
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, windowed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, windowed
 
 
 class Partial(NamedTuple):
@@ -207,13 +207,14 @@ class TorchReferenceAttnBackend(AttentionBackend):
         forward_batch: Any,
         query_lens: list[int],
         cached_lens: list[int],
+        which: slice = slice(None),
     ) -> Partial:
         """Each request's query tokens over the first cached_lens tokens of its cache, all visible.
 
-        q [T, Hq, Dk], its rows split over the requests by query_lens; they stand behind the cached
-        tokens.
+        q [T, Hq, Dk], its rows split over the requests, `which` of the batch, by query_lens; they
+        stand behind the cached tokens.
         """
-        requests = forward_batch.req_pool_indices.tolist()
+        requests = forward_batch.req_pool_indices[which].tolist()
         rows = [
             self.cached_rows(layer, *cached) for cached in zip(requests, cached_lens, strict=True)
         ]
@@ -321,7 +322,12 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
         """See `ShardedAttention.partial_prefix`."""
         chunks, prefixes = chunk_lens(forward_batch)
         if gathered is None:
-            return self.cached_partial(q, layer, forward_batch, chunks, prefixes)
+            found = prefixed(forward_batch)
+            assert found is not None
+            which = found.requests
+            return self.cached_partial(
+                q, layer, forward_batch, chunks[which], prefixes[which], which
+            )
         return _concatenate(
             self._partial(layer, q_r, rows, rows[..., : layer.v_head_dim], None)
             for q_r, rows in zip(q.split(chunks), gathered.split(prefixes), strict=True)

@@ -39,7 +39,12 @@ from sglang_helix.srt.layers.attention.kv_splits import (
     SplitPlan,
     Tile,
 )
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, windowed
+from sglang_helix.srt.layers.attention.sharded import (
+    ShardedAttention,
+    prefixed,
+    summed,
+    windowed,
+)
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
@@ -65,6 +70,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         self.scratch: Scratch = model_runner.decode_scratch
         # Upstream's own buffers, which are not read, as small as it makes them.
         self.max_kv_splits = 1
+        self.nothing_before = torch.zeros_like(self.kv_indptr)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
@@ -74,6 +80,19 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
                 super().init_forward_metadata(forward_batch)
         else:
             super().init_forward_metadata(forward_batch)
+            if not forward_batch.forward_mode.is_target_verify():
+                self.prefixes = self._prefixes(forward_batch)
+
+    def _prefixes(self, forward_batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Of requests that have a prefix: where each one's queries, and where its keys begin."""
+        metadata, prefix = self.forward_metadata, prefixed(forward_batch)
+        if prefix is not None and self.mla:
+            return metadata.qo_indptr, summed(forward_batch.extend_prefix_lens)
+        queries, keys = metadata.qo_indptr, metadata.kv_indptr
+        if prefix is not None and not prefix.all:
+            first, end = prefix.requests.start, prefix.requests.stop + 1
+            queries, keys = queries[first:end] - prefix.tokens.start, keys[first:end]
+        return queries, keys
 
     @contextlib.contextmanager
     def _whole_windows(self) -> Iterator[None]:
@@ -242,14 +261,16 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         gathered: Tensor | None = None,
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
+        metadata = self.forward_metadata
+        prefixes = self.prefixes
+        if forward_batch.forward_mode.is_target_verify():
+            prefixes = metadata.qo_indptr, metadata.kv_indptr
         if gathered is None:
             keys, values = self._buffers(layer)
-            indices, indptr = self.forward_metadata.kv_indices, self.forward_metadata.kv_indptr
+            indices = metadata.kv_indices
         else:
             keys, values = gathered, gathered[..., : layer.v_head_dim]
             indices = None
-            indptr = torch.zeros_like(self.forward_metadata.qo_indptr)
-            indptr[1:] = forward_batch.extend_prefix_lens.cumsum(0)
         none = q.new_empty((0, keys.shape[1], layer.qk_head_dim))
         return self._extend(
             q,
@@ -259,7 +280,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             keys,
             values,
             indices,
-            indptr,
+            prefixes,
             _scales(layer),
         )
 
@@ -272,29 +293,29 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         keys: Tensor,
         values: Tensor,
         indices: Tensor | None,
-        indptr: Tensor | None,
+        prefixes: tuple[Tensor, Tensor] | None,
         scales: tuple[float, float],
     ) -> Partial:
-        """Upstream's extend kernel over the current chunk (indptr None) or over cached rows.
+        """Upstream's extend kernel over the current chunk (prefixes None) or over cached rows.
 
         indices: which rows of keys and values; None where a prefix lies there in order.
         """
         metadata = self.forward_metadata
-        current = indptr is None
+        current = prefixes is None
         mask = metadata.custom_mask if current else None
-        if indptr is None:
-            indptr = self._mask_columns_before(metadata)
-        out = q.new_zeros((*q.shape[:2], layer.v_head_dim), dtype=torch.float32)
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        if prefixes is None:
+            prefixes = metadata.qo_indptr, self._mask_columns_before(metadata)
+        # The kernel writes every row of a request; of padded ones nobody reads what is there.
+        out = q.new_empty((*q.shape[:2], layer.v_head_dim))
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         self.extend_attention_fwd(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
+            _in_rows(q),
+            _in_rows(k),
+            _in_rows(v),
             out,
             keys,
             values,
-            metadata.qo_indptr,
-            indptr,
+            *prefixes,
             metadata.kv_indices if indices is None else indices,
             mask,
             current,
@@ -311,8 +332,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         )
         return out, lse
 
-    @staticmethod
-    def _mask_columns_before(metadata: Any) -> Tensor:
+    def _mask_columns_before(self, metadata: Any) -> Tensor:
         """Where the chunk's own columns of each request's mask start, summed up as an indptr.
 
         A tree of draft tokens brings a mask, a row per draft, that begins with the cached tokens;
@@ -320,7 +340,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """
         drafts = metadata.qo_indptr
         if metadata.custom_mask is None:
-            return torch.zeros_like(drafts)
+            return self.nothing_before[: len(drafts)]
         return (metadata.mask_indptr // metadata.max_extend_len - drafts).to(drafts.dtype)
 
     def _buffers(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
@@ -461,6 +481,11 @@ def _first_stage(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """As the extend kernel takes it: any strides of tokens and heads."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _scales(layer: RadixAttention) -> tuple[float, float]:

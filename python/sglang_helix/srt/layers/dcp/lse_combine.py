@@ -102,6 +102,67 @@ def combine(
     return out if out_lse is None else (out, out_lse)
 
 
+@overload
+def merge(
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    *,
+    first: int = ...,
+    out_dtype: torch.dtype,
+    base2: bool = ...,
+    sinks: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def merge(
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    *,
+    first: int = ...,
+    out_dtype: torch.dtype,
+    base2: bool = ...,
+    sinks: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def merge(
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    *,
+    first: int = 0,
+    out_dtype: torch.dtype,
+    base2: bool = False,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Merge two partial outputs that lie apart, the second of some of the first's queries.
+
+    Args:
+        whole: out [B, h, D] bf16, fp16 or fp32 and lse [B, h] fp32, any strides.
+        part: the same of queries first to first + b, in any of these dtypes: [b, h, D] and [b, h].
+        first: the first of these queries.
+        out_dtype: bf16, fp16 or fp32.
+        base2, sinks, return_lse: as in `combine`; sinks are of all queries.
+
+    Returns:
+        out [B, h, D] in out_dtype, or ``(out, lse [B, h] fp32)`` with ``return_lse``.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is not supported.
+    """
+    _check_merge(whole, part, first, out_dtype, sinks)
+    out = whole[0].new_empty(whole[0].shape, dtype=out_dtype)
+    out_lse = whole[1].new_empty(whole[1].shape) if return_lse else None
+    if out.numel():
+        run = _merge_triton if _runs_triton(out) else _merge_torch
+        run(whole, part, first, out, out_lse, base2, sinks)
+    return out if out_lse is None else (out, out_lse)
+
+
 def combine_splits(
     partials: torch.Tensor,
     lse: torch.Tensor,
@@ -249,6 +310,28 @@ def _combine_torch(
     share, total = _shares(lse, base2, sinks)
     values = partials.float().masked_fill(_without_tokens(lse)[..., None], 0)
     out.copy_((values * share[..., None]).sum(0))
+    if out_lse is not None:
+        out_lse.copy_(total)
+
+
+def _merge_torch(
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    first: int,
+    out: torch.Tensor,
+    out_lse: torch.Tensor | None,
+    base2: bool,
+    sinks: torch.Tensor | None,
+) -> None:
+    some = slice(first, first + len(part[0]))
+    lses = torch.stack([whole[1], torch.full_like(whole[1], -torch.inf)])
+    lses[1, some] = part[1]
+    share, total = _shares(lses, base2, sinks)
+    values = whole[0].float().masked_fill(_without_tokens(lses[0])[..., None], 0)
+    values = values * share[0][..., None]
+    added = part[0].float().masked_fill(_without_tokens(part[1])[..., None], 0)
+    values[some] += added * share[1, some][..., None]
+    out.copy_(values)
     if out_lse is not None:
         out_lse.copy_(total)
 
@@ -460,6 +543,78 @@ if triton is not None:
             log = tl.log2(total) if BASE2 else tl.log(total)
             tl.store(y_lse_ptr + row, top + log, mask=row_ok)
 
+    @triton.jit(
+        do_not_specialize=[
+            *("rows", "first", "count", "a_b", "a_h", "la_b", "la_h"),
+            *("b_b", "b_h", "lb_b", "lb_h"),
+        ]
+    )
+    def _merge_kernel(  # type: ignore[no-untyped-def]
+        a_ptr,
+        la_ptr,
+        b_ptr,
+        lb_ptr,
+        sink_ptr,
+        y_ptr,
+        y_lse_ptr,
+        rows,
+        first,
+        count,
+        a_b,
+        a_h,
+        la_b,
+        la_h,
+        b_b,
+        b_h,
+        lb_b,
+        lb_h,
+        a_d: tl.constexpr,
+        b_d: tl.constexpr,
+        A_UNIT: tl.constexpr,
+        B_UNIT: tl.constexpr,
+        HEADS: tl.constexpr,
+        D: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        BASE2: tl.constexpr,
+        LOG2_E: tl.constexpr,
+        WITH_LSE: tl.constexpr,
+    ):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        t = (row // HEADS).to(tl.int64)
+        h = (row % HEADS).to(tl.int64)
+        d = tl.arange(0, COLS)[None, :]
+        row_ok = row < rows
+        u = t - first
+        part_ok = row_ok & (u >= 0) & (u < count)
+
+        a_at = a_ptr + ((t * a_b + h * a_h) * A_UNIT)[:, None] + d * a_d
+        a = tl.load(a_at, mask=row_ok[:, None] & (d < D), other=0.0)
+        b_at = b_ptr + ((u * b_b + h * b_h) * B_UNIT)[:, None] + d * b_d
+        b = tl.load(b_at, mask=part_ok[:, None] & (d < D), other=0.0)
+        la = _or_empty(tl.load(la_ptr + t * la_b + h * la_h, mask=row_ok, other=float("-inf")))
+        lb = _or_empty(tl.load(lb_ptr + u * lb_b + h * lb_h, mask=part_ok, other=float("-inf")))
+
+        top = tl.maximum(la, lb)
+        if sink_ptr is not None:
+            sink = tl.load(sink_ptr + h, mask=row_ok, other=float("-inf")).to(tl.float32)
+            sink = sink * LOG2_E if BASE2 else sink
+            top = tl.maximum(top, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        a_weight = tl.exp2(la - top if BASE2 else (la - top) * LOG2_E)
+        b_weight = tl.exp2(lb - top if BASE2 else (lb - top) * LOG2_E)
+        total = a_weight + b_weight
+        if sink_ptr is not None:
+            total += tl.exp2(sink - top if BASE2 else (sink - top) * LOG2_E)
+        y = tl.where((la == float("-inf"))[:, None], 0.0, a.to(tl.float32)) * a_weight[:, None]
+        y += tl.where((lb == float("-inf"))[:, None], 0.0, b.to(tl.float32)) * b_weight[:, None]
+        y *= (1.0 / tl.maximum(total, 1.0))[:, None]
+        y_at = y_ptr + row.to(tl.int64)[:, None] * D + d
+        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & (d < D))
+        if WITH_LSE:
+            log = tl.log2(total) if BASE2 else tl.log(total)
+            tl.store(y_lse_ptr + row, top + log, mask=row_ok)
+
     @triton.jit(do_not_specialize=["rank", "rows", "x_b", "x_h", "l_n", "l_b", "l_h"])
     def _rescale_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
@@ -601,6 +756,47 @@ def _combine_triton(
         WITH_LSE=out_lse is not None,
         num_warps=tile.warps,
         **_loads_first(N),
+    )
+
+
+def _merge_triton(
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    first: int,
+    out: torch.Tensor,
+    out_lse: torch.Tensor | None,
+    base2: bool,
+    sinks: torch.Tensor | None,
+) -> None:
+    B, h, D = out.shape
+    a, b = _Strides(whole[0]), _Strides(part[0])
+    tile = _tile(B * h, D, out.element_size(), vector=16)
+    _merge_kernel[tile.grid](
+        *whole,
+        *part,
+        sinks,
+        out,
+        out_lse,
+        B * h,
+        first,
+        len(part[0]),
+        *a.outer,
+        *whole[1].stride(),
+        *b.outer,
+        *part[1].stride(),
+        a_d=a.last,
+        b_d=b.last,
+        A_UNIT=a.unit,
+        B_UNIT=b.unit,
+        HEADS=h,
+        D=D,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        BASE2=base2,
+        LOG2_E=_LOG2_E,
+        WITH_LSE=out_lse is not None,
+        num_warps=tile.warps,
+        **_loads_first(2),
     )
 
 
@@ -793,6 +989,24 @@ def _check_combine(
             )
         if sinks.device != partials.device:
             raise ValueError(f"sinks are on {sinks.device} and partials on {partials.device}")
+
+
+def _check_merge(
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    first: int,
+    out_dtype: torch.dtype,
+    sinks: torch.Tensor | None,
+) -> None:
+    for name, (out, lse) in (("whole", whole), ("part", part)):
+        _check_combine(out[None], lse[None], None, out_dtype, sinks)
+        if out.shape[1:] != whole[0].shape[1:] or out.device != whole[0].device:
+            raise ValueError(
+                f"{name} is {list(out.shape)} on {out.device} beside {list(whole[0].shape)} on "
+                f"{whole[0].device}"
+            )
+    if not 0 <= first <= len(whole[0]) - len(part[0]):
+        raise ValueError(f"{len(part[0])} queries from {first} on are not in {len(whole[0])}")
 
 
 def _check_rescale(out: torch.Tensor, lses: torch.Tensor, rank: int) -> None:

@@ -98,7 +98,9 @@ def _compare(
         values = values.to(dtype).float()
     own = slice(*(shape[0] * place // group.world_size for place in _this_and_next(group)))
     wanted, wanted_lse = _reference(*(_gathered(x, group)[:, :, own] for x in (values, lses)))
-    outs, out_lses, raised = [], [], ""
+    outs: list[torch.Tensor] = []
+    out_lses: list[torch.Tensor] = []
+    raised = ""
     for first in range(0, len(lens), max_tokens or len(lens)):
         some = slice(first, first + (max_tokens or len(lens)))
         shards = values[some], lses[some], lens[some]
@@ -117,9 +119,9 @@ def _compare(
     most = max(4 * torch.finfo(dtype).eps, 1e-4)
     off = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-9)
     lse_off = (got_lse - wanted_lse).abs().masked_fill(got_lse == wanted_lse, 0)
-    for name, error, allowed in (("the output", off, most), ("the LSE", lse_off, 1e-3)):
-        if not bool((error <= allowed).all()):  # NaN is not
-            worst = float(error.nan_to_num(torch.inf).max())
+    for name, errors, allowed in (("the output", off, most), ("the LSE", lse_off, 1e-3)):
+        if not bool((errors <= allowed).all()):  # NaN is not
+            worst = float(errors.nan_to_num(torch.inf).max())
             return f"{name} is off by {worst:.2g} (at most {allowed:.2g} is rounding)"
     return ""
 
