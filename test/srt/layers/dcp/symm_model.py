@@ -37,6 +37,9 @@ class Model:
         rows: rows of each call (batch size times owned heads).
         ranks: N.
         programs: programs of a kernel; row r belongs to program r % programs.
+        resident: per rank, how many programs fit at once; None: all. The others start as those
+            before them end.
+        dispatch: per rank, the order in which programs start; None: by number, as devices do.
         words: separate stores of one piece.
         slots: 2 in the kernel.
         fence: whether flags wait for the rows.
@@ -48,6 +51,8 @@ class Model:
     rows: tuple[int, ...]
     ranks: int
     programs: int = 2
+    resident: tuple[int, ...] | None = None
+    dispatch: tuple[tuple[int, ...], ...] | None = None
     words: int = 2
     slots: int = 2
     fence: bool = True
@@ -123,7 +128,7 @@ def steps(model: Model, state: State) -> list[Step]:
         Step("operate", rank=rank, program=program)
         for rank in range(model.ranks)
         if state.calls[rank] < len(model.rows)
-        for program in range(model.programs)
+        for program in _started(model, state, rank)
         if (operation := _operation(model, state, rank, program))
         and _enabled(model, state, rank, *operation)
     ]
@@ -207,6 +212,19 @@ def _operation(model: Model, state: State, rank: int, program: int) -> tuple[str
     operations = list(_operations(model, state.calls[rank], program))
     done = state.operations[rank][program]
     return operations[done] if done < len(operations) else None
+
+
+def _started(model: Model, state: State, rank: int) -> list[int]:
+    """Programs of a rank's kernel that have started: one does once a place is free, in order."""
+    order = model.dispatch[rank] if model.dispatch else range(model.programs)
+    places = model.resident[rank] if model.resident else model.programs
+    started, running = [], 0
+    for program in order:
+        if running == places:
+            break
+        started.append(program)
+        running += _operation(model, state, rank, program) is not None
+    return started
 
 
 def _epoch(model: Model, state: State, rank: int, row: int) -> int:

@@ -25,9 +25,9 @@ def of_another_rank(out: Any, lse: Any, group: Any, **options: Any) -> Any:
 
 
 def with_the_other_base(
-    out: Any, lse: Any, group: Any, *, base2: bool = False, sinks: Any = None
+    out: Any, lse: Any, group: Any, *, base2: bool = False, **options: Any
 ) -> Any:
-    return a2a(out, lse, group, base2=not base2, sinks=sinks)
+    return a2a(out, lse, group, base2=not base2, **options)
 
 
 def without_its_lse(out: Any, lse: Any, group: Any, **options: Any) -> Any:

@@ -385,11 +385,16 @@ def test_what_every_call_reads_is_worked_out_once(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(symm, "exchange_kernel", Kernel())
     partial = torch.zeros(2, 128, 512, dtype=torch.bfloat16), torch.zeros(2, 128)
-    symm.exchange(workspace, partial)
-    for name in ("parts", "owned", "_places", "owned_by"):
-        monkeypatch.delattr(Layout, name)
-    symm.exchange(workspace, partial)
+    first = symm.exchange(workspace, partial, head_major=True)
+    with monkeypatch.context() as patch:
+        for name in ("_prepare", "_check_partial", "_vectors"):
+            patch.delattr(symm, name)
+        second = symm.exchange(workspace, partial, head_major=True)
     assert calls[0] == calls[1]
+    assert first.out.stride() == second.out.stride() == (512, 2 * 512, 1)
+    # Of another form all is looked at again.
+    with pytest.raises(TypeError, match="fp32 lse"):
+        symm.exchange(workspace, (partial[0], partial[1].half()), head_major=True)
 
 
 @pytest.mark.parametrize(("splits", "programs"), [(False, 64), (True, 16)])

@@ -80,3 +80,19 @@ def test_a_rank_that_receives_nothing_runs_ahead(protocol: str) -> None:
     """Three heads, four ranks: without pieces for the place that is no head, rank 3 never waits."""
     assert fails(model(protocol, ranks=4, heads=3, phantoms=False, calls=6), "overwrites")
     assert not fails(model(protocol, ranks=4, heads=3, calls=6), "", attempts=20)
+
+
+@pytest.mark.parametrize("resident", [(1, 1, 1), (1, 2, 3), (2, 1, 1)])
+def test_fewer_programs_fit_than_there_are(resident: tuple[int, ...]) -> None:
+    """What waits for a row waits for the lowest of the rows that are left, which all ranks hold."""
+    for seed in range(10):
+        run_at_random(model(ranks=3, rows=4, programs=3, calls=2, resident=resident), seed)
+    assert run_in_every_order(model(rows=2, calls=2, words=1, programs=2, resident=(1, 1))) > 200
+
+
+def test_ranks_that_start_programs_in_other_orders_wait_for_ever() -> None:
+    """Then all programs of a launch must fit, which `resident_warps` sees to."""
+    orders = (0, 1, 2), (2, 1, 0)
+    sizes = {"rows": 3, "programs": 3, "calls": 2, "dispatch": orders}
+    assert fails(model(resident=(1, 1), **sizes), "nothing can go on")
+    assert not fails(model(resident=(3, 3), **sizes), "", attempts=20)

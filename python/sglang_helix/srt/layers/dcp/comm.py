@@ -68,16 +68,13 @@ def cp_lse_ag_out_rs_mla(
     come here.
     """
     name = get_parallel().dcp_comm_backend
-    backend = BACKENDS[name]
     if isinstance(cp_attn_lse, Splits):
-        out, _ = exchange_splits(
-            name, cp_attn_lse, cp_attn_out.dtype, cp_group, head_major=backend.head_major
-        )
+        dtype = cp_attn_out.dtype
+        out, _ = exchange_splits(name, cp_attn_lse, dtype, cp_group, head_major=True)
     else:
-        heads_first: dict[str, Any] = {"head_major": True} if backend.head_major else {}
-        out, _ = backend.exchange(
-            cp_attn_out, cp_attn_lse, cp_group, base2=not is_lse_base_on_e, **heads_first
-        )
+        base2 = not is_lse_base_on_e
+        exchange = BACKENDS[name].exchange
+        out, _ = exchange(cp_attn_out, cp_attn_lse, cp_group, base2=base2, head_major=True)
     return out.transpose(0, 1)
 
 

@@ -45,8 +45,12 @@ class Exchange(Protocol):
         *,
         base2: bool = False,
         sinks: torch.Tensor | None = None,
+        head_major: bool = False,
     ) -> Partial:
-        """(out [B, H, D], lse [B, H]) -> (out [B, H/K, D] in out's dtype, lse [B, H/K])."""
+        """(out [B, H, D], lse [B, H]) -> (out [B, H/K, D] in out's dtype, lse [B, H/K]).
+
+        head_major: lay the output out as [H/K, B, D], where that costs nothing.
+        """
 
 
 def a2a(
@@ -56,6 +60,7 @@ def a2a(
     *,
     base2: bool = False,
     sinks: torch.Tensor | None = None,
+    head_major: bool = False,
 ) -> Partial:
     """One all-to-all of packed rows (output and LSE together), then a local combine."""
     send = pack(out, lse, group.world_size)
@@ -72,6 +77,7 @@ def ag_rs(
     *,
     base2: bool = False,
     sinks: torch.Tensor | None = None,
+    head_major: bool = False,
 ) -> Partial:
     """All-gather of the LSEs, then a reduce-scatter of the rescaled outputs in fp32."""
     lses = lse.new_empty(group.world_size, *lse.shape)
@@ -105,8 +111,7 @@ def symm(
 ) -> Partial:
     """One kernel over symmetric memory, for what `prepare_symm` has prepared; else `a2a`.
 
-    Batch size and dtype decide, which are the same on every rank. `head_major`: lay the result out
-    as [H/K, B, D] where the kernel writes it; the tensor returned is [B, H/K, D] all the same.
+    Batch size and dtype decide, which are the same on every rank.
     """
     kernel = _prepared_for(group, len(out), out.shape[1], out.shape[2], out.dtype)
     if kernel is None:
@@ -136,8 +141,7 @@ def exchange_splits(
     """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
 
     A backend that `takes_splits` reduces a few of them where it sends them; many, and those of the
-    others, are merged first. The result is laid out as [H/K, B, D] where `head_major` asks for it,
-    which only a backend of that field may be asked for.
+    others, are merged first.
     """
     B, H, _, D = splits.out.shape
     taken = splits.few and BACKENDS[backend].takes_splits
@@ -147,9 +151,8 @@ def exchange_splits(
         )
         assert reduced.lse is not None
         return reduced.out, reduced.lse
-    heads_first: dict[str, Any] = {"head_major": True} if head_major else {}
     out, lse = splits.merged(dtype)
-    return BACKENDS[backend].exchange(out, lse, group, sinks=sinks, **heads_first)
+    return BACKENDS[backend].exchange(out, lse, group, sinks=sinks, head_major=head_major)
 
 
 # What `symm` needs before its first call.
@@ -223,8 +226,6 @@ class Backend:
     """What every rank calls between its model and its pool, for each shape; see `prepare_symm`."""
     takes_splits: bool = False
     """Whether it reduces `Splits` where it sends them."""
-    head_major: bool = False
-    """Whether its exchange takes `head_major`."""
 
 
 # Every backend but fi_a2a, which is upstream's from end to end. The first is the default where
@@ -238,7 +239,6 @@ BACKENDS: dict[str, Backend] = {
         "each other",
         prepare_symm,
         takes_splits=True,
-        head_major=True,
     ),
 }
 

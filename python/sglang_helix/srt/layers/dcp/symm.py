@@ -29,6 +29,12 @@ Epochs. Each row counts its calls in the rank's own memory. No host state, so CU
 no reset, so batch sizes may vary. Flags carry the epoch and are compared by equality: 64 bits
 never come round.
 
+Residency. A program that waits keeps its place on the device. Where programs start in the order of
+their numbers, as devices do and CUDA does not promise, fewer may fit than there are: whoever waits
+for a row waits for one of the lowest that are left, and these have started on every rank. Where
+ranks started them in other orders, all would have to fit (the model checks both); so a launch is
+never larger than what fits.
+
 What the caller owes: every rank makes the same calls (batch size, order), and calls on one
 workspace never overlap in time: one workspace per stream that runs concurrently with others. And a
 call may fill the device, so nothing that peers wait for may run beside it, such as NCCL elsewhere.
@@ -43,7 +49,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -612,6 +618,7 @@ class Workspace:
             once, or waiting ones could keep out those that peers wait for.
         memory: what the addresses in peers need kept alive.
         local_ranks: ranks that one launch plays; tensors stack their batches.
+        calls: what `exchange` worked out for each form of its arguments.
     """
 
     layout: Layout
@@ -622,6 +629,7 @@ class Workspace:
     warps: int
     memory: object
     local_ranks: int = 1
+    calls: dict[tuple[object, ...], _Call] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def heads(self) -> int:
@@ -650,6 +658,86 @@ def exchange(
     `symm_workspace.SymmExchange.reduce` documents the arguments; the last two are for proofs:
     ``protocol`` overrides the choice by size, ``phase`` runs SEND and RECEIVE in two launches.
     """
+    splits = partial if isinstance(partial, Splits) else None
+    x, lse = partial[0], partial[1]
+    form = (
+        *map(_form, (x, lse, into, scales, sinks)),
+        None if splits is None else (len(splits.indptr), len(splits.counts)),
+        *(return_lse, base2, head_major, out_dtype, protocol, phase),
+    )
+    call = workspace.calls.get(form)
+    if call is None:
+        options = return_lse, base2, head_major, out_dtype, protocol, phase
+        call = workspace.calls[form] = _prepare(workspace, partial, into, scales, sinks, *options)
+    out = x.new_empty_strided(*call.out, dtype=call.dtype) if into is None else into
+    if scales is None and call.scales:
+        scales = lse.new_empty(call.scales)
+    out_lse = lse.new_empty(call.lse) if return_lse else None
+    if call.tokens == 0:  # on every rank: the epochs stand still together
+        return Reduced(out, out_lse, scales)
+    if call.copies:
+        x = x.contiguous()
+    exchange_kernel[call.grid](
+        x,
+        lse,
+        workspace.peers,
+        workspace.epochs,
+        out,
+        out_lse,
+        scales,
+        sinks,
+        workspace.status,
+        None if splits is None else splits.indptr,
+        None if splits is None else splits.counts,
+        workspace.rank,
+        call.tokens,
+        layer,
+        *call.strides,
+        1 if splits is None else splits.block,
+        1.0 if splits is None else splits.v_scale,
+        **call.options,
+    )
+    return Reduced(out, out_lse, scales)
+
+
+class _Call(NamedTuple):
+    """What follows from the forms of a call's arguments: the host works it out once for each."""
+
+    tokens: int
+    """Of each rank."""
+    copies: bool
+    """Whether the rows are copied, to be vectors."""
+    out: tuple[torch.Size, tuple[int, ...]]
+    """Shape and strides of the result."""
+    dtype: torch.dtype
+    lse: tuple[int, int]
+    scales: tuple[int, int] | None
+    """Shape of the scales of an fp8 result."""
+    grid: tuple[int, int]
+    strides: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+def _form(x: torch.Tensor | None) -> tuple[object, ...] | None:
+    """All that decides how a tensor may be read or written, but where it is."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % _VECTOR
+
+
+def _prepare(
+    workspace: Workspace,
+    partial: tuple[torch.Tensor, torch.Tensor] | Splits,
+    into: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    return_lse: bool,
+    base2: bool,
+    head_major: bool,
+    out_dtype: torch.dtype | None,
+    protocol: Protocol | None,
+    phase: int,
+) -> _Call:
     layout, splits = workspace.layout, isinstance(partial, Splits)
     x, lse = partial[0], partial[1]
     tokens = _check_partial(workspace, partial, base2)
@@ -664,53 +752,49 @@ def exchange(
     if into is not None:
         out = into
     elif head_major:
-        out = x.new_empty((heads, B, D), dtype=dtype).transpose(0, 1)
+        out = torch.empty((heads, B, D), dtype=dtype, device="meta").transpose(0, 1)
     else:
-        out = x.new_empty((B, heads, D), dtype=dtype)
-    if scales is None and dtype == torch.float8_e4m3fn:
-        scales = lse.new_empty((B, heads * D // _FP8_GROUP.value))
-    out_lse = lse.new_empty((B, heads)) if return_lse else None
-    if into is not None or scales is not None or sinks is not None or dtype != layout.wire:
-        _check_result((B, heads, D), out, scales, sinks, workspace.local_ranks * heads)
-    if tokens == 0:  # on every rank: the epochs stand still together
-        return Reduced(out, out_lse, scales)
-
-    if not splits and not _rows_are_vectors(x):
-        x = x.contiguous()
+        out = torch.empty((B, heads, D), dtype=dtype, device="meta")
+    scaled = dtype == torch.float8_e4m3fn
+    scales_shape = (B, heads * D // _FP8_GROUP.value) if scaled else None
+    if scales is None and scales_shape:
+        scales = torch.empty(scales_shape, device="meta")
+    _check_result((B, heads, D), out, scales, sinks, workspace.local_ranks * heads)
+    copies = not splits and not _rows_are_vectors(x)
+    if copies:
+        x = torch.empty_like(x, device="meta", memory_format=torch.contiguous_format)
     warps = layout.warps(splits)
-    programs = min(tokens * layout.rows_per_token, max(1, workspace.warps // warps))
-    exchange_kernel[(programs, workspace.local_ranks)](
-        x,
-        lse,
-        workspace.peers,
-        workspace.epochs,
-        out,
-        out_lse,
-        scales,
-        sinks,
-        workspace.status,
-        partial.indptr if isinstance(partial, Splits) else None,
-        partial.counts if isinstance(partial, Splits) else None,
-        workspace.rank,
-        tokens,
-        layer,
+    strides = (
         *(_vectors(x) if splits else (*_vectors(x), 0)),
         *(lse.stride() if splits else (*lse.stride(), 0)),
         *_vectors(out),
-        *(out_lse.stride() if out_lse is not None else (0, 0)),
+        *((heads, 1) if return_lse else (0, 0)),
         *(scales.stride() if scales is not None else (0, 0)),
-        partial.block if isinstance(partial, Splits) else 1,
-        partial.v_scale if isinstance(partial, Splits) else 1.0,
-        **layout.constants(protocol),
-        SPLITS=splits,
-        BASE2=base2,
-        PHASE=phase,
-        num_warps=warps,
-        maxnreg=_MAX_REGISTERS,
-        # Ranks on one device could keep each other out; one rank's programs always fit.
-        launch_cooperative_grid=workspace.local_ranks > 1,
     )
-    return Reduced(out, out_lse, scales)
+    options = {
+        **layout.constants(protocol),
+        "SPLITS": splits,
+        "BASE2": base2,
+        "PHASE": phase,
+        "num_warps": warps,
+        "maxnreg": _MAX_REGISTERS,
+        # Ranks on one device could keep each other out; one rank's programs always fit.
+        "launch_cooperative_grid": workspace.local_ranks > 1,
+    }
+    return _Call(
+        tokens,
+        copies,
+        (out.shape, out.stride()),
+        dtype,
+        (B, heads),
+        scales_shape,
+        (
+            min(tokens * layout.rows_per_token, max(1, workspace.warps // warps)),
+            workspace.local_ranks,
+        ),
+        strides,
+        options,
+    )
 
 
 def plan(ranks: int, heads: int, head_dim: int, wire: torch.dtype, max_tokens: int) -> Layout:
