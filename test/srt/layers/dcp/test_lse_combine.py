@@ -501,7 +501,7 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ("combine", (X, L), {"out": X[0].int()}, TypeError, "int32"),
     ("combine", (X, L), {"out_dtype": torch.float64}, TypeError, "float64"),
     ("combine", (X, L), {"out": X[0], "out_dtype": torch.half}, TypeError, "float16"),
-    ("merge", ((X[0], L[0]), (X[0], L[0, 1:])), FP32, ValueError, "[2, 4]"),
+    ("merge", ((X[0], L[0]), (X[0], L[0, 1:])), FP32, ValueError, "[1, 2, 4]"),
     ("merge", ((X[0], L[0]), (X[0, :, 1:], L[0, :, 1:])), FP32, ValueError, "[3, 3, 16]"),
     ("merge", ((X[0], L[0]), (X[0, 1:], L[0, 1:])), {"first": 2} | FP32, ValueError, "2 queries"),
     ("merge", ((X[0], L[0]), (X[0], L[0].half())), FP32, TypeError, "float16"),

@@ -64,6 +64,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
 
     dcp_size: int
     sliding_window_size: int
+    prefixes: tuple[Tensor, Tensor]  # of an extend, see `_prefixes`
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
@@ -262,9 +263,10 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
         metadata = self.forward_metadata
-        prefixes = self.prefixes
         if forward_batch.forward_mode.is_target_verify():
             prefixes = metadata.qo_indptr, metadata.kv_indptr
+        else:
+            prefixes = self.prefixes
         if gathered is None:
             keys, values = self._buffers(layer)
             indices = metadata.kv_indices
