@@ -227,7 +227,7 @@ Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/
 order of preference. Where none is named, SGLang's default for the machine is kept if it is here and
 was seen on a GPU; otherwise the first that serves the model and runs on the machine is taken, and
 the log says so. "own": complete upstream, with the series' exchange. To add one:
-[adding.md](adding.md).
+[CONTRIBUTING.md](../CONTRIBUTING.md#1-add-an-adapter-for-one-of-sglangs-attention-backends).
 
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
 |---|---|---|---|---|

@@ -129,16 +129,21 @@ def print_series(catalogue: bool, sglang: Path | None = None, *, record: bool = 
 
 def print_borrowed(contract: Contract, catalogue: bool, *, record: bool) -> int:
     """Print what the series takes for granted beside its hooks; how much of it differs."""
-    from sglang_helix.contract import changed
+    from sglang_helix.contract import changed, reference
     from sglang_helix.contract import record as write
 
+    platform = reference(contract)
     uses, bodies = contract.uses(), contract.bodies()
     if record:
-        write(bodies)
+        write(contract)
     symbols = {use.symbol for use in uses}
     private = [name for name in symbols if re.search(r"\._[a-zA-Z]", name)]
-    misfits = [f"{use.symbol} {use.problem} ({use.where})" for use in uses if use.problem]
-    differing = changed(bodies)
+    misfits = [
+        f"{use.symbol} {use.problem} ({use.where})"
+        for use in uses + (platform.uses() if platform else [])
+        if use.problem
+    ]
+    differing = changed(contract)
     arguments, variables = contract.unlisted()
     print(f"\nborrowed: {len(symbols)} symbols, {len(private)} of them private, {len(uses)} uses")
     print(f"read: {len(bodies)} bodies that the series hooks or overrides")

@@ -3,7 +3,7 @@
 From this table follow which backends may be named for GQA and for MLA and which one is taken where
 none is, the base of every LSE, the factories and the list of absorbed backends that the series
 registers with SGLang, the sentence in README and docs/attention-backends.md. What was seen of each
-on a GPU: `seen.py`. To add an adapter: docs/adding.md.
+on a GPU: `seen.py`. To add an adapter: CONTRIBUTING.md, 1.
 
 Importing this module imports neither SGLang nor torch.
 """
