@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 
 COMMANDS = {
@@ -18,7 +19,10 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.dcp")
     commands = parser.add_subparsers(dest="command", required=True)
+    here = {name for name in COMMANDS if importlib.util.find_spec(f"benchmark.dcp.{name}")}
     for name, help_text in COMMANDS.items():
+        if name not in here:  # in SGLang's own tree not all of them are
+            continue
         # Options, --help among them, belong to the module, loaded only when it is chosen.
         commands.add_parser(name, help=help_text, add_help=False)
     command = parser.parse_args(argv[:1]).command

@@ -16,6 +16,7 @@ from pathlib import Path
 from sglang_helix.contract import Contract
 from sglang_helix.export.hooked import add_field, add_hook
 from sglang_helix.export.modules import IN_TREE, Modules, lands_in_tree
+from sglang_helix.export.tests import Tests
 from sglang_helix.export.tree import PACKAGE, Tree, git
 from sglang_helix.hook import SUPPORTED_SGLANG, Hook, Patch, SeriesError
 from sglang_helix.series import SERIES
@@ -40,9 +41,12 @@ def export(checkout: Path, branch: str, patches: Path | None = None) -> list[str
             f"for {' or '.join(SUPPORTED_SGLANG)}: {'; '.join(problems)}"
         )
     modules = Modules(tree)
+    tests = Tests(modules)
     commits = []
     for number, patch in enumerate(SERIES, 1):
         add(tree, modules, patch)
+        for path, text in tests.landing().items():
+            tree.write(path, text)
         commits.append(tree.commit(message(patch, number)))
     with tempfile.TemporaryDirectory() as scratch:
         if patches is not None:

@@ -22,7 +22,7 @@ _FORM = "sglang_helix.helix"
 _IN_TREE = "sglang_helix.export.in_tree"
 IN_TREE = f"{PACKAGE}/srt/helix.py"
 
-_NAME = re.compile(r"\bsglang_helix(?:\.\w+)+")
+_NAME = re.compile(r"(?<![\w.])(?:sglang_helix|srt)(?:\.\w+)+")
 
 
 def lands_in_tree(hook: Hook) -> bool:
@@ -44,6 +44,14 @@ class Modules:
                 self._names[".".join(parts)] = landed
         self._landed: set[str] = set()
         self._tree = tree
+
+    def rename(self, name: str, landed: str) -> None:
+        """Have a module beside the package land under a name."""
+        self._names[name] = landed
+
+    def landed(self, name: str) -> bool:
+        """Whether a module of the series is in the tree by now."""
+        return name in self._landed
 
     def in_tree(self, name: str) -> str:
         """A module's name in the tree, or that of what it holds, "module:function"."""

@@ -1,7 +1,8 @@
 """Body of a process that imports SGLang from trees and calls functions there; see `exported`.
 
 It reads [(tree, [(function's name, ranks, arguments, ...)])] as a pickle, and writes for each call
-of each tree what it returned on every rank. What all trees import is imported once.
+of each tree what it returned on every rank; a call on no rank is a module to import before the
+others. What all trees import is imported once.
 """
 
 import os
@@ -25,6 +26,19 @@ _OTHERS = (
     "scipy.sparse",
     "pandas",
     "IPython",
+    "flashinfer",
+    "flashinfer.activation",
+    "torchvision",
+    "compressed_tensors",
+    "aiohttp",
+    "networkx",
+    "timm",
+    "torchaudio",
+    "torch._inductor.compile_fx",
+    "transformers.modeling_utils",
+    "xgrammar",
+    "gguf",
+    "uvicorn",
 )
 
 
@@ -37,6 +51,9 @@ def in_tree(tree: Path, calls: list[tuple[str, int, Any]]) -> list[list[Any]]:
     answers = []
     for name, ranks, *arguments in calls:
         module, _, function = name.partition(":")
+        if not ranks:  # in the process itself, for all calls after it
+            answers.append(import_module(module) and [])
+            continue
         call = getattr(import_module(module), function)
         outcomes = in_forks([(call, rank, *arguments) for rank in range(ranks)], {}, 240)
         answers.append(outcomes)

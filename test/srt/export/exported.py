@@ -21,7 +21,7 @@ from sglang_helix.export.tree import Tree, git
 
 _TEST = Path(__file__).parents[2]
 _PROJECT = _TEST.parent
-_LEFT_OUT = ("sglang", "__editable__", "_sglang")
+_LEFT_OUT = ("sglang-", "sglang_helix", "sglang_cpu_reference", "__editable__")
 
 
 @cache
@@ -55,21 +55,21 @@ def repository(directory: Path) -> Path:
 
 
 def tree_at(checkout: Path, commit: str, directory: Path) -> Path:
-    """The folder to import SGLang from as it is at a commit."""
-    linked(installed() / "sglang", directory / "sglang")
+    """The checkout as it is at a commit, in another folder; where to import SGLang from."""
+    linked(installed() / "sglang", directory / "python" / "sglang")
     for name in git(checkout, "diff", "--name-only", "HEAD", commit).split():
-        path = directory / Path(name).relative_to("python")
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.write_text(git(checkout, "cat-file", "blob", f"{commit}:{name}"))
-    return directory
+    return directory / "python"
 
 
 def environment(checkout: Path, directory: Path) -> Path:
     """A folder to import all else from."""
     directory.mkdir()
     for entry in installed().iterdir():
-        if not entry.name.startswith(_LEFT_OUT) or entry.name.endswith("_kernel"):
+        if entry.name != "sglang" and not entry.name.startswith(_LEFT_OUT):
             (directory / entry.name).symlink_to(entry)
     metadata = f"sglang-{distribution('sglang').version}.dist-info"
     (directory / metadata).symlink_to(installed() / metadata)
@@ -80,16 +80,29 @@ def environment(checkout: Path, directory: Path) -> Path:
         path = platform / file.relative_to(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(modules.translated(file.read_text()))
-    metadata = "sglang_cpu_reference-0.1.0.dist-info"
-    (directory / metadata).mkdir()
-    for name in ("METADATA", "entry_points.txt"):
-        text = distribution("sglang-cpu-reference").read_text(name)
-        (directory / metadata / name).write_text(text or "")
+    _metadata("sglang-cpu-reference", directory)
     return directory
 
 
+def plugin_alone(directory: Path) -> Path:
+    """A folder with the plugin as it is installed beside the released SGLang."""
+    directory.mkdir()
+    (directory / "sglang_helix").symlink_to(_PROJECT / "python" / "sglang_helix")
+    _metadata("sglang-helix", directory)
+    return directory
+
+
+def _metadata(name: str, directory: Path) -> None:
+    """What says that a distribution is installed in a folder, and its entry points."""
+    found = distribution(name)
+    folder = directory / f"{name.replace('-', '_')}-{found.version}.dist-info"
+    folder.mkdir()
+    for file in ("METADATA", "entry_points.txt"):
+        (folder / file).write_text(found.read_text(file) or "")
+
+
 def called_in(
-    environment: Path, trees: Sequence[tuple[Path, list[tuple[Any, ...]]]], timeout: float = 300
+    environment: Path, trees: Sequence[tuple[Path, list[tuple[Any, ...]]]], timeout: float = 900
 ) -> list[list[Any]]:
     """Outcomes of calls in SGLang processes of trees, a list a tree; see `srt.export.calls`."""
     run = subprocess.run(

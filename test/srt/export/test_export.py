@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+from sglang.test.ci.ci_register import collect_tests
 from sglang_helix import export, series
 from sglang_helix.__main__ import main
 from sglang_helix.export import in_tree
@@ -120,6 +121,35 @@ def sources(exported: Exported, commit: str) -> Iterator[tuple[str, str]]:
             yield path, git(exported.checkout, "cat-file", "blob", f"{commit}:{path}")
 
 
+def test_tests_are_registered_for_the_runners(exported: Exported, tmp_path: Path) -> None:
+    """By upstream's own reader of registrations, which wants one in every file that it finds."""
+    files, imports = [], set()
+    for path, text in sources(exported, "helix"):
+        if path.startswith("test/"):
+            assert path.startswith("test/registered/dcp/")
+            files.append(tmp_path / path)
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            files[-1].write_text(text)
+            imports |= set(re.findall(r"^from (\S+) import", text, re.MULTILINE))
+    found = {Path(one.filename).name: one for one in collect_tests(list(map(str, files)))}
+    assert len(found) == len(files) > 12
+    assert found["test_topology.py"].effective_suite == "base-a-test-cpu"
+    assert found["test_symm_gpu.py"].effective_suite == "base-b-test-1-gpu-large"
+    assert found["test_all_to_all.py"].effective_suite == "base-c-test-4-gpu-h100"
+    assert not {name for name in imports if name.startswith(("srt", "sglang_"))}
+
+
+def test_tests_land_with_what_they_test(exported: Exported) -> None:
+    by_patch = {
+        patch.name: set(git(exported.checkout, "diff", "--name-only", f"{commit}^", commit).split())
+        for patch, commit in zip(series.SERIES, exported.commits, strict=True)
+    }
+    assert "test/registered/dcp/distributed/test_topology.py" in by_patch["a2a"]
+    assert "python/sglang/test/dcp/threads.py" in by_patch["a2a"]
+    assert "test/registered/dcp/layers/dcp/test_symm_gpu.py" in by_patch["symm"]
+    assert "benchmark/dcp/kernels.py" in by_patch["symm"]
+
+
 def test_modules_name_what_is_in_the_tree(exported: Exported) -> None:
     """Of each commit; but what a later patch declares as its own, nothing asks for before."""
     for number, commit in enumerate(exported.commits):
@@ -130,6 +160,8 @@ def test_modules_name_what_is_in_the_tree(exported: Exported) -> None:
             for module in patch.modules
         }
         for path, text in sources(exported, commit):
+            if path.startswith("benchmark/"):  # names the CPU platform, where there is no GPU
+                continue
             assert not _NAMES.search(text), path
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang."):
@@ -141,7 +173,11 @@ def test_modules_name_what_is_in_the_tree(exported: Exported) -> None:
 
 
 def test_every_module_lands(exported: Exported) -> None:
-    landed = {Path(path).name.replace("_helix.py", ".py") for path, _ in sources(exported, "helix")}
+    landed = {
+        Path(path).name.replace("_helix.py", ".py")
+        for path, _ in sources(exported, "helix")
+        if path.startswith("python/sglang/srt/")
+    }
     modules = {file.name for file in _SRT.rglob("*.py") if file.stat().st_size}
     assert modules - landed == {"looked_at.py"}  # what `series` compares SGLang with
     assert landed - modules == {"helix.py"}
@@ -156,6 +192,7 @@ def test_git_am_makes_the_same_tree(exported: Exported, checkout: Path) -> None:
         for where, commit in ((checkout, "HEAD"), (exported.checkout, "helix"))
     ]
     assert trees[0] == trees[1]
+    assert export.differences(checkout / "python" / "sglang") == []
 
 
 def test_checkout_stays_as_it_is(exported: Exported) -> None:
