@@ -39,7 +39,6 @@ from benchmark.dcp.kernels import (
     DTYPE,
     SHAPES,
     device_name,
-    layout_of_one,
     relative_error,
     software,
 )
@@ -205,23 +204,7 @@ class Bench:
             )
             for name, backend in BACKENDS.items()
         ]
-        if self.options.protocols and symm:
-            from sglang_helix.srt.layers.dcp.symm import PROTOCOLS
-
-            ours += [self.by_protocol(protocol, heads, head_dim) for protocol in PROTOCOLS]
         return [*ours, *sglang_candidates(shape, self.peers)]
-
-    def by_protocol(self, protocol: Any, heads: int, head_dim: int) -> Candidate:
-        """`symm` with one protocol for all batches, where it would choose by their size."""
-        from sglang_helix.srt.layers.dcp import symm, symm_workspace
-
-        layout = layout_of_one(protocol, self.ranks, heads, head_dim, max(self.options.batch))
-        workspace = symm_workspace.between_ranks(self.ours.cpu_group, layout, self.device)
-
-        def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-            return symm.exchange(workspace, (x, lse), protocol=protocol).out
-
-        return Candidate(f"{SYMM} {protocol}", self.ours, run)
 
     def prepare_symm(self, heads: int, head_dim: int) -> int:
         """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
@@ -501,11 +484,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], metavar="B")
     parser.add_argument("--samples", type=int, default=20, help="per candidate and turn, 2 turns")
-    parser.add_argument(
-        "--protocols",
-        action="store_true",
-        help="symm by each of its protocols too: where its switch points belong",
-    )
     parser.add_argument("--eager", action="store_true", help="capture no CUDA graphs")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each group size")
     parser.add_argument("--csv", type=Path, help="write the figures here")

@@ -191,9 +191,7 @@ def exchange_cases(p: Problem, peers: Peers) -> Cases:
     want = torch.cat([merged(*owned) for owned in owners])
 
     if peers.symm and p.device.type == "cuda":
-        for protocol in peers.symm.PROTOCOLS:
-            inputs = x.flatten(0, 1), lse.flatten(0, 1)
-            yield f"helix symm {protocol}", Case(one_kernel(p, protocol), inputs, want)
+        yield "helix symm", Case(one_kernel(p), (x.flatten(0, 1), lse.flatten(0, 1)), want)
 
     def for_chain(t: torch.Tensor) -> torch.Tensor:
         """[rank, B, owner * h, ...] -> [B, owner * rank * h, ...]: packs by owner, all at once."""
@@ -326,25 +324,17 @@ class StandIn:
         return output
 
 
-def one_kernel(p: Problem, protocol: str) -> Callable[..., torch.Tensor]:
+def one_kernel(p: Problem) -> Callable[..., torch.Tensor]:
     """The one-kernel exchange of [N * B, H, D] with all ranks on this device."""
     from sglang_helix.srt.layers.dcp import symm, symm_workspace
 
-    layout = layout_of_one(protocol, p.ranks, p.heads, p.head_dim, p.batch)
+    layout = symm.Layout(p.ranks, p.heads, p.head_dim, DTYPE, p.batch)
     workspace = symm_workspace.one_device(layout, p.device)
 
     def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        return symm.exchange(workspace, (x, lse), protocol=protocol).out  # type: ignore[arg-type]
+        return symm.exchange(workspace, (x, lse)).out
 
     return run
-
-
-def layout_of_one(protocol: str, ranks: int, heads: int, head_dim: int, tokens: int) -> Any:
-    """The `symm.Layout` that has room for one protocol alone."""
-    from sglang_helix.srt.layers.dcp.symm import Layout
-
-    small = tokens if protocol == "lamport" else 0
-    return Layout(ranks, heads, head_dim, DTYPE, small, tokens - small)
 
 
 def random_partials(p: Problem, shards: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,17 +1,16 @@
-"""Model of the protocols of `sglang_helix.srt.layers.dcp.symm`, to be run in every order.
+"""Model of the protocol of `sglang_helix.srt.layers.dcp.symm`, to be run in every order.
 
 Ranks make calls, a call is a kernel of programs, a program carries rows. What a real device may
 reorder is a step of its own: programs of a kernel go on in any order, a store becomes visible at
-any time after it was issued (two of one program to the same word in order; after a fence, all
-before it), words of a row are separate stores. What orders is the end of a kernel: the next one of
-the same rank begins after all programs of this one.
+any time after it was issued (two of one program to the same word in order), words of a row are
+separate stores. What orders is the end of a kernel: the next one of the same rank begins after all
+programs of this one.
 
-A memory word remembers which store it holds, and whether the receiver has read it. It is a
-`ViolationError` if a store lands on one that was not read (or, in lamport, not put back), if a
-receiver reads anything but the store it waits for, or if nothing can go on.
+A memory word remembers which store it holds. It is a `ViolationError` if a store lands on one that
+was not put back, if a receiver reads anything but the store it waits for, or if nothing can go on.
 
-The parameters that the protocols depend on can be set wrong: one slot, no fence, no pieces for
-places without a head. A model that finds nothing wrong there would be no evidence.
+The parameters that the protocol depends on can be set wrong: one slot, no pieces for places without
+a head. A model that finds nothing wrong there would be no evidence.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class Model:
     """What is run.
 
     Attributes:
-        protocol: "lamport", "push" or "pull" for each call.
         rows: rows of each call (batch size times owned heads).
         ranks: N.
         programs: programs of a kernel; row r belongs to program r % programs.
@@ -42,12 +40,10 @@ class Model:
         dispatch: per rank, the order in which programs start; None: by number, as devices do.
         words: separate stores of one piece.
         slots: 2 in the kernel.
-        fence: whether flags wait for the rows.
         heads: of `places` places per rank and token, those that stand for a head; the others'
             pieces are sent only with `phantoms`. Rows count places.
     """
 
-    protocol: tuple[str, ...]
     rows: tuple[int, ...]
     ranks: int
     programs: int = 2
@@ -55,7 +51,6 @@ class Model:
     dispatch: tuple[tuple[int, ...], ...] | None = None
     words: int = 2
     slots: int = 2
-    fence: bool = True
     places: int = 1
     heads: int = 1_000_000
     phantoms: bool = True
@@ -69,7 +64,6 @@ class Word(NamedTuple):
     """Address of one word in rank `memory`'s workspace."""
 
     memory: int
-    region: str
     slot: int
     peer: int
     row: int
@@ -103,7 +97,6 @@ class State:
     calls: tuple[int, ...]
     operations: tuple[tuple[int, ...], ...]
     memory: frozenset[tuple[Word, int]] = frozenset()  # what is not there was never written
-    unread: frozenset[Word] = frozenset()
     flying: frozenset[Store] = frozenset()
 
 
@@ -158,8 +151,8 @@ def run_at_random(model: Model, seed: int) -> None:
     draw, state = random.Random(seed), first(model)
     while not finished(model, state):
         state = take(model, state, draw.choice(_some(model, state)))
-    if left := [at for at, _ in state.memory if at.region == "lamport"]:
-        raise ViolationError(f"not put back: {left}")
+    if state.memory:
+        raise ViolationError(f"not put back: {sorted(at for at, _ in state.memory)}")
 
 
 def run_in_every_order(model: Model) -> int:
@@ -195,14 +188,10 @@ def _call(model: Model, call: int) -> int:
 def _operations(model: Model, call: int, program: int) -> Iterator[tuple[str, int]]:
     """A program's operations in one call, as (name, row)."""
     rows = range(program, model.rows[call], model.programs)
-    lamport = model.protocol[call] == "lamport"
     yield from (("send", row) for row in rows)
-    if not lamport:
-        yield from (("flag", row) for row in rows)
     for row in rows:
         yield "read", row
-        if lamport:
-            yield "put back", row
+        yield "put back", row
         yield "count", row
 
 
@@ -232,49 +221,31 @@ def _epoch(model: Model, state: State, rank: int, row: int) -> int:
     return 1 + sum(row < rows for rows in model.rows[: state.calls[rank]])
 
 
-def _pieces(
-    model: Model, state: State, rank: int, row: int, *, sends: bool, flags: bool = False
-) -> list[Word]:
+def _pieces(model: Model, state: State, rank: int, row: int, *, sends: bool) -> list[Word]:
     """Words that a rank sends, or receives, for a row of its current call."""
-    protocol = model.protocol[state.calls[rank]]
     slot = _epoch(model, state, rank, row) % model.slots
     if sends:
         peers = [owner for owner in range(model.ranks) if model.received(owner, row)]
     else:
         peers = list(range(model.ranks)) if model.received(rank, row) else []
-    local = not sends  # pieces and flags lie with the receiver, pulled pieces with the sender
-    if protocol == "pull" and not flags:
-        local = sends
-    region = "flags" if flags else "lamport" if protocol == "lamport" else "staged"
     return [
-        Word(rank if local else peer, region, slot, peer if local else rank, row, word)
+        Word(peer, slot, rank, row, word) if sends else Word(rank, slot, peer, row, word)
         for peer in peers
-        for word in range(1 if flags else model.words)
+        for word in range(model.words)
     ]
 
 
 def _enabled(model: Model, state: State, rank: int, operation: str, row: int) -> bool:
-    if operation == "flag" and model.fence:
-        return not any(
-            store.at.region == "staged"
-            and store.sender == rank
-            and store.at.row % model.programs == row % model.programs
-            for store in state.flying
-        )
-    if operation == "read":
-        memory, epoch = dict(state.memory), _epoch(model, state, rank, row)
-        if model.protocol[state.calls[rank]] == "lamport":
-            polled = _pieces(model, state, rank, row, sends=False)
-            return all(memory.get(at) is not NEVER_SENT for at in polled)
-        polled = _pieces(model, state, rank, row, sends=False, flags=True)
-        return all(memory.get(at) == epoch for at in polled)
-    return True
+    if operation != "read":
+        return True
+    memory, polled = dict(state.memory), _pieces(model, state, rank, row, sends=False)
+    return all(memory.get(at) is not NEVER_SENT for at in polled)
 
 
 def _operate(model: Model, state: State, rank: int, operation: str, row: int) -> State:
     epoch = _epoch(model, state, rank, row)
-    if operation in ("send", "flag"):
-        words = _pieces(model, state, rank, row, sends=True, flags=operation == "flag")
+    if operation == "send":
+        words = _pieces(model, state, rank, row, sends=True)
         return replace(state, flying=state.flying | {Store(at, epoch, rank) for at in words})
     words = _pieces(model, state, rank, row, sends=False)
     if operation == "read":
@@ -282,7 +253,7 @@ def _operate(model: Model, state: State, rank: int, operation: str, row: int) ->
         for at in words:
             if memory.get(at) != epoch:
                 raise ViolationError(f"read call {memory.get(at)} in call {epoch}: {at}")
-        return replace(state, unread=state.unread - set(words))
+        return state
     if operation == "put back":
         kept = frozenset((at, value) for at, value in state.memory if at not in set(words))
         return replace(state, memory=kept)
@@ -292,13 +263,12 @@ def _operate(model: Model, state: State, rank: int, operation: str, row: int) ->
 def _land(state: State, store: Store) -> State:
     memory = dict(state.memory)
     at = store.at
-    if at in state.unread or (at.region == "lamport" and at in memory):
+    if at in memory:
         raise ViolationError(f"call {store.epoch} overwrites call {memory[at]}: {at}")
     memory[at] = store.epoch
     return replace(
         state,
         memory=frozenset(memory.items()),
-        unread=state.unread | ({at} if at.region != "flags" else set()),
         flying=state.flying - {store},
     )
 

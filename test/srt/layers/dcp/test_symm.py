@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.dcp import symm
-from sglang_helix.srt.layers.dcp.symm import PROTOCOLS, Layout, Splits, plan
+from sglang_helix.srt.layers.dcp.symm import Layout, Splits
 from srt.fresh import Fresh
 from srt.interpreter import DEVICE, launches, passes, without_a_gpu
 from srt.layers.dcp.symm_ranks import INF, Ranks, expected, poison, relative_error
@@ -54,7 +54,7 @@ def layouts(draw) -> Layout:
     heads = draw(st.integers(1, 2 * ranks + 1))
     wire = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     head_dim = draw(st.sampled_from([8, 24, 80, 96, 128, 192]))
-    return Layout(ranks, heads, head_dim, wire, lamport_tokens=3, staged_tokens=5)
+    return Layout(ranks, heads, head_dim, wire, max_tokens=5)
 
 
 @launches
@@ -65,11 +65,10 @@ def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> N
     ranks = Ranks(layout, DEVICE, warps=data.draw(st.integers(1, 4)))
     for call in range(data.draw(st.integers(1, 4))):
         B = data.draw(st.integers(0, 5), label=f"batch of call {call}")
-        protocol = data.draw(st.sampled_from(PROTOCOLS if B <= 3 else PROTOCOLS[1:]))
         dtype = data.draw(st.sampled_from(list(BOUND)))
         x, lse = partial(layout.ranks, B, layout)
         want, want_lse = expected(x, lse, layout.ranks)
-        results = ranks(x, lse, return_lse=True, out_dtype=dtype, protocol=protocol)
+        results = ranks(x, lse, return_lse=True, out_dtype=dtype)
         for rank, got in enumerate(results):
             own = layout.owned_by(rank)
             heads = slice(own.start, own.stop)
@@ -80,7 +79,7 @@ def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> N
 
 def small(ranks: int = 3, heads: int = 6, head_dim: int = 128, **options) -> Layout:
     wire = options.pop("wire", torch.bfloat16)
-    return Layout(ranks, heads, head_dim, wire, lamport_tokens=4, staged_tokens=4, **options)
+    return Layout(ranks, heads, head_dim, wire, max_tokens=4, **options)
 
 
 def own_heads(layout: Layout, rank: int) -> slice:
@@ -89,39 +88,36 @@ def own_heads(layout: Layout, rank: int) -> slice:
 
 
 @launches
-@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("heads", [9, 17])
-def test_ranks_that_own_fewer_heads_or_none(protocol: str, heads: int) -> None:
+def test_ranks_that_own_fewer_heads_or_none(heads: int) -> None:
     layout = small(ranks=8, heads=heads)
     assert [len(layout.owned_by(rank)) for rank in (0, 7)] == [-(-heads // 8), 0]
     ranks = Ranks(layout, DEVICE)
     for B in (2, 1, 3):
         x, lse = partial(8, B, layout)
         want, _ = expected(x, lse, 8)
-        for rank, got in enumerate(ranks(x, lse, protocol=protocol, out_dtype=torch.float32)):
+        for rank, got in enumerate(ranks(x, lse, out_dtype=torch.float32)):
             torch.testing.assert_close(
                 got.out.double(), want[:, own_heads(layout, rank)], rtol=1e-5, atol=1e-5
             )
 
 
 @launches
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_no_tokens_anywhere_gives_zero_and_minus_infinity(protocol: str) -> None:
+def test_no_tokens_anywhere_gives_zero_and_minus_infinity() -> None:
     layout = small()
     x = torch.full((6, 6, 128), float("nan"), dtype=layout.wire, device=DEVICE)
     lse = torch.tensor([-INF, INF, float("nan")], device=DEVICE).repeat(6, 2)
-    for got in Ranks(layout, DEVICE)(x, lse, return_lse=True, protocol=protocol):
+    for got in Ranks(layout, DEVICE)(x, lse, return_lse=True):
         assert torch.equal(got.out, torch.zeros_like(got.out))
         assert torch.equal(got.lse, torch.full_like(got.lse, -INF))
 
 
 @launches
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_values_that_are_not_finite_travel_where_there_are_tokens(protocol: str) -> None:
+def test_values_that_are_not_finite_travel_where_there_are_tokens() -> None:
     layout = small(ranks=2, heads=2)
     x, lse = torch.zeros(2, 2, 128, dtype=layout.wire, device=DEVICE), torch.zeros(2, 2)
     x[0, 0, 0], x[1, 0, 1], x[0, 1, 2] = INF, float("nan"), -INF
-    results = Ranks(layout, DEVICE)(x, lse.to(DEVICE), protocol=protocol)
+    results = Ranks(layout, DEVICE)(x, lse.to(DEVICE))
     got = torch.cat([result.out for result in results], 1).float().cpu()
     assert got[0, 0, 0] == INF
     assert got[0, 0, 1].isnan()
@@ -142,9 +138,7 @@ def test_what_is_never_sent_may_still_be_an_input(wire: torch.dtype) -> None:
         x.view(torch.uint8)[2, :, 16:32] = 0xFF
         lse.view(torch.uint8).view(8, 4, 4)[4:6] = 0xFF
         want, want_lse = expected(x, lse, 4)
-        for rank, got in enumerate(
-            ranks(x, lse, return_lse=True, protocol="lamport", out_dtype=torch.float32)
-        ):
+        for rank, got in enumerate(ranks(x, lse, return_lse=True, out_dtype=torch.float32)):
             own = own_heads(layout, rank)
             torch.testing.assert_close(
                 got.out.double(), want[:, own], rtol=1e-5, atol=1e-5, equal_nan=True
@@ -324,16 +318,6 @@ def test_heads_are_cut_into_few_equal_rows(head_dim: int, wire: torch.dtype) -> 
     assert layout.parts == {576: 2, 640: 5, 1024: 2}.get(head_dim, 1)
 
 
-def test_switch_points() -> None:
-    """Every batch up to the maximum has room in the region of its protocol."""
-    for max_tokens in (1, 8, 4096):
-        layout = plan(8, 128, 512, torch.bfloat16, max_tokens)
-        assert layout.max_tokens == max_tokens
-        for tokens in {1, layout.lamport_tokens, layout.lamport_tokens + 1, max_tokens}:
-            if tokens <= max_tokens:
-                assert layout.rows(layout.protocol(tokens)) >= tokens * layout.rows_per_token
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -376,7 +360,7 @@ def test_dtypes_that_do_not_fit_are_refused() -> None:
 
 def test_what_every_call_reads_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """An eager decode calls once a layer; working it out again took longer than all the rest."""
-    workspace = Ranks(Layout(8, 128, 512, torch.bfloat16, 0, 64), "cpu").apart[0]
+    workspace = Ranks(Layout(8, 128, 512, torch.bfloat16, 64), "cpu").apart[0]
     calls: list[dict[str, object]] = []
 
     class Kernel:
@@ -402,7 +386,7 @@ def test_a_launch_fills_what_is_resident(
     monkeypatch: pytest.MonkeyPatch, splits: bool, programs: int
 ) -> None:
     """The limit is in warps: kernels of few warps get more programs of the same device."""
-    layout = Layout(8, 128, 512, torch.bfloat16, 0, 64)
+    layout = Layout(8, 128, 512, torch.bfloat16, 64)
     assert (layout.warps(False), layout.warps(True)) == (1, 4)
     workspace = replace(Ranks(layout, "cpu").apart[0], warps=64)
     grids = []

@@ -24,17 +24,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-MLA = Layout(8, 128, 512, torch.bfloat16, lamport_tokens=16, staged_tokens=256)
-GQA = Layout(8, 64, 128, torch.bfloat16, lamport_tokens=128, staged_tokens=256)
+MLA = Layout(8, 128, 512, torch.bfloat16, max_tokens=256)
+GQA = Layout(8, 64, 128, torch.bfloat16, max_tokens=256)
 SCALARS = {"v_scale": "fp32"}  # all others are int32
 
 
 def instructions(
-    layout: Layout, protocol: str, folder: Path, sm: int, *, splits: bool = False, fp8: bool = False
+    layout: Layout, folder: Path, sm: int, *, splits: bool = False, fp8: bool = False
 ) -> tuple[Counter[str], str]:
     """Machine instructions by name, and the assembler's report, for one rank's kernel."""
     kernel = symm.exchange_kernel
-    constants = {**layout.constants(protocol)}
+    constants = {**layout.constants}
     constants |= {"SPLITS": splits, "BASE2": False, "PHASE": symm.SEND | symm.RECEIVE}
     payload = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[layout.wire]
     pointers = {
@@ -87,11 +87,10 @@ def matching(counts: Counter[str], pattern: str) -> int:
 
 @pytest.mark.parametrize("sm", [90, 100])
 @pytest.mark.parametrize("layout", [MLA, GQA], ids=["mla", "gqa"])
-@pytest.mark.parametrize("kind", ["lamport", "push", "pull", "splits", "fp8"])
+@pytest.mark.parametrize("kind", ["rows", "splits", "fp8"])
 def test_machine_code(layout: Layout, kind: str, sm: int, tmp_path: Path) -> None:
     splits, fp8 = kind == "splits", kind == "fp8"
-    protocol = "lamport" if splits or fp8 else kind
-    counts, report = instructions(layout, protocol, tmp_path, sm, splits=splits, fp8=fp8)
+    counts, report = instructions(layout, tmp_path, sm, splits=splits, fp8=fp8)
 
     assert re.findall(r"STACK:(\d+)", report) == ["0"]
     assert not matching(counts, r"(LDL|STL).*")  # nothing is spilled
@@ -101,15 +100,9 @@ def test_machine_code(layout: Layout, kind: str, sm: int, tmp_path: Path) -> Non
     # One 16-byte access per vector of the N pieces: sent, received, and put back.
     vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(splits))
     assert counts["STG.E.128.STRONG.SYS"] == vectors
-    if protocol == "lamport":
-        assert counts["LDG.E.128.STRONG.SYS"] == 2 * vectors  # the first poll and the loop
-        assert matching(counts, r"STG\.E\.128") >= vectors
-        assert not matching(counts, "MEMBAR.*")
-    else:
-        assert counts["LDG.E.128"] >= 2 * vectors
-        assert counts["MEMBAR.ALL.SYS"] + counts["MEMBAR.SC.SYS"] == 2  # release and acquire
-        assert counts["STG.E.64.STRONG.SYS"] == 2  # flags, and the watchdog's report
-        assert counts["LDG.E.64.STRONG.SYS"] == 2
+    assert counts["LDG.E.128.STRONG.SYS"] == 2 * vectors  # the first poll and the loop
+    assert matching(counts, r"STG\.E\.128") >= vectors
+    assert not matching(counts, "MEMBAR.*")
     assert not matching(counts, r"(LDG|STG)\.E\.[US](8|16).*")
     assert not matching(counts, r"(ATOM|RED\b).*")  # peers may be reached over PCIe
 

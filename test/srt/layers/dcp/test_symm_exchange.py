@@ -23,7 +23,7 @@ from sglang_helix.srt.layers.dcp import comm, exchange, symm, symm_workspace
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits, note_layer
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
-from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Reduced, plan
+from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Layout, Reduced
 from srt.distributed.ranks import run_ranks
 from srt.fresh import Fresh
 from srt.interpreter import DEVICE, INTERPRETED, kernels, passes, without_a_gpu
@@ -190,7 +190,7 @@ def test_prepared_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, group: An
         def __init__(self, *args: Any, timeout: float) -> None:
             made.append(args)
             self.max_tokens = args[1]
-            self.layout = plan(2, args[2], args[3], args[4], self.max_tokens)
+            self.layout = Layout(2, args[2], args[3], args[4], self.max_tokens)
 
     monkeypatch.setattr(symm_workspace, "SymmExchange", Kernel)
     group.cpu_group, group.device = "cpu group", torch.device("cuda:0")
@@ -256,7 +256,7 @@ class Ranks:
     def __init__(self, size: int, heads: int, width: int, dtype: torch.dtype) -> None:
         self.kernels = [
             Phase(workspace)
-            for workspace in Workspaces(plan(size, heads, width, dtype, 6), DEVICE).apart
+            for workspace in Workspaces(Layout(size, heads, width, dtype, 6), DEVICE).apart
         ]
         self.groups = [
             SimpleNamespace(unique_name=f"dcp:{rank}", world_size=size, rank_in_group=rank)

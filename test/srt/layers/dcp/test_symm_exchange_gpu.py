@@ -52,9 +52,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 
 def prepared(width: int, heads: int, dtype: torch.dtype, timeout: float = 60.0) -> Any:
-    """This rank's group, ready for `symm`; lamport up to a few tokens, flags above."""
+    """This rank's group, ready for `symm`."""
     install()
-    symm._LAMPORT_MAX_BYTES = 8 * heads * width * dtype.itemsize
     group = parallel_state.get_world_group()
     prepare_symm(
         group,
@@ -95,7 +94,7 @@ def exact_on_rank(rank: int, world_size: int) -> list[str]:
         (128, world_size, torch.float32, (False,)),
     ):
         group = prepared(width, heads, dtype)
-        # 2 and 8 are lamport's, the last two are a2a's.
+        # The last two are a2a's.
         for B in (1, 8, 9, MAX_TOKENS, 0, 2, MAX_TOKENS + 1, 3 * MAX_TOKENS):
             step = Step(group, B, heads, width, dtype, seed=B)
             for base2 in bases:

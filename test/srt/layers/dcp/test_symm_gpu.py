@@ -21,7 +21,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import triton
 import triton.language as tl
 from sglang_helix.srt.layers.dcp import symm
-from sglang_helix.srt.layers.dcp.symm import PROTOCOLS, Layout, Protocol, Workspace, exchange
+from sglang_helix.srt.layers.dcp.symm import Layout, Workspace, exchange
 from sglang_helix.srt.layers.dcp.symm_workspace import Stall, SymmExchange, between_ranks
 from srt.layers.dcp.symm_ranks import Ranks, expected, poison, relative_error
 from torch.autograd import DeviceType
@@ -33,7 +33,7 @@ pytestmark = [
     ),
 ]
 
-#: Exchanges per protocol of the test below; the proof for the record took a million in all.
+#: Exchanges of the test below; the proof for the record took a million.
 REPLAYS = int(os.environ.get("HELIX_SYMM_REPLAYS", "4000"))
 CALLS = 16  # in one graph
 BOUND = 4e-3  # bf16, per row of D elements, against the largest magnitude of the row
@@ -89,8 +89,8 @@ class Batches:
 class OutOfStep:
     """One rank: a graph of calls with delays of its own, every row compared on the device."""
 
-    def __init__(self, workspace: Workspace, batches: Batches, protocol: Protocol | None):
-        self.workspace, self.batches, self.protocol = workspace, batches, protocol
+    def __init__(self, workspace: Workspace, batches: Batches):
+        self.workspace, self.batches = workspace, batches
         self.wants = [want[workspace.rank] for want in batches.wants]
         self.results = [torch.empty_like(want, dtype=torch.bfloat16) for want in self.wants]
         self.wrong = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -109,7 +109,7 @@ class OutOfStep:
         partial = tuple(
             part[call].chunk(ranks)[rank] for part in (self.batches.xs, self.batches.lses)
         )
-        exchange(self.workspace, partial, into=self.results[call], protocol=self.protocol)
+        exchange(self.workspace, partial, into=self.results[call])
         self.check(call)
 
     def capture(self) -> None:
@@ -157,50 +157,45 @@ def replays_out_of_step(ranks: list[OutOfStep], batches: Batches) -> int:
     return done * CALLS
 
 
-def out_of_step_layout(ranks: int, protocol: Protocol | None) -> Layout:
-    """For batches of up to 6; with no protocol given, both that are chosen by size."""
-    small = 6 if protocol == "lamport" else 0 if protocol else 3
-    return Layout(ranks, 16, 128, torch.bfloat16, small, 0 if small == 6 else 6)
+def out_of_step_layout(ranks: int) -> Layout:
+    """For batches of up to 6."""
+    return Layout(ranks, 16, 128, torch.bfloat16, 6)
 
 
-@pytest.mark.parametrize("protocol", [*PROTOCOLS, None])
-def test_ranks_out_of_step(protocol: Protocol | None) -> None:
+def test_ranks_out_of_step() -> None:
     """Each rank replays a graph of its own on a stream of its own, with delays of its own.
 
     So ranks are in different calls, up to one apart, as they are in a server. Batch sizes vary
-    from call to call; with no protocol given, so does the protocol.
+    from call to call.
     """
     N = 8
-    ranks = Ranks(out_of_step_layout(N, protocol), "cuda")
+    ranks = Ranks(out_of_step_layout(N), "cuda")
     batches = Batches(N, ranks.layout.heads, ranks.layout.head_dim)
-    calls = replays_out_of_step([OutOfStep(w, batches, protocol) for w in ranks.apart], batches)
-    print(f"{protocol or 'by size'}: {calls} calls by each of {N} ranks, none wrong")
+    calls = replays_out_of_step([OutOfStep(w, batches) for w in ranks.apart], batches)
+    print(f"{calls} calls by each of {N} ranks, none wrong")
 
 
-def _gpu_out_of_step(
-    rank: int, group: torch.distributed.ProcessGroup, protocol: Protocol | None
-) -> int:
+def _gpu_out_of_step(rank: int, group: torch.distributed.ProcessGroup) -> int:
     torch.manual_seed(0)
-    layout = out_of_step_layout(group.size(), protocol)
+    layout = out_of_step_layout(group.size())
     workspace = between_ranks(group, layout, torch.device("cuda", torch.cuda.current_device()))
     batches = Batches(group.size(), layout.heads, layout.head_dim)
-    calls = replays_out_of_step([OutOfStep(workspace, batches, protocol)], batches)
+    calls = replays_out_of_step([OutOfStep(workspace, batches)], batches)
     group.barrier().wait()  # peers may still write to this rank's memory
     return calls
 
 
-@pytest.mark.parametrize("protocol", [*PROTOCOLS, None])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_gpus_out_of_step(world_size: int, protocol: Protocol | None) -> None:
+def test_gpus_out_of_step(world_size: int) -> None:
     """The same over the link: a process and a GPU for each rank."""
     if world_size > torch.cuda.device_count():
         pytest.skip(f"needs {world_size} GPUs: ranks that share one take turns of milliseconds")
-    calls = _in_processes(_gpu_out_of_step, world_size, 400, protocol)
-    print(f"{protocol or 'by size'}: {calls} calls by {world_size} GPUs, none wrong")
+    calls = _in_processes(_gpu_out_of_step, world_size, 400)
+    print(f"{calls} calls by {world_size} GPUs, none wrong")
 
 
 def test_one_launch_and_one_compilation_for_all_batch_sizes() -> None:
-    layout = Layout(4, 8, 128, torch.bfloat16, lamport_tokens=40, staged_tokens=0)
+    layout = Layout(4, 8, 128, torch.bfloat16, max_tokens=40)
     ranks = Ranks(layout, "cuda")
 
     def call(B: int) -> None:

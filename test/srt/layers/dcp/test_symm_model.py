@@ -1,4 +1,4 @@
-"""The protocols of the one-kernel exchange in every order, and what breaks without each rule."""
+"""The protocol of the one-kernel exchange in every order, and what breaks without each rule."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from srt.layers.dcp.symm_model import Model, ViolationError, run_at_random, run_
 
 pytestmark = pytest.mark.quick
 
-PROTOCOLS = ("lamport", "push", "pull")
+
+def model(calls: int = 4, rows: int = 1, **options) -> Model:
+    return Model((rows,) * calls, options.pop("ranks", 2), **options)
 
 
-def model(protocol: str = "lamport", calls: int = 4, rows: int = 1, **options) -> Model:
-    return Model((protocol,) * calls, (rows,) * calls, options.pop("ranks", 2), **options)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "size",
     [
@@ -24,8 +21,8 @@ def model(protocol: str = "lamport", calls: int = 4, rows: int = 1, **options) -
         pytest.param({"calls": 2, "words": 1, "programs": 2, "rows": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_in_every_order(protocol: str, size: dict[str, int]) -> None:
-    assert run_in_every_order(model(protocol, **size)) > 2000
+def test_two_ranks_in_every_order(size: dict[str, int]) -> None:
+    assert run_in_every_order(model(**size)) > 2000
 
 
 def test_three_ranks_in_every_order() -> None:
@@ -41,7 +38,6 @@ def test_any_mix_of_calls_in_random_orders(ranks: int) -> None:
         calls = draw.randint(2, 8)
         run_at_random(
             Model(
-                protocol=tuple(draw.choice(PROTOCOLS) for _ in range(calls)),
                 rows=tuple(2 * draw.randint(0, 2) for _ in range(calls)),
                 ranks=ranks,
                 programs=draw.randint(1, 3),
@@ -63,23 +59,16 @@ def fails(broken: Model, message: str, attempts: int = 100) -> bool:
     return bool(stories) and all(message in story for story in stories)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_one_slot_overwrites_what_was_not_read(protocol: str) -> None:
-    assert fails(model(protocol, slots=1), "overwrites")
+def test_one_slot_overwrites_what_was_not_read() -> None:
+    assert fails(model(slots=1), "overwrites")
     with pytest.raises(ViolationError, match="overwrites"):
-        run_in_every_order(model(protocol, slots=1, calls=2, programs=1, words=1))
+        run_in_every_order(model(slots=1, calls=2, programs=1, words=1))
 
 
-@pytest.mark.parametrize("protocol", ["push", "pull"])
-def test_flags_without_a_fence_announce_what_is_not_there(protocol: str) -> None:
-    assert fails(model(protocol, fence=False), "read call")
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_rank_that_receives_nothing_runs_ahead(protocol: str) -> None:
+def test_a_rank_that_receives_nothing_runs_ahead() -> None:
     """Three heads, four ranks: without pieces for the place that is no head, rank 3 never waits."""
-    assert fails(model(protocol, ranks=4, heads=3, phantoms=False, calls=6), "overwrites")
-    assert not fails(model(protocol, ranks=4, heads=3, calls=6), "", attempts=20)
+    assert fails(model(ranks=4, heads=3, phantoms=False, calls=6), "overwrites")
+    assert not fails(model(ranks=4, heads=3, calls=6), "", attempts=20)
 
 
 @pytest.mark.parametrize("resident", [(1, 1, 1), (1, 2, 3), (2, 1, 1)])

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.dcp import symm_workspace
-from sglang_helix.srt.layers.dcp.symm import Layout, plan
+from sglang_helix.srt.layers.dcp.symm import Layout
 from sglang_helix.srt.layers.dcp.symm_workspace import (
     Stall,
     SymmExchange,
@@ -83,14 +83,14 @@ def gathered(values: list[Any]) -> Callable[[Any, Any], list[Any]]:
 
 
 def test_layouts_that_differ_are_refused_on_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    layouts = [plan(2, 8, 128, torch.bfloat16, tokens) for tokens in (8, 16)]
+    layouts = [Layout(2, 8, 128, torch.bfloat16, tokens) for tokens in (8, 16)]
     monkeypatch.setattr(symm_workspace, "is_available", lambda group: None)
     monkeypatch.setattr(symm_workspace, "_gather", lambda group, value: layouts)
     for layout in layouts:
         with pytest.raises(RuntimeError, match="lay out symm's memory differently") as refused:
             symm_workspace.between_ranks(Group(), layout, torch.device("cpu"))
-        assert "lamport_tokens=8" in str(refused.value)
-        assert "lamport_tokens=16" in str(refused.value)
+        assert "max_tokens=8" in str(refused.value)
+        assert "max_tokens=16" in str(refused.value)
 
 
 class Group:

@@ -10,15 +10,12 @@ Each row is an N-rank collective of its own, carried by one program on every ran
 piece to each rank, itself included, and receives one from each. Rows do not wait for each other,
 so there is no barrier over programs or ranks.
 
-    lamport  Pieces lie in the receiver's memory, which holds a value that is never sent wherever
-             nothing has arrived. The receiver polls the pieces themselves, then puts the value
-             back. No fence, no flag: one trip over the link, for twice the local writes.
-    push     The sender writes its pieces, a fence, then one flag per piece; the receiver polls the
-             flags. A second trip over the link (the fence waits for the first), any payload.
-    pull     As push, but pieces stay in the sender's memory and the receiver reads them there: the
-             fence is local and the reading crosses the link.
+Pieces lie in the receiver's memory, which holds a value that is never sent wherever nothing has
+arrived. The receiver polls the pieces themselves, then puts the value back. No fence, no flag: one
+trip over the link, for twice the local writes. (Two protocols with a fence and a flag for each
+piece were measured beside it, and were slower at every size: docs/figures/collectives-h100.csv.)
 
-Two slots. A row's pieces and flags of call k use slot k % 2. A rank sends the row's call k + 2
+Two slots. A row's pieces of call k use slot k % 2. A rank sends the row's call k + 2
 after finishing call k + 1, for which it needed a piece of every rank's call k + 1, and each rank
 sent that after its kernel of call k had ended: all that stood in the slot was read, and the value
 put back. One slot would not do; test/srt/layers/dcp/symm_model.py checks both. The argument needs
@@ -26,8 +23,7 @@ a piece from every rank in every call: where h*N > H the places that stand for n
 as empty shards.
 
 Epochs. Each row counts its calls in the rank's own memory. No host state, so CUDA graphs replay;
-no reset, so batch sizes may vary. Flags carry the epoch and are compared by equality: 64 bits
-never come round.
+no reset, so batch sizes may vary.
 
 Residency. A program that waits keeps its place on the device. Where programs start in the order of
 their numbers, as devices do and CUDA does not promise, fewer may fit than there are: whoever waits
@@ -49,10 +45,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,8 +57,6 @@ import triton.language as tl
 from sglang_helix.srt.layers.dcp.lse_combine import live_splits
 from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Splits
 
-Protocol = Literal["lamport", "push", "pull"]
-PROTOCOLS: tuple[Protocol, ...] = ("lamport", "push", "pull")
 SEND, RECEIVE = 1, 2  # phases of the kernel; apart only where ranks run one after another (tests)
 
 # A NaN, in fp32 and in both halves of two fp16 or bf16; sent as the NaN below it. LSEs sent are
@@ -92,12 +86,8 @@ _LINE_BYTES = 128  # of a GPU's caches
 # form of the kernel.
 _WIDTH = 512  # elements of a row, at most
 _WORDS_PER_THREAD = 64  # half of it, twice the warps: 2% less time at B = 1, 3 to 9% more above
-# docs/figures/collectives-h100.csv: over NVLink, 2 and 4 H100s, lamport takes 0.30 to 0.84 of the
-# time of push and 0.28 to 0.75 of that of pull at every size, up to 128 MiB that a rank sends, and
-# 0.27 to 0.79 of the time of three launches, our own and SGLang's. So the other two protocols have
-# no batches on such a link. Where all ranks' traffic meets in one memory (kernels-h200.csv, 8 ranks
-# and more) they can be the faster ones, by up to 1.3 times.
-_LAMPORT_MAX_BYTES = 128 << 20
+# docs/figures/collectives-h100.csv: over NVLink, 2 and 4 H100s, up to 128 MiB that a rank sends, it
+# takes 0.27 to 0.79 of the time of three launches, our own and SGLang's.
 _MAX_BYTES = 128 << 20
 _MAX_REGISTERS = 128  # per thread
 _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
@@ -114,16 +104,14 @@ class Layout:
         heads: H, query heads of a partial output; need not be divisible by N.
         head_dim: D; rows of D elements must be whole 16-byte vectors.
         wire: dtype of the pieces (bf16, fp16, fp32).
-        lamport_tokens: tokens that fit the lamport region, at most.
-        staged_tokens: tokens that fit the region of push and pull, at most.
+        max_tokens: the largest batch.
     """
 
     ranks: int
     heads: int
     head_dim: int
     wire: torch.dtype
-    lamport_tokens: int
-    staged_tokens: int
+    max_tokens: int
 
     def __post_init__(self) -> None:
         if self.wire not in _TL_DTYPE:
@@ -168,20 +156,11 @@ class Layout:
         """What a rank sends per token, without LSEs."""
         return self.ranks * self.rows_per_token * self.row_bytes
 
-    @cached_property
-    def max_tokens(self) -> int:
-        """Largest batch."""
-        return max(self.lamport_tokens, self.staged_tokens)
-
     def _places(self) -> dict[str, tuple[int, int]]:
         """Offset and size in bytes of each part of the workspace, in order."""
-        small, large = 2 * self.rows("lamport"), 2 * self.rows("push")
         sizes = {
-            "flags": 8 * self.line * large,
-            "lamport_lse": 4 * self.line * small,
-            "lamport_data": self.ranks * self.row_bytes * small,
-            "staged_lse": 4 * self.line * large,
-            "staged_data": self.ranks * self.row_bytes * large,
+            "lse": 2 * self.rows * 4 * self.line,
+            "data": 2 * self.rows * self.ranks * self.row_bytes,
         }
         places, at = {}, 0
         for name, size in sizes.items():
@@ -189,14 +168,14 @@ class Layout:
             at += _align(size)
         return places
 
-    def rows(self, protocol: Protocol) -> int:
-        """Rows that a protocol's region holds per slot and rank."""
-        tokens = self.lamport_tokens if protocol == "lamport" else self.staged_tokens
-        return tokens * self.rows_per_token
+    @cached_property
+    def rows(self) -> int:
+        """Rows that the workspace holds in a slot, of each rank."""
+        return self.max_tokens * self.rows_per_token
 
     @cached_property
     def line(self) -> int:
-        """Words set aside for a row's N LSEs, or N flags: whole cache lines of its own.
+        """Words set aside for a row's N LSEs: whole cache lines of its own.
 
         Programs that polled the same lines held up each other and the senders: 8 virtual ranks,
         GQA, 8 tokens took 6.2 us on an H200 where they shared them, and 4.1 apart.
@@ -206,41 +185,26 @@ class Layout:
     @cached_property
     def nbytes(self) -> int:
         """Size of the workspace."""
-        at, size = self._places()["staged_data"]
+        at, size = self._places()["data"]
         return _align(at + size)
 
-    def constants(self, protocol: Protocol) -> Mapping[str, Any]:
-        """What the kernel is compiled for."""
-        return self._constants[protocol]
-
     @cached_property
-    def _constants(self) -> dict[Protocol, Mapping[str, Any]]:
-        # Every call shares them, so nobody may write to them.
-        return {protocol: MappingProxyType(self._constants_of(protocol)) for protocol in PROTOCOLS}
-
-    def _constants_of(self, protocol: Protocol) -> dict[str, Any]:
+    def constants(self) -> Mapping[str, Any]:
+        """What the kernel is compiled for; every call shares them, so nobody may write to them."""
         places = {name: at for name, (at, _) in self._places().items()}
-        region = "lamport" if protocol == "lamport" else "staged"
-        return {
+        constants = {
             "N": self.ranks,
             "HEADS": self.heads,
             "OWNED": self.owned,
             "PARTS": self.parts,
             "D": self.head_dim // self.parts,
             "WIRE": _TL_DTYPE[self.wire],
-            "LAMPORT": protocol == "lamport",
-            "PULL": protocol == "pull",
-            "MAX_ROWS": self.max_tokens * self.rows_per_token,
-            "ROWS": self.rows(protocol),
+            "ROWS": self.rows,
             "LINE": self.line,
-            "DATA": places[f"{region}_data"],
-            "LSES": places[f"{region}_lse"],
-            "FLAGS": places["flags"],
+            "DATA": places["data"],
+            "LSES": places["lse"],
         }
-
-    def protocol(self, tokens: int) -> Protocol:
-        """The protocol for a batch, by its size."""
-        return "lamport" if tokens <= self.lamport_tokens else "push"
+        return MappingProxyType(constants)
 
     def warps(self, splits: bool) -> int:
         """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
@@ -261,15 +225,7 @@ class Layout:
 
         All ranks must have done so before any rank makes its first call.
         """
-        workspace.zero_()
-        places = self._places()
-
-        def part(name: str) -> torch.Tensor:
-            at, size = places[name]
-            return workspace[at : at + size]
-
-        for name in ("lamport_lse", "lamport_data"):
-            part(name).fill_(0xFF)
+        workspace.fill_(0xFF)
 
 
 def _align(size: int) -> int:
@@ -285,15 +241,6 @@ class Reduced(NamedTuple):
     """[B, h] fp32 where asked for; includes the sinks."""
     scales: torch.Tensor | None
     """[B, h*D/128] fp32 where the output is fp8: out = fp8 value * scale of its group of 128."""
-
-
-@triton.jit
-def _fence():
-    """Order the calling thread's accesses before and after it for every observer."""
-    if not _INTERPRETED:
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; mov.u32 $0, 0;", "=r,r", [0], tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -372,19 +319,6 @@ def _row(first_token, row, OWNED: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _homes(base, own, n, me, REMOTE: tl.constexpr):
-    """Workspaces that hold the pieces between this rank and each peer, and their number there.
-
-    Pieces in a peer's memory stand under this rank's number, pieces in ours under the peer's.
-    """
-    if REMOTE:
-        home, number = base, me + n * 0
-    else:
-        home, number = own + base * 0, n
-    return home, number
-
-
-@triton.jit
 def _rows(home, offset, slot_row, number, w, N: tl.constexpr, W: tl.constexpr):
     """Addresses of pieces of W words; the hint lets the compiler use 16-byte accesses."""
     first = (home + offset).to(tl.pointer_type(tl.uint32)) + (slot_row * N + number) * W
@@ -392,9 +326,9 @@ def _rows(home, offset, slot_row, number, w, N: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _line(home, offset, slot_row, number, dtype: tl.constexpr, LINE: tl.constexpr):
-    """Addresses of what goes with each piece of a row: its LSE or its flag."""
-    return (home + offset).to(tl.pointer_type(dtype)) + (slot_row * LINE + number)
+def _line(home, offset, slot_row, number, LINE: tl.constexpr):
+    """Addresses of the LSEs that go with the pieces of a row."""
+    return (home + offset).to(tl.pointer_type(tl.uint32)) + (slot_row * LINE + number)
 
 
 @triton.jit
@@ -451,14 +385,10 @@ def exchange_kernel(
     PARTS: tl.constexpr,
     D: tl.constexpr,  # of a row: a part of a head
     WIRE: tl.constexpr,
-    LAMPORT: tl.constexpr,
-    PULL: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     LINE: tl.constexpr,
     DATA: tl.constexpr,
     LSES: tl.constexpr,
-    FLAGS: tl.constexpr,
     SPLITS: tl.constexpr,
     BASE2: tl.constexpr,
     PHASE: tl.constexpr,
@@ -481,7 +411,7 @@ def exchange_kernel(
     cells = live[:, None] & (w < W)[None, :]
     base = tl.load(peers_ptr + n, mask=live, other=0)
     own = tl.load(peers_ptr + me)
-    epochs = epochs_ptr + tl.program_id(1) * MAX_ROWS
+    epochs = epochs_ptr + tl.program_id(1) * ROWS
     first_row = tl.program_id(0)
     first_epoch = tl.load(epochs + first_row)  # for a program that has one row, the only load
 
@@ -508,57 +438,32 @@ def exchange_kernel(
             some = tl.abs(lse) < float("inf")  # tokens; NaN and +inf mean none, as -inf does
             lse = tl.where(some, lse, _NEG_INF)
             x = tl.where(some[:, None], x, 0)
-            if LAMPORT:
-                x = tl.minimum(x, _NEVER_SENT - 1)
+            x = tl.minimum(x, _NEVER_SENT - 1)
             epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-            home, number = _homes(base, own, n, me, not PULL)
-            slot_row = (epoch & 1) * ROWS + row
-            rows = _rows(home, DATA, slot_row, number, w, N, W)
+            # In a peer's memory pieces stand under this rank's number, in ours under the peer's.
+            slot_row, number = (epoch & 1) * ROWS + row, me + n * 0
+            rows = _rows(base, DATA, slot_row, number, w, N, W)
             tl.store(rows, x, mask=cells, cache_modifier=".wt")
-            lses = _line(home, LSES, slot_row, number, tl.uint32, LINE)
+            lses = _line(base, LSES, slot_row, number, LINE)
             tl.store(lses, lse.to(tl.uint32, bitcast=True), mask=live, cache_modifier=".wt")
-        if not LAMPORT:
-            # Release: all threads' pieces, then a fence in the thread that stores the flag.
-            tl.debug_barrier()
-            _fence()
-            for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
-                epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-                home, number = _homes(base, own, n, me, True)
-                flags = _line(home, FLAGS, (epoch & 1) * ROWS + row, number, tl.int64, LINE)
-                tl.store(flags, epoch + n * 0, mask=live, cache_modifier=".wt")
 
     if PHASE & 2:
         status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
             epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-            home, number = _homes(base, own, n, me, PULL)
-            slot_row = (epoch & 1) * ROWS + row
-            rows = _rows(home, DATA, slot_row, number, w, N, W)
-            lses = _line(home, LSES, slot_row, number, tl.uint32, LINE)
+            home, slot_row = own + base * 0, (epoch & 1) * ROWS + row
+            rows = _rows(home, DATA, slot_row, n, w, N, W)
+            lses = _line(home, LSES, slot_row, n, LINE)
             polls = 0
-            if LAMPORT:
-                # The value that is never sent is the largest.
+            # The value that is never sent is the largest.
+            x = tl.load(rows, mask=cells, other=0, volatile=True)
+            bits = tl.load(lses, mask=live, other=0, volatile=True)
+            while _any_thread(tl.maximum(tl.max(x), tl.max(bits)) == _NEVER_SENT):
+                polls += 1
+                if polls % _POLLS_PER_REPORT == 0:
+                    _report(status, bits == _NEVER_SENT, n, epoch, layer)
                 x = tl.load(rows, mask=cells, other=0, volatile=True)
                 bits = tl.load(lses, mask=live, other=0, volatile=True)
-                while _any_thread(tl.maximum(tl.max(x), tl.max(bits)) == _NEVER_SENT):
-                    polls += 1
-                    if polls % _POLLS_PER_REPORT == 0:
-                        _report(status, bits == _NEVER_SENT, n, epoch, layer)
-                    x = tl.load(rows, mask=cells, other=0, volatile=True)
-                    bits = tl.load(lses, mask=live, other=0, volatile=True)
-            else:
-                flags = _line(own, FLAGS, slot_row, n, tl.int64, LINE)
-                missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
-                while _any_thread(tl.max(missing.to(tl.int32)) != 0):
-                    polls += 1
-                    if polls % _POLLS_PER_REPORT == 0:
-                        _report(status, missing, n, epoch, layer)
-                    missing = live & (tl.load(flags, mask=live, other=0, volatile=True) != epoch)
-                # Acquire: a fence in the thread that saw the flag, then all threads' loads.
-                _fence()
-                tl.debug_barrier()
-                x = tl.load(rows, mask=cells, other=0)
-                bits = tl.load(lses, mask=live, other=0)
 
             lse = tl.where(live, bits.to(tl.float32, bitcast=True), _NEG_INF)
             b, h, part = _row(first_token, row, OWNED, PARTS)
@@ -597,9 +502,8 @@ def exchange_kernel(
                 tl.store(y_lse_ptr + b * yl_b + h * yl_h, top + log, mask=is_head & (part == 0))
             # Last, off the path of the result. The words and the epoch are only ours until the
             # row's next call.
-            if LAMPORT:
-                tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.uint32), mask=cells)
-                tl.store(lses, tl.full([NP], _NEVER_SENT, tl.uint32), mask=live)
+            tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.uint32), mask=cells)
+            tl.store(lses, tl.full([NP], _NEVER_SENT, tl.uint32), mask=live)
             tl.store(epochs + row, epoch + 1)
 
 
@@ -610,8 +514,7 @@ class Workspace:
     Attributes:
         layout: what stands where.
         peers: int64 [N] on the device: address of each rank's workspace.
-        epochs: int64 [local_ranks, rows] on the device: each row's next call, from 1
-            (flags start at 0).
+        epochs: int64 [local_ranks, rows] on the device: each row's next call, from 1.
         status: int64 [local_ranks * warps] that the host can read: what programs wait for.
         rank: this rank (the first one, where one device plays several).
         warps: most warps per rank and launch. All of a launch must be resident on the device at
@@ -650,24 +553,23 @@ def exchange(
     scales: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     layer: int = 0,
-    protocol: Protocol | None = None,
     phase: int = SEND | RECEIVE,
 ) -> Reduced:
     """One launch: send partial rows to their owners, receive and combine the rows of own heads.
 
-    `symm_workspace.SymmExchange.reduce` documents the arguments; the last two are for proofs:
-    ``protocol`` overrides the choice by size, ``phase`` runs SEND and RECEIVE in two launches.
+    `symm_workspace.SymmExchange.reduce` documents the arguments; ``phase`` is for proofs: it runs
+    SEND and RECEIVE in two launches.
     """
     splits = partial if isinstance(partial, Splits) else None
     x, lse = partial[0], partial[1]
     form = (
         *map(_form, (x, lse, into, scales, sinks)),
         None if splits is None else (len(splits.indptr), len(splits.counts)),
-        *(return_lse, base2, head_major, out_dtype, protocol, phase),
+        *(return_lse, base2, head_major, out_dtype, phase),
     )
     call = workspace.calls.get(form)
     if call is None:
-        options = return_lse, base2, head_major, out_dtype, protocol, phase
+        options = return_lse, base2, head_major, out_dtype, phase
         call = workspace.calls[form] = _prepare(workspace, partial, into, scales, sinks, *options)
     out = x.new_empty_strided(*call.out, dtype=call.dtype) if into is None else into
     if scales is None and call.scales:
@@ -735,17 +637,15 @@ def _prepare(
     base2: bool,
     head_major: bool,
     out_dtype: torch.dtype | None,
-    protocol: Protocol | None,
     phase: int,
 ) -> _Call:
     layout, splits = workspace.layout, isinstance(partial, Splits)
     x, lse = partial[0], partial[1]
     tokens = _check_partial(workspace, partial, base2)
-    protocol = protocol or layout.protocol(tokens)
-    if tokens > (fit := layout.rows(protocol) // layout.rows_per_token):
+    if tokens > layout.max_tokens:
         raise ValueError(
-            f"symm was set up for at most {fit} tokens per call and got {tokens}: raise "
-            f"max_tokens, or use --dcp-comm-backend a2a for such batches"
+            f"symm was set up for at most {layout.max_tokens} tokens per call and got {tokens}: "
+            f"raise max_tokens, or use --dcp-comm-backend a2a for such batches"
         )
     heads, B, D = workspace.heads, len(x), layout.head_dim
     dtype = into.dtype if into is not None else out_dtype or layout.wire
@@ -772,7 +672,7 @@ def _prepare(
         *(scales.stride() if scales is not None else (0, 0)),
     )
     options = {
-        **layout.constants(protocol),
+        **layout.constants,
         "SPLITS": splits,
         "BASE2": base2,
         "PHASE": phase,
@@ -797,16 +697,9 @@ def _prepare(
     )
 
 
-def plan(ranks: int, heads: int, head_dim: int, wire: torch.dtype, max_tokens: int) -> Layout:
-    """The layout for batches of up to max_tokens; lamport's region ends at the switch point."""
-    one = Layout(ranks, heads, head_dim, wire, 0, 0)
-    small = min(max_tokens, _LAMPORT_MAX_BYTES // one.token_bytes)
-    return replace(one, lamport_tokens=small, staged_tokens=max_tokens if max_tokens > small else 0)
-
-
 def largest_batch(ranks: int, heads: int, head_dim: int, wire: torch.dtype) -> int:
     """Tokens above which another exchange should be taken."""
-    return max(1, _MAX_BYTES // Layout(ranks, heads, head_dim, wire, 0, 0).token_bytes)
+    return max(1, _MAX_BYTES // Layout(ranks, heads, head_dim, wire, 0).token_bytes)
 
 
 def resident_warps(device: torch.device, local_ranks: int = 1) -> int:

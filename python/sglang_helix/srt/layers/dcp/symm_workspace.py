@@ -26,7 +26,6 @@ from sglang_helix.srt.layers.dcp.symm import (
     Reduced,
     Workspace,
     exchange,
-    plan,
     resident_warps,
 )
 
@@ -173,7 +172,7 @@ class SymmExchange:
         timeout: float = 300.0,
         on_stall: Callable[[Stall], None] = abort,
     ):
-        self.layout = plan(group.size(), num_heads, head_dim, dtype, max_tokens)
+        self.layout = Layout(group.size(), num_heads, head_dim, dtype, max_tokens)
         self._workspace = between_ranks(group, self.layout, device)
         self._watchdog = Watchdog(self._workspace.status, group.rank(), timeout, on_stall)
 
