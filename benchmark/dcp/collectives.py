@@ -6,7 +6,11 @@
 Each rank is a process with SGLang's distributed environment. N ranks hold partial outputs
 [B, H, D] of the same H heads, each with its LSE [B, H]; a candidate leaves every rank the
 combination of its own H/N heads. `helix` candidates are what --dcp-comm-backend selects; `sglang`
-ones are upstream's functions of the same purpose on a group of upstream's own.
+ones are upstream's functions of the same purpose on a group of upstream's own. On GPUs, processes
+of their own measure what needs NCCL's symmetric memory, since torch has one such backend in a
+process: FlashInfer's fused exchange (`flashinfer kernel` on inputs that lie as it wants them,
+`flashinfer` from where attention leaves them), and torch's `all_to_all_nd` between our pack and our
+combine.
 
 Each output is poisoned and checked against float64 before it is timed. On GPUs a sample is the
 replay of a CUDA graph where capture works, else the calls one by one. A sample counts for as long
@@ -111,6 +115,8 @@ class Candidate(NamedTuple):
     """What it asks attention for."""
     most: int | None = None
     """The largest batch; the series takes another exchange above it."""
+    lay: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """What its inputs are made of (out, lse) before the time is taken; None: they are these."""
 
 
 # --- in each rank -------------------------------------------------------------------------------
@@ -119,11 +125,14 @@ class Candidate(NamedTuple):
 class Bench:
     """One rank: its groups, and what to measure on them."""
 
-    def __init__(self, rank: int, options: argparse.Namespace, ranks: int, folder: str) -> None:
+    def __init__(
+        self, rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
+    ) -> None:
         from sglang.srt.distributed import parallel_state
 
         torch.set_num_threads(1)
         self.rank, self.ranks, self.options = rank, ranks, options
+        self.symmetric = symmetric
         self.said: set[str] = set()
         nccl = options.device == "cuda"
         local_rank = rank % torch.cuda.device_count() if nccl else rank
@@ -189,6 +198,8 @@ class Bench:
         return rows
 
     def candidates(self, shape: str, heads: int, head_dim: int) -> list[Candidate]:
+        if self.symmetric:
+            return self.symmetric_candidates(heads // self.ranks, head_dim)
         from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
         def helix(exchange: Any, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -205,6 +216,24 @@ class Bench:
             for name, backend in BACKENDS.items()
         ]
         return [*ours, *sglang_candidates(shape, self.peers)]
+
+    def symmetric_candidates(self, owned: int, head_dim: int) -> list[Candidate]:
+        """What needs NCCL's symmetric memory; what cannot be built here says so on all ranks."""
+        found = []
+        for name, build in (
+            ("flashinfer", flashinfer_candidates),
+            ("torch all_to_all_nd", torch_candidates),
+        ):
+            failure, built = None, []
+            try:
+                built = build(self.peers, self.device, max(self.options.batch), owned, head_dim)
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            if reason := next(filter(None, self.of_all_ranks(failure)), None):
+                self.not_measured(name, reason)
+            else:
+                found += built
+        return found
 
     def prepare_symm(self, heads: int, head_dim: int) -> int:
         """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
@@ -240,6 +269,8 @@ class Bench:
                     self.not_measured(candidate.name, f"above batch {candidate.most} it is a2a")
                 continue
             sources = x.to(candidate.takes), lse
+            if candidate.lay:
+                sources = candidate.lay(*sources)
             inputs = [tuple(source.clone() for source in sources) for _ in range(SETS)]
             rotation = self.rotation(candidate, [partial(candidate.run, *i) for i in inputs])
             if rotation is None:
@@ -362,9 +393,85 @@ def sglang_candidates(shape: str, group: Any) -> list[Candidate]:
     return [Candidate("sglang a2a", group, a2a), Candidate("sglang ag_rs", group, *ag_rs)]
 
 
-def run_rank(rank: int, options: argparse.Namespace, ranks: int, folder: str) -> None:
+def by_owner(x: torch.Tensor, lse: torch.Tensor, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, H, D] and [B, H] -> [B, h, N, D] and [B, h, N]: FlashInfer's order, contiguous."""
+    B, H, D = x.shape
+    x, lse = x.view(B, ranks, H // ranks, D), lse.view(B, ranks, H // ranks)
+    return x.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def flashinfer_candidates(
+    group: Any, device: torch.device, batch: int, owned: int, head_dim: int
+) -> list[Candidate]:
+    """FlashInfer's fused exchange. It is compiled here, which takes a minute the first time."""
+    from flashinfer.comm import dcp_lse_reduce as fused
+
+    rank, ranks = group.rank_in_group, group.world_size
+    workspaces: dict[int, torch.Tensor] = {}
+
+    def of_stream() -> torch.Tensor:
+        """One for each stream, as it demands; all ranks come here in the same order."""
+        stream = int(torch.cuda.current_stream(device).cuda_stream)
+        if stream not in workspaces:
+            workspaces[stream] = fused.decode_cp_a2a_lse_reduce_create_workspace(
+                batch, owned, ranks, head_dim, DTYPE, group.device_group
+            )
+        return workspaces[stream]
+
+    def kernel(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        reduced: torch.Tensor = fused.decode_cp_a2a_lse_reduce(
+            x, lse, of_stream(), rank, ranks, "basee"
+        )
+        return reduced
+
+    lay = partial(by_owner, ranks=ranks)
+    return [
+        Candidate("flashinfer kernel", group, kernel, lay=lay),
+        Candidate("flashinfer", group, lambda x, lse: kernel(*lay(x, lse))),
+    ]
+
+
+def torch_candidates(
+    group: Any, device: torch.device, batch: int, owned: int, head_dim: int
+) -> list[Candidate]:
+    """Our rows of output and LSE, read by torch's `all_to_all_nd` where the ranks packed them."""
+    import torch.distributed._symmetric_memory as symm_mem
+    from sglang_helix.srt.layers.dcp import lse_combine
+
+    ranks, row = group.world_size, lse_combine.packed_row_bytes(head_dim, DTYPE)
+    symm_mem.set_backend("NCCL")
+    buffer = symm_mem.empty(ranks * batch * owned * row, dtype=torch.uint8, device=device)
+    symm_mem.rendezvous(buffer, group.device_group)
+
+    def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        B = len(x)
+        send = buffer[: ranks * B * owned * row].view(ranks, B, owned, row)
+        lse_combine.pack(x, lse, ranks, send)
+        received = x.new_empty(B * owned, ranks, row // DTYPE.itemsize)
+        symm_mem.all_to_all_nd(
+            send.view(DTYPE).view(ranks, B * owned, -1),
+            received,
+            0,
+            1,
+            group=group.device_group.group_name,
+        )
+        return lse_combine.combine(*from_owners(received, B, head_dim))
+
+    return [Candidate("torch all_to_all_nd", group, run)]
+
+
+def from_owners(rows: torch.Tensor, B: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed rows [B * h, N, row] -> views of partials [N, B, h, D] and their lse [N, B, h]."""
+    by_rank = rows.unflatten(0, (B, -1)).permute(2, 0, 1, 3)
+    tail = rows.view(torch.float32).unflatten(0, (B, -1)).permute(2, 0, 1, 3)
+    return by_rank[..., :D], tail[..., -4]
+
+
+def run_rank(
+    rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
+) -> None:
     """Body of a rank's process; the first leaves the figures in the folder."""
-    rows = Bench(rank, options, ranks, folder).run()
+    rows = Bench(rank, options, ranks, folder, symmetric).run()
     if rank == 0:
         report.write_csv(rows, figures_in(folder), Row)
     # No teardown: it is a collective, and the peers' threads may still be in one.
@@ -379,8 +486,10 @@ def figures_in(folder: str) -> Path:
 # --- all ranks ----------------------------------------------------------------------------------
 
 
-def run_ranks(ranks: int, options: argparse.Namespace) -> list[Row]:
+def run_ranks(ranks: int, options: argparse.Namespace, *, symmetric: bool = False) -> list[Row]:
     """Measure a group of so many new processes; none is left behind.
+
+    symmetric: those that need NCCL's symmetric memory, in place of ours and SGLang's.
 
     Raises TimeoutError after the timeout, and what a rank raised.
     """
@@ -389,7 +498,11 @@ def run_ranks(ranks: int, options: argparse.Namespace) -> list[Row]:
         env |= SHARING_ENV
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, env):
         context = torch.multiprocessing.start_processes(
-            run_rank, (options, ranks, folder), nprocs=ranks, join=False, start_method="spawn"
+            run_rank,
+            (options, ranks, folder, symmetric),
+            nprocs=ranks,
+            join=False,
+            start_method="spawn",
         )
         assert context is not None
         deadline = time.monotonic() + options.timeout
@@ -517,12 +630,25 @@ def main(argv: list[str]) -> int:
             if why := reason_of_mark(options.device, N):
                 print(f"{MARK}: {why}", flush=True)
             rows += run_ranks(N, options)
+            rows += symmetric_rows(N, options)
     if options.csv:
         report.write_csv(rows, options.csv, Row)
         print(f"figures: {options.csv}")
     if options.plot:
         print(plot(rows, options.plot))
     return 0
+
+
+def symmetric_rows(ranks: int, options: argparse.Namespace) -> list[Row]:
+    """Figures of the peers that need NCCL's symmetric memory; none, with the reason said."""
+    problem = "they need a GPU for each rank"
+    if options.device == "cuda" and not shares_gpus(options.device, ranks):
+        try:
+            return run_ranks(ranks, options, symmetric=True)
+        except Exception as error:  # of any rank; what has been measured stays
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    print(f"not measured: flashinfer, torch all_to_all_nd ({problem})", flush=True)
+    return []
 
 
 def check_machine(parser: argparse.ArgumentParser, device: str, ranks: list[int]) -> None:

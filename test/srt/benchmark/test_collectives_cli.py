@@ -62,6 +62,8 @@ def test_every_line_is_marked(ran: tuple[Path, str]) -> None:
 
 def test_says_what_it_leaves_out(ran: tuple[Path, str]) -> None:
     assert ran[1].count("not measured: helix symm (it needs GPUs") == 1
+    peers = "not measured: flashinfer, torch all_to_all_nd (they need a GPU for each rank)"
+    assert ran[1].count(peers) == 1
 
 
 def test_reports_on_earlier_figures(ran: tuple[Path, str], tmp_path: Path) -> None:
@@ -140,6 +142,105 @@ def test_what_runs_is_decided_by_all_ranks_together(
     assert OneRank().rotation(candidate("sglang a2a"), [broken]) is None
     with pytest.raises(RuntimeError, match="helix a2a does not run: ValueError: no such kernel"):
         OneRank().rotation(candidate("helix a2a"), [broken])
+
+
+RANKS, B, OWNED, D = 3, 2, 4, 24
+
+
+def peer_groups() -> list[Any]:
+    group = SimpleNamespace(group_name="dcp")
+    return [
+        SimpleNamespace(rank_in_group=rank, world_size=RANKS, device_group=group)
+        for rank in range(RANKS)
+    ]
+
+
+def ranks_partials() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Each rank's out and lse, and what becomes of all heads, in float64."""
+    torch.manual_seed(0)
+    outs = [torch.randn(B, RANKS * OWNED, D).to(kernels.DTYPE) for _ in range(RANKS)]
+    lses = [3 * torch.randn(B, RANKS * OWNED) for _ in range(RANKS)]
+    weights = torch.stack(lses).double().softmax(0)[..., None]
+    return outs, lses, (weights * torch.stack(outs).double()).sum(0)
+
+
+def test_flashinfer_is_given_what_its_kernel_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("flashinfer.comm.dcp_lse_reduce")
+    outs, lses, want = ranks_partials()
+    asked = []
+
+    def workspace(*arguments: Any) -> torch.Tensor:
+        asked.append(arguments[:5])
+        return torch.zeros(1)
+
+    def reduce(o: Any, lse: Any, workspace: Any, rank: int, ranks: int, mode: str) -> torch.Tensor:
+        """What it documents, of all ranks' inputs: [..., peer, :] is what goes to that peer."""
+        assert (o.shape, lse.shape) == ((B, OWNED, ranks, D), (B, OWNED, ranks))
+        assert (o.is_contiguous(), lse.is_contiguous(), mode) == (True, True, "basee")
+        sent = [collectives.by_owner(*pair, ranks) for pair in zip(outs, lses, strict=True)]
+        assert torch.equal(o, sent[rank][0])
+        weights = torch.stack([lse[..., rank] for _, lse in sent]).softmax(0)[..., None]
+        return (weights * torch.stack([o[..., rank, :] for o, _ in sent]).float()).sum(0)
+
+    monkeypatch.setattr(fused, "decode_cp_a2a_lse_reduce_create_workspace", workspace)
+    monkeypatch.setattr(fused, "decode_cp_a2a_lse_reduce", reduce)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    for rank, group in enumerate(peer_groups()):
+        found = collectives.flashinfer_candidates(group, torch.device("cpu"), 8, OWNED, D)
+        assert [c.name for c in found] == ["flashinfer kernel", "flashinfer"]
+        for candidate in found:
+            inputs = outs[rank], lses[rank]
+            got = candidate.run(*(candidate.lay(*inputs) if candidate.lay else inputs))
+            own = want[:, rank * OWNED : (rank + 1) * OWNED]
+            assert kernels.relative_error(got, own) < 1e-6
+    assert asked == [(8, OWNED, RANKS, D, kernels.DTYPE)] * RANKS  # one for a stream
+
+
+def test_torch_is_given_rows_that_lie_by_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed._symmetric_memory as symm_mem
+
+    outs, lses, want = ranks_partials()
+    sent: dict[int, torch.Tensor] = {}
+    here = 0
+
+    def all_to_all(
+        input: torch.Tensor, out: torch.Tensor, scatter: int, gather: int, *, group: str
+    ) -> None:
+        """What it documents: row block r of every peer, peer j's in out[:, j]."""
+        assert (scatter, gather, group) == (0, 1, "dcp")
+        sent[here] = input.clone()
+        if len(sent) == RANKS:
+            for peer in range(RANKS):
+                out[:, peer] = sent[peer][here]
+
+    monkeypatch.setattr(symm_mem, "set_backend", lambda name: None)
+    monkeypatch.setattr(symm_mem, "empty", torch.empty)
+    monkeypatch.setattr(symm_mem, "rendezvous", lambda buffer, group: None)
+    monkeypatch.setattr(symm_mem, "all_to_all_nd", all_to_all)
+    device = torch.device("cpu")
+    candidates = [collectives.torch_candidates(g, device, 8, OWNED, D)[0] for g in peer_groups()]
+    for turn in range(2):  # all have sent by the second
+        for here, candidate in enumerate(candidates):
+            got = candidate.run(outs[here], lses[here])
+            if turn:
+                own = want[:, here * OWNED : (here + 1) * OWNED]
+                assert kernels.relative_error(got, own) < kernels.BOUND
+
+
+def test_peers_that_fail_leave_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(ranks: int, options: Any, *, symmetric: bool) -> list[Any]:
+        assert symmetric
+        raise RuntimeError("Traceback\nValueError: no NCCL windows")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(collectives, "run_ranks", fails)
+    options: Any = SimpleNamespace(device="cuda")
+    assert collectives.symmetric_rows(2, options) == []
+    assert "(RuntimeError: ValueError: no NCCL windows)" in capsys.readouterr().out
+    assert collectives.symmetric_rows(4, options) == []
+    assert "they need a GPU for each rank" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
