@@ -22,7 +22,7 @@ _BENCHMARK = "benchmark/dcp"
 _COMMANDS = ("__init__", "__main__", "kernels", "collectives", "attention")
 
 _REGISTERED = "test/registered/dcp"
-_HELPERS = "sglang.test.dcp"
+_UPSTREAMS = "sglang.test"
 
 # Seconds are estimates, for the runner to divide its work by.
 _CPU = 'register_cpu_ci(est_time=20, suite="base-a-test-cpu")'
@@ -43,7 +43,7 @@ class Tests:
         for helper in {helper for file in self._waiting for helper in _helpers(file)}:
             if helper.is_relative_to(_TESTS):
                 name = _dotted(helper, _TESTS)
-                modules.rename(name, f"{_HELPERS}.{name.removeprefix('srt.')}")
+                modules.rename(name, f"{_UPSTREAMS}.dcp.{name.removeprefix('srt.')}")
 
     def landing(self) -> dict[str, str]:
         """Texts by path of those whose modules of the series have all landed."""
