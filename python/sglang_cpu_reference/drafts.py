@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.checkpoints import Family, make_checkpoint
 
 Weights = dict[str, torch.Tensor]
 
@@ -85,10 +85,12 @@ def make_eagle3(directory: Path, **overrides: Any) -> tuple[Path, Path]:
     return target, head
 
 
-def make_mtp(directory: Path, **overrides: Any) -> tuple[Path, None]:
-    """A DeepSeek-V3 of two layers with one more to draft (MTP): a single checkpoint."""
+def make_mtp(
+    directory: Path, family: str | Family = "deepseek_v3", **overrides: Any
+) -> tuple[Path, None]:
+    """A DeepSeek-V3 or GLM-4-MoE of two layers with one more to draft (MTP): one checkpoint."""
     layers = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
-    target = make_checkpoint("deepseek_v3", directory / "target", **layers, **overrides)
+    target = make_checkpoint(family, directory / "target", **layers, **overrides)
     weights = _neutral(target)
     _idle(weights, range(1))
     width = weights["lm_head.weight"].shape[1]
@@ -107,6 +109,24 @@ def make_mtp(directory: Path, **overrides: Any) -> tuple[Path, None]:
     }
     _save(weights, target)
     _configure(target, num_nextn_predict_layers=1)
+    return target, None
+
+
+def make_qwen_mtp(directory: Path, **overrides: Any) -> tuple[Path, None]:
+    """A Qwen3-MoE of one layer with one more to draft (MTP): a single checkpoint."""
+    target = make_checkpoint("qwen3_moe", directory / "target", num_hidden_layers=1, **overrides)
+    weights = _neutral(target)
+    width = weights["lm_head.weight"].shape[1]
+    for name in list(weights):
+        if name.startswith("model.layers.0."):
+            weights[name.replace("model.", "mtp.", 1)] = weights[name]
+    weights |= {
+        "mtp.pre_fc_norm_embedding.weight": torch.ones(width),
+        "mtp.pre_fc_norm_hidden.weight": torch.ones(width),
+        "mtp.fc.weight": torch.cat([torch.eye(width), torch.zeros(width, width)], 1),
+        "mtp.norm.weight": torch.ones(width),
+    }
+    _save(weights, target)
     return target, None
 
 

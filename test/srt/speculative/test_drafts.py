@@ -7,6 +7,7 @@ counts: a draft that reads one wrong row of its cache drafts other tokens.
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from sglang_cpu_reference import drafts
 from sglang_cpu_reference.server import Server
-from srt.expected import check, check_all, prompt
+from srt.expected import LOGPROB_TOLERANCE, check, check_all, oracle, prompt
 from srt.fresh import Fresh
 from srt.models.serving import (
     Answer,
@@ -57,6 +58,8 @@ FAMILIES: dict[str, tuple[Any, str, bool]] = {
         "NEXTN",
         True,
     ),
+    "mtp of glm": (lambda path: drafts.make_mtp(path, "glm4_moe"), "NEXTN", True),
+    "mtp of qwen": (drafts.make_qwen_mtp, "NEXTN", True),
     "standalone": (lambda path: (drafts.make_eagle(path)[0],) * 2, "STANDALONE", True),
 }
 LAYOUTS = {
@@ -76,9 +79,12 @@ CASES = [
     ("eagle3", CHAIN, "a2a", 1),
     ("eagle3", TREE, "ag_rs, replicated", 1),
     ("standalone", CHAIN, "a2a", 4),
-    ("mtp", CHAIN, "a2a", 1),
+    ("mtp", CHAIN, "a2a", 16),
     ("mtp", CHAIN, "ag_rs, replicated", 4),
     ("mtp", TREE, "K 4", 1),
+    ("mtp of glm", CHAIN, "K 4", 1),
+    ("mtp of glm", TREE, "ag_rs, replicated", 1),
+    ("mtp of qwen", CHAIN, "a2a", 1),
 ]
 
 
@@ -90,14 +96,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(models: Any) -> Iterator[Any]:
-    """What a server without a sharded cache answers."""
+    """What a server of as many ranks answers without a sharded cache."""
     with Fresh("cpu_reference", preload=("srt.models.plugins_loaded",)) as processes:
 
         @cache
-        def report(family: str, shape: tuple[int, int, int]) -> Report:
+        def report(family: str, shape: tuple[int, int, int], tp: int) -> Report:
             target, draft = models(family)
             flags = (*flags_of(FAMILIES[family][1], draft, *shape), "--page-size", "1")
-            return serve(processes, target, 1, flags, BATCHES, NEW_TOKENS)[0]
+            return serve(processes, target, tp, flags, BATCHES, NEW_TOKENS)[0]
 
         yield report
 
@@ -120,10 +126,12 @@ def test_drafts_are_those_of_a_whole_cache(
     (target, draft), (_, algorithm, drafts_well) = models(family), FAMILIES[family]
     tp, flags = LAYOUTS[layout]
     flags = (*flags, *flags_of(algorithm, draft, *shape), "--page-size", str(page))
+    if page > 4:  # a chunk holds a page of all ranks
+        flags += ("--chunked-prefill-size", str(2 * CHUNK))
     for report in serve(ready, target, tp, flags, BATCHES, NEW_TOKENS):
         check_all(target, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
-        assert counts(report) == counts(whole(family, shape))
+        assert counts(report) == counts(whole(family, shape, tp))
         if drafts_well:
             assert all(right > 0 for answers in counts(report) for right, _ in answers)
 
@@ -138,7 +146,23 @@ def test_verified_by_fa3(kernels: Fresh, models: Any, whole: Any, family: str) -
     for report in serve(kernels, target, 2, flags, BATCHES[1:2], NEW_TOKENS):
         for tokens, answered in zip(BATCHES[1], report.answers[0], strict=True):
             check(target, tokens, answered, NEW_TOKENS)
-        assert counts(report)[0] == counts(whole(family, CHAIN))[1]
+        assert counts(report)[0] == counts(whole(family, CHAIN, 2))[1]
+
+
+def without_scope(rank: int, argv: list[str]) -> None:
+    """In a rank's process: SGLang's workers enter nothing around what they do with the draft."""
+    from sglang.srt.speculative import eagle_worker_v2
+
+    eagle_worker_v2.draft_tp_context = lambda layout: nullcontext()
+    scheduler_of(rank, argv)
+
+
+def test_a_draft_outside_its_scope_is_an_error(ready: Fresh, models: Any) -> None:
+    target, draft = models("eagle")
+    argv = command_line(target, 2, *LAYOUTS["a2a"][1], *flags_of("EAGLE", draft, *CHAIN))
+    for outcome in ready.outcomes([(without_scope, rank, argv) for rank in range(2)]):
+        assert outcome.status == 1
+        assert "SeriesError" in outcome.output
 
 
 def test_branches_in_pages_of_the_group(interpreted: Fresh, models: Any, whole: Any) -> None:
@@ -150,7 +174,7 @@ def test_branches_in_pages_of_the_group(interpreted: Fresh, models: Any, whole: 
     for report in serve(interpreted, target, 2, flags, last, NEW_TOKENS):
         for tokens, answered in zip(last[0], report.answers[0], strict=True):
             check(target, tokens, answered, NEW_TOKENS)
-        assert counts(report)[0] == counts(whole("eagle", TREE))[1]
+        assert counts(report)[0] == counts(whole("eagle", TREE, 2))[1]
 
 
 class Measured(NamedTuple):
@@ -198,7 +222,7 @@ def test_a_small_pool_and_its_draft(ready: Fresh, models: Any, family: str, layo
 
 @pytest.mark.server
 def test_a_server_with_drafts(models: Any) -> None:
-    """Grammar, abort and what a request is told of its drafts, over HTTP."""
+    """Grammar, abort, prompts' scores and what a request is told of its drafts, over HTTP."""
     target, draft = models("eagle")
     flags = flags_of("EAGLE", draft, *CHAIN)
     with Server(target, "--tp", "2", *LAYOUTS["a2a"][1], *flags, "--page-size", "4") as server:
@@ -212,5 +236,10 @@ def test_a_server_with_drafts(models: Any) -> None:
         sampling = {"temperature": 0, "max_new_tokens": 20, "regex": "(ab|cd){3}"}
         body = {"input_ids": tokens, "sampling_params": sampling}
         assert re.fullmatch("(ab|cd){3}", server.post("/generate", body)["text"])
+        # The prompt's tokens are drafted by nobody, and scored all the same.
+        body = {"input_ids": tokens, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+        scored = server.post("/generate", {**body, "return_logprob": True, "logprob_start_len": 0})
+        found = [entry[0] for entry in scored["meta_info"]["input_token_logprobs"][1:]]
+        assert found == pytest.approx(oracle(target).read(tokens)[0], abs=LOGPROB_TOLERANCE)
         abort_midway(server, prompt(20, seed=4))
         everything_is_free(server)
