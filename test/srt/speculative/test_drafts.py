@@ -127,7 +127,7 @@ def test_drafts_are_those_of_a_whole_cache(
     tp, flags = LAYOUTS[layout]
     flags = (*flags, *flags_of(algorithm, draft, *shape), "--page-size", str(page))
     if page > 4:  # a chunk holds a page of all ranks
-        flags += ("--chunked-prefill-size", str(2 * CHUNK))
+        flags += ("--chunked-prefill-size", str(tp * page))
     for report in serve(ready, target, tp, flags, BATCHES, NEW_TOKENS):
         check_all(target, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
