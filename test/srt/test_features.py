@@ -208,6 +208,34 @@ def test_server_info_reports_the_layout(servers: tuple[Server, Server]) -> None:
 
 
 @pytest.mark.server
+def test_metrics_of_every_rank(servers: tuple[Server, Server]) -> None:
+    """Of a sharded server alone; its rows add up to its pool, and its batches have exchanged."""
+    plain, sharded = servers
+    assert "sglang_helix:" not in plain.get("/metrics")
+    generate(sharded, prompt(40, seed=9), max_new_tokens=5)
+    time.sleep(0.5)
+    found: dict[str, dict[str, dict[str, float]]] = {"0": {}, "1": {}}
+    line = r"sglang_helix:(\w+){(.*)} ([\d.e+]+)"
+    for name, labels, value in re.findall(line, sharded.get("/metrics")):
+        said = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        what = next((said[key] for key in ("state", "exchange", "peer") if key in said), "")
+        found[said["tp_rank"]].setdefault(name, {})[what] = float(value)
+        if name == "layout":
+            assert (said["attn_tp_size"], said["dcp_size"]) == ("1", "2")
+            assert (said["dcp_rank"], said["dcp_comm_backend"]) == (said["tp_rank"], "a2a")
+    tokens = sharded.server_info()["sglang_helix"]["kv_tokens"]
+    for of_rank in found.values():
+        assert of_rank["layout"] == {"": 1}
+        rows = of_rank["kv_rows"]
+        assert rows["used"] == 0
+        assert rows["cached"] >= 20
+        assert rows["cached"] + rows["free"] == tokens // 2
+        assert of_rank["exchanged_batches_total"]["a2a"] >= 4
+        assert of_rank["exchanged_batches_total"]["none"] >= 1
+        assert of_rank["exchange_slow_seconds"] == {"0": 0, "1": 0}
+
+
+@pytest.mark.server
 def test_pipeline_stages(tmp_path: Path) -> None:
     """Two stages of two ranks: KVP groups lie inside a stage."""
     checkpoint = make_checkpoint("llama", tmp_path / "llama")

@@ -20,16 +20,25 @@ def check_full_pool(
     leak, message = original(checker, ps, uncached)
     if uncached:
         return leak, message
-    allocator, tree = checker.token_to_kv_pool_allocator, checker.tree_cache
+    held = slots_of(checker)
+    slots = held.pop("slots")
+    held["session"] = checker.pool_stats_observer.session_held_tokens()
+    return sum(held.values()) != slots, f"[sharded pool] slots={slots}, {held}; {message}"
+
+
+def slots_of(owner: Any) -> dict[str, int]:
+    """Slots of a scheduler's (or its checker's) pool, in whole widened pages, and who holds them.
+
+    The rest of `slots` that is not free, evictable or protected is held by requests that run.
+    """
+    allocator, tree = owner.token_to_kv_pool_allocator, owner.tree_cache
     # Recurrent states and windows are not sharded, and upstream counts them exactly.
-    hybrid = checker.is_hybrid_ssm or checker.is_hybrid_swa
-    if checker.is_hybrid_swa:
+    hybrid = owner.is_hybrid_ssm or owner.is_hybrid_swa
+    if owner.is_hybrid_swa:
         allocator = allocator.full_attn_allocator
-    slots = allocator.size // allocator.page_size * allocator.page_size
-    held = {
+    return {
+        "slots": allocator.size // allocator.page_size * allocator.page_size,
         "free": allocator.available_size(),
         "evictable": tree.full_evictable_size() if hybrid else tree.evictable_size(),
         "protected": tree.full_protected_size() if hybrid else tree.protected_size(),
-        "session": checker.pool_stats_observer.session_held_tokens(),
     }
-    return sum(held.values()) != slots, f"[sharded pool] slots={slots}, {held}; {message}"

@@ -182,6 +182,19 @@ def test_a_program_that_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch)
     assert "for what is missing of rows that came in part" in str(stall._replace(peer=-1))
 
 
+def test_seconds_of_waiting_are_counted_by_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symm_workspace, "_WATCH_INTERVAL", 0.05)
+    status = torch.zeros(4, dtype=torch.int64)
+    watchdog = Watchdog(status, 0, 100.0, pytest.fail)
+    for epoch in range(1, 4):
+        status[1] = word(Stall(rank=0, peer=2, layer=5, epoch=epoch))
+        status[3] = word(Stall(rank=0, peer=2, layer=5, epoch=epoch))
+        while status.any():
+            time.sleep(0.001)
+    watchdog.stop()
+    assert watchdog.slow_seconds == {2: pytest.approx(3 * 0.05)}
+
+
 def test_slow_progress_is_not_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(status: torch.Tensor, i: int) -> None:
         status[2] = word(Stall(rank=3, peer=1, layer=5, epoch=1 + i // 15))

@@ -267,6 +267,22 @@ def _prepared_for(
     return kernel
 
 
+def largest_prepared(group: Group) -> int:
+    """Tokens of the largest batch that everything prepared for a group takes; 0 without any."""
+    kernels = _prepared.get(group.unique_name, {}).values()
+    return min((kernel.max_tokens for kernel in kernels), default=0)
+
+
+def slow_seconds(group: Group) -> list[float]:
+    """By rank of a group: seconds in which this rank's `symm` waited milliseconds for it."""
+    seconds = [0.0] * group.world_size
+    for kernel in _prepared.get(group.unique_name, {}).values():
+        for peer, more in dict(kernel.slow_seconds).items():
+            if peer >= 0:
+                seconds[peer] += more
+    return seconds
+
+
 @functools.cache
 def _say_once(line: str, *values: object) -> None:
     """Log a line the first time: who asked for `symm` reads what it does not serve."""

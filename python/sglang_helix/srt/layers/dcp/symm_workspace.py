@@ -105,6 +105,8 @@ class Watchdog:
     ):
         self._status, self._rank = status, rank
         self._timeout, self._on_stall = timeout, on_stall
+        self.slow_seconds: dict[int, float] = {}
+        """By peer: seconds in which a program reported that it waits for that rank's rows."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="symm-watchdog", daemon=True)
         self._thread.start()
@@ -120,6 +122,8 @@ class Watchdog:
         while not self._stopped.wait(_WATCH_INTERVAL):
             words, now = self._status.clone(), time.monotonic()
             self._status.zero_()
+            for peer in {Stall.read(self._rank, int(word)).peer for word in words[words != 0]}:
+                self.slow_seconds[peer] = self.slow_seconds.get(peer, 0.0) + _WATCH_INTERVAL
             # A program that got on reports another epoch, or nothing.
             since = since.masked_fill((words != before) | (words == 0), now)
             oldest = int(since.argmin())
@@ -203,6 +207,11 @@ class SymmExchange:
         the splits, or every rank would count them. Errors as in `reduce`.
         """
         return exchange(self._workspace, splits, **options)
+
+    @property
+    def slow_seconds(self) -> dict[int, float]:
+        """By peer: seconds in which a call waited some milliseconds or longer for its rows."""
+        return self._watchdog.slow_seconds
 
     def close(self) -> None:
         """Stop the watchdog.

@@ -1,0 +1,123 @@
+"""What an operator sees of a sharded cache, beside SGLang's metrics (`--enable-metrics`).
+
+Extends `observability/metrics_collector.py`. Every rank exports its own, by label `tp_rank`: rows
+are lost, and exchanges wait, on one rank and not on another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.runtime_context import get_observability, get_parallel, get_spec
+
+from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.dcp import exchange
+from sglang_helix.srt.managers.invariant_checker import slots_of
+
+LAYOUT = "sglang_helix:layout"
+ROWS = "sglang_helix:kv_rows"
+BATCHES = "sglang_helix:exchanged_batches"
+WAITS = "sglang_helix:exchange_slow_seconds"
+
+
+class Metrics:
+    """The series' metrics of one scheduler.
+
+    Args:
+        scheduler: its pool, prefix tree and labels.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        # After the launcher has said where processes meet: prometheus_client asks at its import.
+        from prometheus_client import Counter, Gauge
+
+        parallel = get_parallel()
+        layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+        self._scheduler, self._size = scheduler, layout.kvp_size
+        self._labels = {
+            name: str(value) for name, value in scheduler.metrics_collector.labels.items()
+        }
+        names = list(self._labels)
+        shape = {
+            "attn_tp_size": str(layout.attn_tp_size),
+            "dcp_size": str(layout.kvp_size),
+            "attn_shard": str(layout.attn_shard(parallel.tp_rank)),
+            "dcp_rank": str(layout.kvp_rank(parallel.tp_rank)),
+            "dcp_comm_backend": parallel.dcp_comm_backend,
+        }
+        info = Gauge(
+            LAYOUT,
+            "1: head shards (A), ranks that split a sequence (K), this rank's of both, exchange.",
+            [*names, *shape],
+            multiprocess_mode="mostrecent",
+        )
+        info.labels(**self._labels, **shape).set(1)
+        self._rows = Gauge(
+            ROWS,
+            "Rows of this rank's KV cache: used by requests, cached behind none, or free.",
+            [*names, "state"],
+            multiprocess_mode="mostrecent",
+        )
+        self._batches = Counter(
+            BATCHES,
+            "Batches by what their attention exchanged: an exchange by its name, latents of MLA "
+            "that were gathered, or none.",
+            [*names, "exchange"],
+        )
+        self._waits = Gauge(
+            WAITS,
+            "Seconds in which this rank's symm exchange waited some milliseconds or longer for "
+            "rows of that place of its KVP group (peer).",
+            [*names, "peer"],
+            multiprocess_mode="mostrecent",
+        )
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the pool, and what the exchange's watchdog has seen."""
+        slots = slots_of(self._scheduler)
+        cached = slots["evictable"]
+        used = slots["slots"] - slots["free"] - cached
+        for state, count in (("used", used), ("cached", cached), ("free", slots["free"])):
+            self._rows.labels(**self._labels, state=state).set(count // self._size)
+        for peer, seconds in enumerate(exchange.slow_seconds(get_parallel().dcp_group)):
+            self._waits.labels(**self._labels, peer=str(peer)).set(seconds)
+
+    def count(self, batch: Any) -> None:
+        """Count a batch that was run."""
+        self._batches.labels(**self._labels, exchange=self._exchange_of(batch)).inc()
+        self.refresh()
+
+    def _exchange_of(self, batch: Any) -> str:
+        """What the attention of a batch exchanged: the same on every rank, captured or not."""
+        backend = str(get_parallel().dcp_comm_backend)
+        mode = batch.forward_mode
+        if mode.is_extend() and not mode.is_target_verify():
+            if not any(batch.prefix_lens or ()):
+                return "none"
+            if self._scheduler.tp_worker.model_runner.use_mla_backend:
+                return "gather"
+            return "a2a" if backend == "symm" else backend  # fp32 rows
+        if not (mode.is_decode() or mode.is_target_verify()):
+            return "none"
+        tokens = batch.batch_size() * (get_spec().speculative_num_draft_tokens or 1)
+        if backend == "symm" and tokens > exchange.largest_prepared(get_parallel().dcp_group):
+            return "a2a"
+        return backend
+
+
+def start_metrics(result: None, scheduler: Any) -> None:
+    """After `Scheduler.emit_metrics_constants`: begin, where metrics are asked for."""
+    scheduler.helix_metrics = Metrics(scheduler) if get_observability().enable_metrics else None
+
+
+def count_batch(result_: Any, scheduler: Any, batch: Any, result: Any) -> None:
+    """After `Scheduler.process_batch_result`: one more batch."""
+    if scheduler.helix_metrics is not None:
+        scheduler.helix_metrics.count(batch)
+
+
+def refresh_idle(result: None, scheduler: Any) -> None:
+    """After `Scheduler.on_idle`: what finished requests gave back."""
+    if scheduler.helix_metrics is not None:
+        scheduler.helix_metrics.refresh()
