@@ -100,6 +100,23 @@ def test_every_token_comes_back_to_its_owner(size: int, layout: str) -> None:
         assert found[slot] == [token * 10.0 + number for number in range(2 * LAYERS)], token
 
 
+@pytest.mark.parametrize("layout", ["layer_first", "page_first", "page_first_direct"])
+def test_pages_in_storage_are_those_of_the_owner(layout: str) -> None:
+    """A widened page's rows of one rank go out flat, and come back as another page."""
+    host = Rank(KVShard(2, 1), layout).host
+    host.kv_buffer.copy_(torch.arange(host.kv_buffer.numel()).view_as(host.kv_buffer))
+    wide = 2 * PAGE
+    page = host.get_data_page(3 * wide)
+    assert page.numel() == host.get_dummy_flat_data_page().numel()
+    untouched = host.get_data_page(wide).clone()
+    host.set_from_flat_data_page(2 * wide, page)
+    assert torch.equal(host.get_data_page(2 * wide), page)
+    assert torch.equal(host.get_data_page(wide), untouched)
+    for slot in (1, -wide, host.logical_size):
+        with pytest.raises(ValueError, match=f"slot {slot} begins no page of {wide} slots"):
+            host.get_data_page(slot)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_host_pool_counts_in_widened_slots(size: int) -> None:
     host = Rank(KVShard(size, 1), "layer_first").host

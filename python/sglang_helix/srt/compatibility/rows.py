@@ -493,7 +493,7 @@ def _storage_of_sglang(situation: Situation) -> object | None:
 
 def _storage_of_nobody(situation: Situation) -> object | None:
     asked = situation.args.hicache_storage_backend
-    return None if situation.mla and asked in ("file", "mooncake") else asked
+    return None if asked == "file" or (situation.mla and asked == "mooncake") else asked
 
 
 def _sharded_weights(situation: Situation) -> object | None:
@@ -963,10 +963,11 @@ TABLE: tuple[Row, ...] = (
         _transferred(_staging),
     ),
     Row(
-        "MLA in files behind the hierarchical cache",
+        "K, V and latents in files behind the hierarchical cache",
         "--hicache-storage-backend file",
         "works",
-        "answers from files are transformers', hits asserted",
+        "answers from files are transformers', hits asserted; a page of which one rank has no file "
+        "ends everyone's prefix; files of another dtype or memory layout are not read",
     ),
     Row(
         "Mooncake behind the hierarchical cache of MLA models",
@@ -981,8 +982,8 @@ TABLE: tuple[Row, ...] = (
         "other storage behind the hierarchical cache",
         "--hicache-storage-backend",
         "refused",
-        "K and V have no page format by owner, and for MLA no other store has one",
-        "Leave the flag out, copies on the host work; for MLA, file works too",
+        "no other store has a page format by owner",
+        "Use file, or leave the flag out, copies on the host work",
         _storage_of_nobody,
         alone="refuses",
     ),

@@ -29,13 +29,15 @@ def build_kv_host_pool(
     MLA's is upstream's own. Raises NotImplementedError for K/V pools that have none here.
     """
     if isinstance(kv_pool, MLATokenToKVPool):
-        return original(
-            kv_pool=kv_pool,
-            page_size=page_size,
-            host_size=host_size,
-            mtp_draft_device_pools=mtp_draft_device_pools,
-            pool_label=pool_label,
-            **for_mla,
+        return _tagged(
+            original(
+                kv_pool=kv_pool,
+                page_size=page_size,
+                host_size=host_size,
+                mtp_draft_device_pools=mtp_draft_device_pools,
+                pool_label=pool_label,
+                **for_mla,
+            )
         )
     kind, buffer_info, options = upstream._mha_host_inputs(kv_pool, mtp_draft_device_pools)
     if kind is not MHATokenToKVPoolHost:
@@ -44,14 +46,23 @@ def build_kv_host_pool(
             f"{kind.__name__}: leave --enable-hierarchical-cache out"
         )
     memory, parallel = get_memory(), get_parallel()
-    return ShardedMHATokenToKVPoolHost(
-        buffer_info,
-        memory.hicache_ratio,
-        memory.hicache_size if host_size is None else host_size,
-        page_size,
-        memory.hicache_mem_layout,
-        shard=KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank),
-        allocator_type=upstream._get_allocator_type(),
-        pool_label=pool_label,
-        **options,
+    return _tagged(
+        ShardedMHATokenToKVPoolHost(
+            buffer_info,
+            memory.hicache_ratio,
+            memory.hicache_size if host_size is None else host_size,
+            page_size,
+            memory.hicache_mem_layout,
+            shard=KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank),
+            allocator_type=upstream._get_allocator_type(),
+            pool_label=pool_label,
+            **options,
+        )
     )
+
+
+def _tagged(pool: Any) -> Any:
+    """Have storage tell pages of another dtype or memory layout apart: its keys name neither."""
+    dtype = str(pool.dtype).removeprefix("torch.")
+    pool.storage_format_tag = f"{dtype}-{pool.layout}"
+    return pool

@@ -69,3 +69,21 @@ class ShardedMHATokenToKVPoolHost(MHATokenToKVPoolHost):
             self.shard.read_rows(device_indices),
             io_backend,
         )
+
+    def get_data_page(self, index: int, flat: bool = True) -> Tensor:
+        """This rank's rows of the widened page that begins at slot `index`, for storage."""
+        return super().get_data_page(self._storage_row(index), flat)
+
+    def set_from_flat_data_page(self, index: int, data_page: Tensor) -> None:
+        """Put back what `get_data_page` gave."""
+        super().set_from_flat_data_page(self._storage_row(index), data_page)
+
+    def _storage_row(self, index: int) -> int:
+        index = int(index)
+        if index % self.logical_page_size or not 0 <= index < self.logical_size:
+            raise ValueError(f"slot {index} begins no page of {self.logical_page_size} slots")
+        return index // self.shard.size
+
+    def get_page_buffer_meta(self, indices: Tensor) -> Any:
+        """Addresses of pages, for storage that reads and writes in place: none does by owner."""
+        raise NotImplementedError("K and V by owner are stored in files alone")
