@@ -628,7 +628,7 @@ def test_storage_attached_later_obeys_the_rows_of_the_flag(
             (heads, "mooncake"),
         )
     ]
-    works, own, _nixl, heads_in_files, _in_mooncake = (o.value for o in gpu.outcomes(calls))
+    works, own, nixl, heads_in_files, in_mooncake = (o.value for o in gpu.outcomes(calls))
     assert works == heads_in_files == "asked SGLang"
     assert "mooncake beside a sharded cache is served by SGLang without the series" in own
     for message in (nixl, in_mooncake):
