@@ -177,6 +177,12 @@ def _not_pinned(tensor: torch.Tensor, *_: object) -> torch.Tensor:
     return tensor
 
 
+def _capped(full_logits: torch.Tensor, final_logit_softcapping: float) -> torch.Tensor:
+    """``softcap_inplace_logits`` in torch: Gemma-2 caps the logits of its head."""
+    cap = final_logit_softcapping
+    return full_logits.div_(cap).tanh_().mul_(cap)
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
@@ -184,6 +190,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
     "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": _gated,
+    "sglang.kernels.ops.activation.softcap.softcap_inplace_logits": _capped,
     "torch.cuda.synchronize": _nothing_to_wait_for,
     "torch.cuda.current_device": _the_cpu,
     "torch.Tensor.pin_memory": _not_pinned,

@@ -193,6 +193,8 @@ def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str]]:
         *("--model-path", view.model_path, "--tp-size", str(view.tp_size)),
         *("--dcp-size", str(view.dcp_size), "--dcp-comm-backend", "a2a"),
         *("--json-model-override-args", view.json_model_override_args),
+        # What is built does not depend on it, and some classes have none of the CPU's.
+        *("--attention-backend", "triton"),
         *(["--dcp-replicate-q-proj"] if view.dcp_replicate_q_proj else []),
         *(["--trust-remote-code"] if view.trust_remote_code else []),
     ]

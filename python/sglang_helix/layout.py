@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout, legal_layouts
 
 # Bytes of an element of the cache, and of an output on the wire (bf16).
@@ -48,7 +49,7 @@ def shape_of(model_config: Any) -> Shape:
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
-    heads, layers = model_config.get_max_num_attention_heads(), model_config.num_hidden_layers
+    heads, layers = sharded_heads(model_config), model_config.num_hidden_layers
     if (hybrid := mambaish_config(model_config)) is not None:
         layers = len(hybrid.full_attention_layer_ids)
     layers -= window_layers(model_config)

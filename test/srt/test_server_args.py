@@ -535,6 +535,8 @@ ELSEWHERE = {
     "one-kernel exchange without NVIDIA GPUs",
     "one-kernel exchange of heads that are not whole 16-byte vectors",
 }
+# `test_pictures_of_gemma_3_are_refused_where_plain_tp_masks_them`.
+PICTURES = "pictures of Gemma-3 with Triton"
 # Of models with windows alone.
 BESIDE_WINDOWS: dict[str, dict[str, Any]] = {
     "sliding windows beside the hierarchical cache": {"enable_hierarchical_cache": True},
@@ -566,7 +568,8 @@ HYBRID_FLAGS: list[tuple[str, dict[str, Any]]] = [
 
 def test_every_row_with_a_flag_is_asked_for() -> None:
     of_hybrids = {feature for feature, _ in HYBRID_FLAGS} - {HYBRID_REPLICAS}
-    assert set(FLAGS) | ELSEWHERE | of_hybrids | set(BESIDE_WINDOWS) == set(ASKABLE)
+    asked = set(FLAGS) | ELSEWHERE | of_hybrids | set(BESIDE_WINDOWS)
+    assert asked | {PICTURES} == set(ASKABLE)
 
 
 @pytest.mark.parametrize("feature", FLAGS)
@@ -675,13 +678,20 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
         {**GPT_OSS, "num_key_value_heads": 4},
     ),
     ("attention sinks of MLA models", "DeepseekV2ForCausalLM", SUNK),
-    *(
-        ("other sliding windows", architecture, {"model_type": kind, **WINDOW})
-        for architecture, kind in (
-            ("Cohere2ForCausalLM", "cohere2"),
-            ("Gemma3ForCausalLM", "gemma3_text"),
-            ("LagunaForCausalLM", "llama"),
-        )
+    (
+        "sliding windows that the ranks of a group do not share evenly",
+        "Cohere2ForCausalLM",
+        {"model_type": "cohere2", **WINDOW, "sliding_window": 33},
+    ),
+    (
+        "sliding windows in a pool of their own, of other classes",
+        "MuseGlimmerForCausalLM",
+        {"model_type": "llama", **WINDOW},
+    ),
+    (
+        "layers that read another layer's cache (Gemma-3n, small Gemma-4)",
+        "Gemma3nForCausalLM",
+        {"model_type": "gemma3n_text", **WINDOW, "num_kv_shared_layers": 1},
     ),
     (
         "query and key norms over all heads (MiniMax-M2)",
@@ -740,8 +750,39 @@ def test_windows_of_their_own_pool_are_served_by_what_attends_them(
     split = "sliding windows with replicated queries, or fewer attention shards than"
     for flags in ({"dcp_size": 4}, {**layout, "dcp_replicate_q_proj": True}):
         assert split in resolved("Hopper", model, **{"tp_size": 4, **flags}).error
+    # In the pool of all layers they are cut by owner, by the same backends.
     whole = {**layout, "disable_hybrid_swa_memory": True}
-    assert "other sliding windows" in resolved("Hopper", model, **whole).error
+    assert resolved("Hopper", model, **whole).error == ""
+    error = resolved("Blackwell", model, **whole, attention_backend="fa4").error
+    assert "--attention-backend fa4 does not attend sliding windows" in error
+
+
+def test_pictures_of_gemma_3_are_refused_where_plain_tp_masks_them(
+    resolved: Resolve, tmp_path: Path
+) -> None:
+    entries = {
+        "model_type": "gemma3",
+        "text_config": {**WINDOW, "num_hidden_layers": 2, "num_key_value_heads": 2},
+    }
+    model = written(tmp_path, architectures=["Gemma3ForConditionalGeneration"], **entries)
+    layout = {"tp_size": 4, "dcp_size": 2}
+    for flags, refused in (
+        ({"attention_backend": "triton", "enable_multimodal": True}, True),
+        ({"attention_backend": "fa3", "enable_multimodal": True}, False),
+        ({"attention_backend": "triton"}, False),
+    ):
+        error = resolved("Hopper", model, **layout, **flags).error
+        assert ("--enable-multimodal is not supported" in error) == refused
+        assert refused or not error
+
+
+def test_drafts_are_refused_beside_windows_of_either_kind(
+    resolved: Resolve, tmp_path: Path
+) -> None:
+    model = written(tmp_path, architectures=["Cohere2ForCausalLM"], model_type="cohere2", **WINDOW)
+    flags = {"tp_size": 4, "dcp_size": 2, **BESIDE_WINDOWS["sliding windows beside drafts"]}
+    error = resolved("Hopper", model, **flags).error
+    assert ASKABLE["sliding windows beside drafts"].why in error
 
 
 @pytest.mark.parametrize("feature", BESIDE_WINDOWS)

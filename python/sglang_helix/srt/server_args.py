@@ -22,6 +22,7 @@ from sglang_helix.srt.compatibility.verdict import (
     refusals_of_flags,
     verdict_of,
 )
+from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout, LayoutError, layout_of
 from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster, heads_name
@@ -219,7 +220,7 @@ def _raise(reasons: list[str]) -> None:
 
 def _check_heads(situation: Situation) -> None:
     Layout(situation.args.tp_size, situation.args.dcp_size).check_heads(
-        situation.model.get_max_num_attention_heads(),
+        sharded_heads(situation.model),
         1 if situation.mla else situation.model.get_total_num_kv_heads(),
         decoupled=situation.attn_tp_size is not None,
     )
@@ -292,7 +293,7 @@ def _advise_faster(situation: Situation, backend: str) -> None:
         return
     layout = Layout(args.tp_size, args.dcp_size)
     kv_heads = None if situation.mla else layout.kv_heads(model.get_total_num_kv_heads())
-    heads = heads_name(model.get_max_num_attention_heads() // layout.attn_tp_size, kv_heads)
+    heads = heads_name(sharded_heads(model) // layout.attn_tp_size, kv_heads)
     others = [
         record.name
         for record in serving(situation.attention)
@@ -327,7 +328,7 @@ def _refusal(record: Adapter, situation: Situation) -> str:
         return f"does not verify the drafts of {asked} {what} ({reason})"
     if record.no_e5m2 and args.kv_cache_dtype == "fp8_e5m2":
         return f"does not read --kv-cache-dtype fp8_e5m2 {what} (fp8_e4m3 it does)"
-    if situation.windows and not record.windows:
+    if (situation.windows or situation.cut_windows) and not record.windows:
         return f"does not attend sliding windows {what}"
     if record.pages and args.page_size not in record.pages:
         sizes = " or ".join(map(str, record.pages))

@@ -61,7 +61,12 @@ class Case:
             model=Attention(),
             use_mla_backend=False,
             dtype=torch.bfloat16,
-            model_config=SimpleNamespace(get_max_num_attention_heads=lambda: 64, kv_lora_rank=512),
+            model_config=SimpleNamespace(
+                get_max_num_attention_heads=lambda: 64,
+                kv_lora_rank=512,
+                hf_text_config=None,
+                is_hybrid_swa=False,
+            ),
         )
 
     def _prepare(self, group: object, **shape: Any) -> None:

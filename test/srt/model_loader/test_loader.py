@@ -219,8 +219,8 @@ SEVERAL = "norm over several heads"
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Gemma3ForCausalLM": (
         "gemma3_text",
-        {**WINDOW, "query_pre_attn_scalar": 32},
-        "sliding-window attention",
+        {**WINDOW, "sliding_window": 33, "query_pre_attn_scalar": 32},
+        "a window of 33 keys, no multiple of 2",
     ),
     "GptOssForCausalLM": ("gpt_oss", {**MOE, **FULL}, "attention sinks"),
     "Olmo2ForCausalLM": ("olmo2", {}, SEVERAL),

@@ -552,7 +552,23 @@ LEFT_AS_BUILT = {
             "layer_types": ["sliding_attention"] * 3,
             "query_pre_attn_scalar": 32,
         },
-        "sliding-window attention",
+        "built",
+    ),
+    # SGLang's class of it has no windows.
+    "MistralForCausalLM": (
+        "mistral",
+        {**TWO, "sliding_window": 32},
+        "a window of 32 in its configuration alone",
+    ),
+    "Exaone4ForCausalLM": (
+        "exaone4",
+        {
+            **TWO,
+            "sliding_window": 32,
+            "sliding_window_pattern": "LLG",
+            "layer_types": ["full_attention"] * 3,
+        },
+        "a window that is not its configuration's None",
     ),
 }
 

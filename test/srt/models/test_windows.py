@@ -1,8 +1,8 @@
 """Sliding windows and sinks in SGLang's schedulers, against transformers.
 
-Window layers keep a whole pool of their own, full layers are sharded. The load goes across the
-window's edge in decode and in chunks, hits the prefix cache and comes back after retraction; a rank
-that is idle checks that no slot of either pool is lost.
+Window layers with a pool of their own keep it whole, and full layers are sharded; other windows are
+cut by owner. The load goes across the window's edge in decode and in chunks, hits the prefix cache
+and comes back after retraction; a rank that is idle checks that no slot of any pool is lost.
 """
 
 from pathlib import Path
@@ -70,6 +70,22 @@ OTHERS = {
             "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
         },
     ),
+    "laguna": Family(  # more query heads in windows
+        "laguna",
+        {
+            **COMMON,
+            **ALTERNATING,
+            "num_attention_heads_per_layer": [8, 16, 8, 16],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "rope_parameters": {
+                "full_attention": {**ROPE, "partial_rotary_factor": 0.5},
+                "sliding_attention": {**ROPE, "partial_rotary_factor": 1.0},
+            },
+        },
+    ),
 }
 
 
@@ -78,8 +94,58 @@ def test_windows_equal_transformers(ready: Fresh, tmp_path: Path, family: str) -
     model = make_checkpoint(OTHERS[family], tmp_path)
     flags = ("--attention-backend", "torch_native", "--dcp-size", "2", "--dcp-comm-backend", "a2a")
     flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
-    flags += ("--max-total-tokens", "256")
+    flags += ("--max-total-tokens", "256", "--dtype", "float32")
     for report in serve(ready, model, 4, flags, BATCHES, NEW_TOKENS):
+        check_all(model, BATCHES, report.answers, NEW_TOKENS)
+        assert report.answers[-1][0].cached_tokens > CHUNK
+
+
+CUT_COMMON = {**COMMON, "num_key_value_heads": 1}
+REVERSED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA = {**CUT_COMMON, **REVERSED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+# Windows in the pool of all layers.
+CUT = {
+    # Logits of about 3 are capped in attention, where it shows.
+    "gemma2": Family(
+        "gemma2",
+        {**GEMMA, "attn_logit_softcapping": 4.0},
+        {"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        {**GEMMA, "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    ),
+    "exaone4": Family(  # SGLang knows one base of its rotary embedding
+        "exaone4",
+        {
+            **CUT_COMMON,
+            **REVERSED,
+            "sliding_window_pattern": "LG",
+            "head_dim": 16,
+            "rope_parameters": {**ROPE, "rope_theta": 1000000.0},
+        },
+    ),
+    "cohere2": Family(
+        "cohere2",
+        {
+            **CUT_COMMON,
+            **REVERSED,
+            "logit_scale": 0.5,
+            "head_dim": 16,
+            "layer_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_cut_windows_equal_transformers(kernels: Fresh, tmp_path: Path, family: str) -> None:
+    model = make_checkpoint(CUT[family], tmp_path)
+    flags = (*FLAGS, "--dcp-comm-backend", "a2a")
+    flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
+    flags += ("--max-total-tokens", "256", "--dtype", "float32")
+    for report in serve(kernels, model, 2, flags, BATCHES, NEW_TOKENS):
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 

@@ -96,30 +96,28 @@ def _model(name: str) -> Callable[[Situation], object | None]:
     return lambda situation: bool(getattr(situation.model, name, None)) or None
 
 
-# Beside SGLang's `is_hybrid_swa`, the classes that window the layers which `layer_types` names.
-_WINDOWED = {
-    "AfmoeForCausalLM",
-    "Cohere2ForCausalLM",
-    "Cohere2MoeForCausalLM",
-    "ExaoneMoEForCausalLM",
-    "Gemma3ForCausalLM",
-    "Gemma3ForConditionalGeneration",
-    "Gemma3nForConditionalGeneration",
+# Classes of windows with a pool of their own that are served.
+_POOLED = {
+    "GptOssForCausalLM",
+    "GraniteSWAForCausalLM",
+    "LagunaForCausalLM",
+    "MellumForCausalLM",
 }
 
 
-# Classes of windows with a pool of their own that are served.
-_POOLED = {"GptOssForCausalLM", "GraniteSWAForCausalLM", "MellumForCausalLM"}
-
-
 def _window(situation: Situation) -> object | None:
-    model = situation.model
-    windowed = "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
-    classes = set(model.hf_config.architectures)
-    if model.is_hybrid_swa:
-        return classes.isdisjoint(_POOLED) or None
-    # Without that pool, by --disable-hybrid-swa-memory, windows are as those of other classes.
-    return (windowed and not classes.isdisjoint(_WINDOWED | _POOLED)) or None
+    untried = _POOLED.isdisjoint(situation.model.hf_config.architectures)
+    return (situation.windows and untried) or None
+
+
+def _window_uneven(situation: Situation) -> object | None:
+    window = situation.cut_windows
+    return window if window % situation.args.dcp_size else None
+
+
+def _window_drafts(situation: Situation) -> object | None:
+    drafts = situation.args.speculative_algorithm
+    return drafts if situation.windows or situation.cut_windows else None
 
 
 def _window_heads(situation: Situation) -> object | None:
@@ -130,6 +128,25 @@ def _window_heads(situation: Situation) -> object | None:
 
 def _windows(given: Callable[[Situation], object | None]) -> Callable[[Situation], object | None]:
     return lambda situation: given(situation) if situation.windows else None
+
+
+def _shared_caches(situation: Situation) -> object | None:
+    return bool(getattr(situation.model.hf_text_config, "num_kv_shared_layers", 0)) or None
+
+
+def _masked_pictures(situation: Situation) -> object | None:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    # They have them where the user asks for it; a default of SGLang leaves them out.
+    gemma3 = "Gemma3ForConditionalGeneration" in situation.model.hf_config.architectures
+    masked = gemma3 and "triton" in attention_backends_of(situation.args)
+    return (masked and situation.args.enable_multimodal) or None
+
+
+def _chunks(situation: Situation) -> object | None:
+    # MiMo-V2's configuration has its windows under this name too.
+    windows = situation.windows and not _window(situation)
+    return (situation.model.attention_chunk_size is not None and not windows) or None
 
 
 def _sinks(situation: Situation) -> object | None:
@@ -1259,7 +1276,7 @@ TABLE: tuple[Row, ...] = (
         _skipped_softmax,
     ),
     Row(
-        "sliding windows in a pool of their own (gpt-oss, Granite-SWA, Mellum)",
+        "sliding windows in a pool of their own (gpt-oss, Granite-SWA, Laguna, Mellum)",
         "",
         "works",
         "window layers stay as plain TP keeps them, full layers are sharded; answers on a CPU are "
@@ -1277,11 +1294,31 @@ TABLE: tuple[Row, ...] = (
         proof="every rank's part would count the sink, layers/attention/triton_backend.py",
     ),
     Row(
-        "other sliding windows",
+        "sliding windows in the pool of all layers (Gemma-2, Gemma-3, Command-A, Exaone-4)",
+        "",
+        "works",
+        "each rank attends the window's tokens that it holds, exactly as many keys as the "
+        "configuration says (upstream's Triton attends one less at decode, some classes one more); "
+        "not yet seen on a GPU",
+        alone="wrong",
+        proof="every rank would count its own tokens back, layers/attention/triton_backend.py",
+    ),
+    Row(
+        "sliding windows that the ranks of a group do not share evenly",
         "",
         "refused",
-        "windows in the pool of all layers are not cut by owner, and of those with a pool of their "
-        "own this class has not been tried",
+        "kernels count a window in tokens of this rank, as many on every rank",
+        "Split the sequence over a number of ranks that divides the window, or serve this model "
+        "without --dcp-size",
+        _window_uneven,
+        alone="wrong",
+        proof="every rank would count its own tokens back, layers/attention/triton_backend.py",
+    ),
+    Row(
+        "sliding windows in a pool of their own, of other classes",
+        "",
+        "refused",
+        "this class has not been tried",
         _PLAIN,
         _window,
         alone="wrong",
@@ -1311,9 +1348,10 @@ TABLE: tuple[Row, ...] = (
         "sliding windows beside drafts",
         "--speculative-algorithm",
         "refused",
-        "accepted drafts move in one pool by owner and in the other not, which is not built",
+        "accepted drafts move in one pool by owner and in the other not, and the window of each "
+        "draft begins elsewhere in the prefix: neither is built",
         _WITHOUT,
-        _windows(_flag("speculative_algorithm")),
+        _window_drafts,
     ),
     Row(
         "sliding windows in pipeline stages",
@@ -1322,6 +1360,26 @@ TABLE: tuple[Row, ...] = (
         "it has not been tried",
         "Use --tp-size and --dcp-size alone",
         _windows(_more_than_one("pp_size")),
+    ),
+    Row(
+        "layers that read another layer's cache (Gemma-3n, small Gemma-4)",
+        "",
+        "refused",
+        "such a layer brings no keys and values of its chunk, which the adapters attend before "
+        "they read the cache",
+        _PLAIN,
+        _shared_caches,
+        alone="wrong",
+        proof="every rank attends its own rows as if they were all, models/gemma3n_causal.py",
+    ),
+    Row(
+        "pictures of Gemma-3 with Triton",
+        "--enable-multimodal",
+        "refused",
+        "tokens of a picture see each other both ways, by a mask that windows are not cut for",
+        "Use --attention-backend fa3, which has no such masks in plain TP either, or leave the "
+        "flag out",
+        _masked_pictures,
     ),
     Row(
         "attention sinks of MLA models",
@@ -1340,7 +1398,7 @@ TABLE: tuple[Row, ...] = (
         "chunks are not cut by owner; and Llama-4 would gain nothing, with 8 key-value heads on 8 "
         "ranks, and 40 query heads that allow no 16",
         _PLAIN,
-        _model("attention_chunk_size"),
+        _chunks,
         alone="wrong",
         proof="no backend with chunks knows --dcp-size",
     ),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_helix import helix
+from sglang_helix.srt.configs.model_config import cut_window_of
 from sglang_helix.srt.layers.attention.adapters import Attention
 
 
@@ -47,6 +48,11 @@ class Situation:
     def windows(self) -> bool:
         """Whether the model has layers of a sliding window, in a pool of their own."""
         return bool(self.model.is_hybrid_swa)
+
+    @property
+    def cut_windows(self) -> int:
+        """Keys of the sliding windows that are cut by owner, in the pool of all layers; 0: none."""
+        return cut_window_of(self.model)
 
     @property
     def hybrid(self) -> Any | None:

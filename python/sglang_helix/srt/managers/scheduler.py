@@ -12,6 +12,7 @@ from sglang_helix import cost, helix
 from sglang_helix.srt.compatibility.rows import STORAGE
 from sglang_helix.srt.compatibility.situation import situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
+from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     rank, world = parallel.tp_rank, parallel.world_group
     groups = layout.attn_tp_groups(world.world_size)
     attn_tp_group = next(group for group in groups if world.rank in group)
-    heads = model.get_max_num_attention_heads()
+    heads = sharded_heads(model)
     kv_heads = None if runner.use_mla_backend else model.get_total_num_kv_heads()
     held = "the latent" if kv_heads is None else f"{layout.kv_heads(kv_heads)} of {kv_heads} K/V"
     plain = int(report["kv_tokens"] / layout.capacity_ratio(kv_heads))

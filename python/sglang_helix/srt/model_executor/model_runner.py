@@ -27,9 +27,10 @@ from sglang.srt.runtime_context import (
     get_spec,
 )
 
+from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.adapters import adapter
-from sglang_helix.srt.layers.attention.sharded import windowed
+from sglang_helix.srt.layers.attention.windows import windowed
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
 from sglang_helix.srt.layers.dcp.probe import probe
 from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
@@ -68,11 +69,11 @@ def prepare_exchange(result: None, runner: Any) -> None:
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
     mla = runner.use_mla_backend
-    # Window layers exchange nothing.
-    sharded = [layer for layer in layers if not windowed(layer)]
+    # Window layers with a pool of their own exchange nothing.
+    sharded = [layer for layer in layers if not (config.is_hybrid_swa and windowed(layer))]
     widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in sharded}
     max_tokens = requests and requests * (drafts or 1)
-    num_heads = config.get_max_num_attention_heads() // layout.attn_tp_size
+    num_heads = sharded_heads(config) // layout.attn_tp_size
     if backend.prepare:
         for width in sorted(widths):
             backend.prepare(

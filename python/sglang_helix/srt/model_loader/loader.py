@@ -8,7 +8,8 @@ Where A >= KV, plain TP has it so already: rank r of N holds key-value head r //
 the K ranks beside it. Such a model stays as its class builds it, whatever stands in it beside its
 projections, and only the adapter acts. The loader checks the heads of every attention layer, and
 what reaches its softmax. Layers of a sliding window that have a pool of their own are plain TP's
-in everything.
+in everything; those of others are cut by owner, if the model's windows are as its configuration
+says.
 
 Otherwise the projection is sharded by A while the model is built, the output projection stays
 sharded by N, and afterwards every attention layer is told its new widths. A model whose layers
@@ -28,8 +29,9 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from sglang_helix.srt.configs.model_config import configured_window, sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
-from sglang_helix.srt.layers.attention.sharded import windowed
+from sglang_helix.srt.layers.attention.windows import windowed
 from sglang_helix.srt.layers.dcp.planner import prepare_decode_context_parallel_metadata
 from sglang_helix.srt.layers.linear import heads_shared_by, is_shared
 
@@ -68,24 +70,24 @@ def initialize_model(
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     queries = bool(parallel.dcp_replicate_q_proj)
     heads, kv_heads = (
-        model_config.get_max_num_attention_heads(),
+        sharded_heads(model_config),
         model_config.get_total_num_kv_heads(),
     )
     build = partial(original, model_config, *args, **kwargs)
     try:
         if model_config.attention_arch == AttentionArch.MLA:
             model = build()
-            _check(model)
+            _check(model, model_config, layout.kvp_size)
             _check_mla(model)
         elif layout.attn_tp_size >= kv_heads and not queries:
             model = build()
             windows = _check_windows(model, model_config, layout.tp_size)
-            _check(model, windows)
+            _check(model, model_config, layout.kvp_size, windows)
             _check_as_built(model, layout.tp_size, heads, kv_heads, windows)
         else:
             with heads_shared_by(layout.kvp_size, (heads, kv_heads), queries=queries):
                 model = build()
-            _check(model)
+            _check(model, model_config, layout.kvp_size)
             _fit(model, layout, heads, kv_heads, queries=queries)
     except _Misfit as misfit:
         architecture = " ".join(model_config.hf_config.architectures)
@@ -123,6 +125,7 @@ def _check_windows(model: nn.Module, model_config: Any, ranks: int) -> frozenset
             raise _Misfit(name, "a window and no place among those, or a place and no window")
         if windowed(layer):
             found.add(name)
+            _set_window(name, layer, configured_window(model_config))
             if layer.tp_k_head_num != kv_heads:
                 raise _Misfit(
                     name, f"{layer.tp_k_head_num} key-value heads per rank, its pool {kv_heads}"
@@ -132,14 +135,62 @@ def _check_windows(model: nn.Module, model_config: Any, ranks: int) -> frozenset
     return frozenset(found)
 
 
-def _check(model: nn.Module, windows: frozenset[str] = frozenset()) -> None:
-    """Refuse attention that no adapter computes over a sharded cache, or that cannot be seen."""
+def _set_window(name: str, layer: RadixAttention, window: int | None) -> None:
+    """Give a window layer exactly as many keys as its model was trained with, or refuse it.
+
+    SGLang's layers are told how far back they see, W - 1. Some of its classes say W, and see a key
+    more.
+    """
+    if window is None or layer.sliding_window_size + 1 not in (window, window + 1):
+        raise _Misfit(name, f"a window that is not its configuration's {window}")
+    layer.sliding_window_size = window - 1
+
+
+def _fit_cut_windows(model: nn.Module, model_config: Any, kvp_size: int) -> None:
+    """Check that windows without a pool of their own are there where the configuration has some.
+
+    Some of SGLang's classes drop them, which shows where a context is longer.
+    """
+    layers, config, window = (
+        _attention_layers(model),
+        model_config.hf_text_config,
+        configured_window(model_config),
+    )
+    kinds = getattr(config, "layer_types", None)
+    asked = bool(window) and getattr(config, "use_sliding_window", True)
+    any_windows = any(windowed(layer) for _, layer in layers)
+    for name, layer in layers:
+        if kinds and layer.layer_id < len(kinds):
+            wanted = kinds[layer.layer_id] == "sliding_attention"
+        else:  # transformers' classes without a list window every layer
+            wanted = windowed(layer) if any_windows else asked
+        if not windowed(layer):
+            if wanted and not (window and window >= model_config.context_len):
+                raise _Misfit(name, f"a window of {window} in its configuration alone")
+            continue
+        _set_window(name, layer, window if wanted else None)
+        if (layer.sliding_window_size + 1) % kvp_size:
+            raise _Misfit(name, f"a window of {window} keys, no multiple of {kvp_size}")
+
+
+def _check(
+    model: nn.Module, config: Any, kvp_size: int, windows: frozenset[str] = frozenset()
+) -> None:
+    """Refuse attention that no adapter computes over a sharded cache, or that cannot be seen.
+
+    windows: names of the layers that have a pool of their own, of models that have one.
+    """
+    if not config.is_hybrid_swa:
+        _fit_cut_windows(model, config, kvp_size)
     if not _attention_layers(model):
         # SGLang's wrapper of a transformers model, for one, keeps them out of the module tree.
         raise _Misfit("the model", "no attention layers of SGLang")
+    seen: set[int] = set()
     for name, layer in _attention_layers(model):
+        if layer.layer_id in seen:
+            raise _Misfit(name, f"the cache of another layer ({layer.layer_id})")
+        seen.add(layer.layer_id)
         reasons = {
-            "sliding-window attention": windowed(layer) and name not in windows,
             "attention that is not a causal decoder's": layer.attn_type != AttentionType.DECODER,
             "cross attention": layer.is_cross_attention,
             "chunked local attention": layer.use_irope,

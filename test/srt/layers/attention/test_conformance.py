@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpecInputType
 from sglang_cpu_reference.stand_ins.kernel import on_the_device
@@ -99,19 +98,20 @@ def build(
     slots: Slots,
     mla: bool,
     dtype: torch.dtype = torch.float32,
+    window: int = 0,
 ) -> Any:
     """A rank's adapter, as SGLang would have it made; dtype is its cache's."""
     shard = KVShard(group.world_size, rank)
     pool = (LatentPool if mla else Pool)(slots.rows, shard, heads)
     pool.keys, pool.values = pool.keys.to(dtype), pool.values.to(dtype)
     kind = pkgutil.resolve_name(adapter(backend).own_class("MLA" if mla else "GQA"))
-    runner = runner_of(backend, slots.page // shard.size, pool, heads, mla)
+    runner = runner_of(backend, slots.page // shard.size, pool, heads, mla, window)
     if backend == "triton":
         runner.decode_scratch = triton_backend.prepare(runner, REQUESTS, REQUESTS)
     return kind(runner)
 
 
-def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool) -> Any:
+def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool, window: int) -> Any:
     """What a backend's constructor asks of its ModelRunner."""
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
@@ -140,6 +140,7 @@ def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool) 
         linear_attn_registry_result=None,
         is_local_attention_model=False,
         is_multimodal=False,
+        is_hybrid_swa=False,
         num_hidden_layers=1,
     )
     return SimpleNamespace(
@@ -166,20 +167,11 @@ def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool) 
         prefill_attention_backend_str=backend,
         decode_attention_backend_str=backend,
         decode_num_tokens_per_req=lambda: 1,
-        model=torch.nn.ModuleList(
-            [
-                RadixAttention(
-                    *(heads.queries, heads.k_width, 1.0),
-                    num_kv_heads=heads.kv,
-                    layer_id=0,
-                    v_head_dim=heads.v_width,
-                )
-            ]
-        ),
+        model=test_sharded.model_of(heads, window),
         pre_model_load_memory=0.0,
         init_new_workspace=False,
         is_draft_worker=False,
-        sliding_window_size=None,
+        sliding_window_size=window - 1 if window else None,
         attention_chunk_size=None,
         spec_algorithm=SimpleNamespace(is_dspark=lambda: False, is_frozen_kv_mtp=lambda: False),
     )
@@ -246,19 +238,21 @@ def failures(backend: str, attention: Attention, page: int) -> list[str]:
     test_sharded.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
     wrong = []
     cases = (NARROW if backend == "triton" else CASES)[attention]
-    for (ranks, heads), exchange in itertools.product(cases, ("a2a", "ag_rs")):
-        layout = parallel(ranks, exchange)
+    cut = () if mla or not adapter(backend).windows else ("cut windows",)
+    for (ranks, heads), exchange in itertools.product(cases, ("a2a", "ag_rs", *cut)):
+        window = 4 * ranks if exchange in cut else 0
+        layout = parallel(ranks, "a2a" if window else exchange)
         sinks = None
         if mla:
             outputs = run_threads(test_sharded.mla_on_rank, ranks, heads, page, exchange, **layout)
         else:
             replicated = exchange == "a2a"
             sinks = None if replicated else test_sharded.sinks_of(heads)
-            outputs = run_threads(
-                test_sharded.gqa_on_rank, ranks, heads, page, replicated, not replicated, **layout
-            )
+            given = heads, page, replicated, not replicated, window
+            outputs = run_threads(test_sharded.gqa_on_rank, ranks, *given, **layout)
         try:
-            test_sharded.check(outputs, test_sharded.random_tokens(heads, int(mla), mla), sinks)
+            tokens = test_sharded.random_tokens(heads, int(mla), mla)
+            test_sharded.check(outputs, tokens, sinks, window)
         except AssertionError as difference:
             wrong.append(f"{ranks} ranks, {heads}, page {page}, {exchange}: {difference}")
     return wrong
@@ -297,13 +291,14 @@ def replays_on_rank(
     page: int,
     mla: bool,
     dtype: torch.dtype,
+    window: int = 0,
 ) -> list[str]:
     """A decode graph is captured for padding alone; what it reads is refreshed for others."""
     generator = torch.Generator().manual_seed(rank)
     slots = Slots(group.world_size, page, pages=40)
     for request, length in enumerate(LENGTHS):
         slots.extend(request, length)
-    adapter_ = build(backend, rank, group, heads, slots, mla, dtype)
+    adapter_ = build(backend, rank, group, heads, slots, mla, dtype, window)
     adapter_.req_to_token_pool.req_to_token = slots.table()
     pool, shard = adapter_.token_to_kv_pool, KVShard(group.world_size, rank)
     held = [shard.read_rows(torch.tensor(slots.of[request])) for request in range(len(LENGTHS))]
@@ -334,7 +329,9 @@ def replays_on_rank(
     if isinstance(adapter_, ShardedPagedAttention):
         width = adapter_.pages.table.shape[1]
         assert width == -(-CONTEXT // slots.page), "as wide as a rank needs: splits follow from it"
-    layer = test_sharded.layer_of(heads.queries, heads.kv, heads)
+    layer = test_sharded.layer_of(heads.queries, heads.kv, heads, window)
+    # Of any so many tokens in a row each rank holds as many.
+    seen_rows = [rows[-window // shard.size if window else 0 :] for rows in held]
     scale = 1.0 if dtype == torch.float32 else 0.5
     if scale != 1.0:
         layer.k_scale = layer.v_scale = torch.tensor([scale])
@@ -358,7 +355,7 @@ def replays_on_rank(
         out, lse = partial.merged(q.dtype) if isinstance(partial, Splits) else partial
         for row, request in enumerate(requests):
             keys, values = (
-                buffer.float()[held[request]] * scale
+                buffer.float()[seen_rows[request]] * scale
                 for buffer in (pool.get_key_buffer(0), pool.get_value_buffer(0))
             )
             want = partial_attention(q[row : row + 1], keys, values, scale=layer.scaling)
@@ -381,7 +378,10 @@ def replay_failures(backend: str, attention: Attention, page: int, dtype: torch.
     prepare(backend)
     mla = attention == "MLA"
     heads = Heads(6, 1, 576, 512) if mla else Heads(6, 2, 16, 16)
-    found = run_threads(replays_on_rank, 3, backend, heads, page, mla, dtype, **parallel(3))
+    given = backend, heads, page, mla, dtype
+    found = run_threads(replays_on_rank, 3, *given, **parallel(3))
+    if adapter(backend).windows and not mla and dtype == torch.float32:
+        found += run_threads(replays_on_rank, 3, *given, 15, **parallel(3))
     return list(itertools.chain(*found))
 
 

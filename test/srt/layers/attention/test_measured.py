@@ -62,6 +62,7 @@ def situation(**changed: Any) -> Any:
         kv_lora_rank=facts["latent"],
         qk_rope_head_dim=64,
         get_max_num_attention_heads=lambda: facts["heads"],
+        hf_text_config=None,
     )
     return SimpleNamespace(args=SimpleNamespace(**facts), model=model, mla=True, attention="MLA")
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sglang.srt.layers.dcp import comm as upstream_comm
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.torch_native_backend import ShardedTorchReferenceAttnBackend
+from sglang_helix.srt.layers.attention.windows import Tails
 from sglang_helix.srt.layers.dcp import comm, planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.slots import Slots
@@ -114,7 +115,21 @@ TRANSLATING = SimpleNamespace(
 )
 
 
-def backend_of(rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: bool) -> Any:
+def model_of(heads: Heads, window: int) -> torch.nn.Module:
+    """Of one layer, as far as a backend looks at it."""
+    layer = RadixAttention(
+        *(heads.queries, heads.k_width, 1.0),
+        num_kv_heads=heads.kv,
+        layer_id=0,
+        v_head_dim=heads.v_width,
+        sliding_window_size=window - 1,
+    )
+    return torch.nn.ModuleList([layer])
+
+
+def backend_of(
+    rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: bool, window: int = 0
+) -> Any:
     pool = (LatentPool if mla else Pool)(slots.rows, KVShard(group.world_size, rank), heads)
     runner = SimpleNamespace(
         device="cpu",
@@ -123,12 +138,15 @@ def backend_of(rank: int, group: ThreadGroup, heads: Heads, slots: Slots, mla: b
         use_mla_backend=mla,
         req_to_token_pool=SimpleNamespace(req_to_token=None),
         token_to_kv_pool=pool,
-        model_config=SimpleNamespace(get_max_num_attention_heads=lambda: heads.queries),
+        model_config=SimpleNamespace(
+            get_max_num_attention_heads=lambda: heads.queries, hf_text_config=None
+        ),
+        model=model_of(heads, window),
     )
     return ShardedTorchReferenceAttnBackend(runner)
 
 
-def layer_of(queries: int, kv: int, heads: Heads) -> Any:
+def layer_of(queries: int, kv: int, heads: Heads, window: int = 0) -> Any:
     return SimpleNamespace(
         tp_q_head_num=queries,
         tp_k_head_num=kv,
@@ -146,7 +164,7 @@ def layer_of(queries: int, kv: int, heads: Heads) -> Any:
         v_scale_float=None,
         is_cross_attention=False,
         attn_type=AttentionType.DECODER,
-        sliding_window_size=-1,
+        sliding_window_size=window - 1,
         xai_temperature_len=-1,
     )
 
@@ -157,6 +175,12 @@ class Tokens(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+
+
+CACHED = Tokens(
+    torch.empty(0),
+    *(torch.randn(13, 2, n).to(torch.float8_e4m3fn) for n in (16, 8)),
+)
 
 
 def random_tokens(heads: Heads, seed: int, mla: bool) -> Tokens:
@@ -177,10 +201,19 @@ def sinks_of(heads: Heads) -> torch.Tensor:
 
 
 def exact(
-    tokens: Tokens, request: int, position: int, sinks: torch.Tensor | None = None
+    tokens: Tokens,
+    request: int,
+    position: int,
+    sinks: torch.Tensor | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
-    """Attention of one token over itself and all before it, one head at a time: [H, Dv]."""
+    """Attention of one token over itself and all before it, one head at a time: [H, Dv].
+
+    Of so many tokens at most, where there is a window.
+    """
+    first = max(position + 1 - window, 0) if window else 0
     q, k, v = (part[request].double() for part in tokens)
+    k, v, position, q = k[first:], v[first:], position - first, q[first:]
     group = q.shape[1] // k.shape[1]
     rows = []
     for head in range(q.shape[1]):
@@ -225,15 +258,21 @@ def forward_batch(step: Step, slots: Slots) -> tuple[Any, list[tuple[int, int]]]
 
 
 def gqa_on_rank(
-    rank: int, group: ThreadGroup, heads: Heads, page: int, replicated: bool, sinks: bool = False
+    rank: int,
+    group: ThreadGroup,
+    heads: Heads,
+    page: int,
+    replicated: bool,
+    sinks: bool = False,
+    window: int = 0,
 ) -> list[torch.Tensor]:
     """Output of every step, [T, own heads, Dv]."""
     tokens = random_tokens(heads, 0, mla=False)
     slots = Slots(group.world_size, page, pages=300)
-    backend = backend_of(rank, group, heads, slots, mla=False)
+    backend = backend_of(rank, group, heads, slots, mla=False, window=window)
     own = heads.queries // group.world_size
     brought = slice(None) if replicated else slice(own * rank, own * (rank + 1))
-    layer = layer_of(heads.queries if replicated else own, heads.kv, heads)
+    layer = layer_of(heads.queries if replicated else own, heads.kv, heads, window)
     extra = {"sinks": sinks_of(heads)[brought]} if sinks else {}
     outputs = []
     for step in STEPS:
@@ -245,6 +284,30 @@ def gqa_on_rank(
         out = run(q[:, brought].flatten(1), k, v, layer, batch, **extra)
         outputs.append(out.view(len(order), own, heads.v_width))
     return outputs
+
+
+def tails_on_rank(rank: int, group: ThreadGroup) -> Any:
+    """Two requests of 13 and no cached tokens in fp8; the second's chunk has nothing before it."""
+    shard, slots = KVShard(group.world_size, rank), Slots(group.world_size, 4, pages=30)
+    pool = Pool(slots.rows, shard, Heads(4, 2, 16, 8))
+    pool.keys, pool.values = pool.keys.to(CACHED.k.dtype), pool.values.to(CACHED.v.dtype)
+    own = shard.read_rows(torch.tensor(slots.extend(0, 13)))
+    pool.keys[own], pool.values[own] = CACHED.k[rank :: shard.size], CACHED.v[rank :: shard.size]
+    slots.extend(1, 2)
+    tails = Tails.of(8, [13, 0], [3, 2], torch.tensor([0, 1]), slots.table(), shard)
+    layer = layer_of(4, 2, Heads(4, 2, 16, 8))
+    layer.k_scale = layer.v_scale = torch.ones(1)
+    layer.k_scale_float, layer.v_scale_float = 0.5, 0.25
+    assert (tails.lens, tails.cu_keys.tolist(), tails.longest) == ([7, 0], [0, 10, 12], 10)
+    assert tails.behind.tolist() == [*range(7), 7, 8, 9, 10, 11]
+    return tails.gathered(layer, pool, torch.zeros(1), group)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tails_of_an_fp8_cache_are_scaled(ranks: int) -> None:
+    for k, v in run_threads(tails_on_rank, ranks, tp_size=ranks, dcp_comm_backend="a2a"):
+        assert torch.equal(k, CACHED.k[6:].float() * 0.5)
+        assert torch.equal(v, CACHED.v[6:].float() * 0.25)
 
 
 def plan(batch: Any, slots: Slots, pool: LatentPool) -> Any:
@@ -329,7 +392,10 @@ def mla_on_rank(
 
 
 def check(
-    outputs: list[list[torch.Tensor | None]], tokens: Tokens, sinks: torch.Tensor | None = None
+    outputs: list[list[torch.Tensor | None]],
+    tokens: Tokens,
+    sinks: torch.Tensor | None = None,
+    window: int = 0,
 ) -> None:
     """Every rank's own heads, step by step."""
     lengths = dict.fromkeys(range(REQUESTS), 0)
@@ -337,7 +403,8 @@ def check(
     for number, step in enumerate(STEPS):
         rows = []
         for request, count in step.tokens.items():
-            rows += [exact(tokens, request, lengths[request] + n, sinks) for n in range(count)]
+            first = lengths[request]
+            rows += [exact(tokens, request, first + n, sinks, window) for n in range(count)]
             lengths[request] += count
         wanted = torch.stack(rows).chunk(ranks, dim=1)
         for rank in range(ranks):
@@ -363,7 +430,13 @@ GQA = [
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
 @pytest.mark.parametrize(("ranks", "heads"), GQA)
 def test_gqa(ranks: int, heads: Heads, exchange: str, replicated: bool) -> None:
-    for page, sinks in ((1, False), (16, False), (16, True)):
+    for page, sinks, window in (
+        (1, False, 0),
+        (16, False, 0),
+        (16, True, 0),
+        (16, True, ranks),
+        (1, False, 4 * ranks),
+    ):
         outputs = run_threads(
             gqa_on_rank,
             ranks,
@@ -371,10 +444,12 @@ def test_gqa(ranks: int, heads: Heads, exchange: str, replicated: bool) -> None:
             page,
             replicated,
             sinks,
+            window,
             tp_size=ranks,
             dcp_comm_backend=exchange,
         )
-        check(outputs, random_tokens(heads, 0, mla=False), sinks_of(heads) if sinks else None)
+        sunk = sinks_of(heads) if sinks else None
+        check(outputs, random_tokens(heads, 0, mla=False), sunk, window)
 
 
 @pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])

@@ -151,6 +151,8 @@ class Runner:
             context_len=1 << 20,
             kv_lora_rank=512,
             get_max_num_attention_heads=lambda: 128 if mla else 64,
+            hf_text_config=None,
+            is_hybrid_swa=False,
         )
 
 

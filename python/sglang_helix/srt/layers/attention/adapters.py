@@ -47,7 +47,7 @@ class Adapter:
     pages: the page sizes it takes; None: any.
     chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
     off_cuda: whether it runs where there is no CUDA device, too.
-    windows: whether it serves models that have layers of a sliding window with a pool of their own.
+    windows: whether it serves models that have layers of a sliding window.
     why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
         upstream's backend, see `Hook`.
     """

@@ -24,6 +24,7 @@ from torch import Tensor
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+from sglang_helix.srt.layers.attention.windows import Tails, windowed
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -110,6 +111,8 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
 
     def _schedule_for(self, layer: RadixAttention, kv_heads: int) -> Tensor | None:
         """The step's schedule; None where the layer is not what it was made for."""
+        if windowed(layer):
+            return None
         made_for = self.group_kv_heads, self.head_dim, self.head_dim, self.has_softcap
         found = kv_heads, layer.qk_head_dim, layer.v_head_dim, layer.logit_cap > 0
         return self.schedule if found == made_for else None
@@ -133,6 +136,29 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return self._drafts(q, k, v, layer)
         return self._ragged(q, k, v, layer, self.cu_q, self.max_q, causal=True)
 
+    def partial_window(
+        self,
+        q: Any,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        tails: Tails,
+        tail_k: Tensor,
+        tail_v: Tensor,
+    ) -> Partial:
+        """See `ShardedAttention.partial_window`."""
+        return self._ragged(
+            q,
+            tails.before(tail_k, k),
+            tails.before(tail_v, v),
+            layer,
+            tails.cu_keys,
+            tails.longest,
+            causal=True,
+            back=self.window - 1,
+        )
+
     def partial_prefix(
         self,
         q: Any,
@@ -150,7 +176,11 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         return self._ragged(q, gathered, values, layer, self.cu_prefix, longest, causal=False)
 
     def _cached(self, q: Any, layer: RadixAttention) -> Partial:
-        """Queries over this rank's pages; each sees all tokens of its request."""
+        """Queries over this rank's pages.
+
+        Each sees all tokens of its request; of a window layer, where it has one query, the last.
+        """
+        window = windowed(layer)
         if self.mla:
             q_v, q = q
             latent = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
@@ -184,7 +214,8 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             v_descale=scales[1],
             softmax_scale=layer.scaling,
             # One query masks nothing, and has the kernel take the tiles that plain TP has.
-            causal=schedule is not None,
+            causal=window or schedule is not None,
+            window_size=(self.local_window - 1, 0) if window else (-1, -1),
             softcap=layer.logit_cap,
             num_splits=self.num_splits,
             return_softmax_lse=True,
@@ -203,8 +234,12 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         max_k: int,
         *,
         causal: bool,
+        back: int = -1,
     ) -> Partial:
-        """The batch's queries over keys and values that stand request after request."""
+        """The batch's queries over keys and values that stand request after request.
+
+        back: how many keys before its own a query sees, at most; -1: all.
+        """
         q_v = None
         if isinstance(q, tuple):
             q_v, q = q
@@ -221,6 +256,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             softmax_scale=layer.scaling,
             softcap=layer.logit_cap,
             causal=causal,
+            window_size=(back, 0) if back > -1 else (-1, -1),
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )

@@ -9,8 +9,9 @@ Decode (GQA, MHA)     write the new token's K and V -> attend the local tokens w
 Extend (GQA, MHA)     the current chunk is whole on every rank: attend it with this rank's own
                       heads, no communication; attend the cached prefix like decode does; merge
                       the two by LSE.
-Windows               layers of a sliding window are not sharded: upstream's own code attends them,
-                      with this rank's heads over a pool that is whole on every rank.
+Windows               layers of a sliding window that have a pool of their own are not sharded:
+                      upstream's own code attends them, with this rank's heads over a pool that is
+                      whole on every rank. Others are, and cut by owner: see `windows.py`.
 MLA                   the model gathers queries before decode and exchanges after it (through
                       `layers/dcp/comm.py`), so decode returns (out, LSE) of the whole group's
                       heads. For extend it gathers the latent prefix instead, which for a chunk
@@ -30,8 +31,10 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from sglang_helix.helix import SeriesError
+from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
+from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.comm import deferred
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits
 from sglang_helix.srt.layers.dcp.lse_combine import combine, merge
@@ -59,6 +62,9 @@ class ShardedAttention(AttentionBackend):
     captured_rows: Tensor | None = None
     # Whether the model has window layers, whose pool is whole.
     windows = False
+    # Keys that window layers see which share the pool of all layers; 0: the model has none.
+    window = 0
+    tails: Tails | None = None  # of the chunks at hand
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         if model_runner.is_draft_worker:
@@ -71,14 +77,17 @@ class ShardedAttention(AttentionBackend):
         self.device: str = model_runner.device  # not every backend of SGLang keeps it
         self.mla: bool = model_runner.use_mla_backend
         self.windows = isinstance(model_runner.token_to_kv_pool, SWAKVPool)
+        if not self.windows:
+            self.window = window_of(model_runner.model)
+        if self.window % self.shard.size or (self.window and not record_of(type(self)).windows):
+            # The loader and the table refuse it first.
+            raise SeriesError(f"{type(self).__name__} does not cut windows of {self.window}")
         # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
         self.comm_backend: str = parallel.dcp_comm_backend
         self.exchange = None if self.mla else BACKENDS[self.comm_backend].exchange
         # H: the query heads of the whole KVP group.
         self.heads: int = (
-            model_runner.model_config.get_max_num_attention_heads()
-            // parallel.tp_size
-            * self.shard.size
+            sharded_heads(model_runner.model_config) // parallel.tp_size * self.shard.size
         )
         self.base2: bool = record_of(type(self)).base2
         # Of K and V: MLA's store finds the owners by itself.
@@ -91,7 +100,8 @@ class ShardedAttention(AttentionBackend):
     ) -> Partial | Splits:
         """One query per request, q [T, H, Dk], over this rank's cached tokens.
 
-        A backend that decodes in splits may leave their reduction to what comes next.
+        In a window layer over the last `local_window` of them. A backend that decodes in splits
+        may leave their reduction to what comes next.
         """
         raise NotImplementedError
 
@@ -117,6 +127,24 @@ class ShardedAttention(AttentionBackend):
         With `gathered` None: q [t, heads, Dk] of the requests that `prefixed` names, over this
         rank's rows of the pool. Otherwise q [T, heads, Dk] of all requests over MLA's gathered
         prefix [sum of prefix lengths, 1, Dk], request after request, whole.
+        """
+        raise NotImplementedError
+
+    def partial_window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        tails: Tails,
+        tail_k: Tensor,
+        tail_v: Tensor,
+    ) -> Partial:
+        """The current chunk behind the tail of its prefix, causal, in windows of `window` keys.
+
+        As `partial_current` with tail_k [S, g, Dk], tail_v [S, g, Dv], whole, request after
+        request.
         """
         raise NotImplementedError
 
@@ -177,7 +205,7 @@ class ShardedAttention(AttentionBackend):
         Returns [T, own heads * Dv], or for MLA the (out, LSE) of the whole group's heads, or what
         `deferred` makes of their splits.
         """
-        if windowed(layer):
+        if self.windows and windowed(layer):
             return self._window(q, k, v, layer, forward_batch, save_kv_cache, sinks, **kwargs)
         sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
@@ -222,7 +250,7 @@ class ShardedAttention(AttentionBackend):
         MLA, whose queries the model gathers as it does before decode, (out, LSE) of the whole
         group's heads.
         """
-        if windowed(layer):
+        if self.windows and windowed(layer):
             return self._window(q, k, v, layer, forward_batch, save_kv_cache, sinks, **kwargs)
         sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
@@ -250,7 +278,11 @@ class ShardedAttention(AttentionBackend):
             # MLA's un-absorbed chunk brings keys and values of its own heads, and no prefix.
             assert not (self.mla and prefix is not None)
             own_k, own_v = (k, v) if self.mla else self._own_kv_heads(queries, k, v)
-            current = self.partial_current(queries, own_k, own_v, layer, forward_batch)
+            if windowed(layer):
+                current = self._behind_tails(queries, k, v, layer, forward_batch)
+                prefix = None  # what windows see of it has been counted
+            else:
+                current = self.partial_current(queries, own_k, own_v, layer, forward_batch)
             if prefix is not None:
                 first = prefix.tokens.start or 0
                 cached = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)[prefix.tokens]
@@ -275,11 +307,27 @@ class ShardedAttention(AttentionBackend):
     # What adapters share.
 
     def prepare_writes(self, forward_batch: ForwardBatch) -> None:
-        """Rows to write in an eager forward pass."""
+        """Rows to write in an eager forward pass, and what its windows reach back to."""
         if not self.mla and forward_batch.out_cache_loc is not None:
             self.write_rows = self.shard.write_rows(
                 forward_batch.out_cache_loc, self.pool_page_size
             )
+        self.tails = None
+        mode = forward_batch.forward_mode
+        if self.window and mode.is_extend() and not mode.is_target_verify():
+            self.tails = Tails.of(
+                self.window,
+                forward_batch.extend_prefix_lens_cpu,
+                forward_batch.extend_seq_lens_cpu,
+                forward_batch.req_pool_indices,
+                self.req_to_token_pool.req_to_token,
+                self.shard,
+            )
+
+    @property
+    def local_window(self) -> int:
+        """How many of the last `window` tokens of a request this rank holds, at most."""
+        return self.window // self.shard.size
 
     def allocate_captured_writes(self, max_num_tokens: int) -> None:
         """Rows to write that captured graphs read."""
@@ -336,12 +384,18 @@ class ShardedAttention(AttentionBackend):
     ) -> Tensor:
         _rope_parts(kwargs)
         _refuse_shared(layer, k)
-        if not self.windows:
-            raise NotImplementedError(
-                f"layer {layer.layer_id} has a sliding window and no pool of its own, which is not "
-                "supported with --dcp-size > 1: serve this model without --dcp-size"
-            )
         return self.attend_window(q, k, v, layer, forward_batch, save_kv_cache, sinks)
+
+    def _behind_tails(
+        self, queries: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch
+    ) -> Partial:
+        """A chunk of a window layer: k and v [T, G, .] and what was cached before them."""
+        if self.tails is None:
+            raise NotImplementedError("drafts of models with sliding windows are not verified")
+        tail = self.tails.gathered(layer, self.token_to_kv_pool, k, self.kvp_group)
+        own_k, own_v = self._own_kv_heads(queries, k, v)
+        own_tail = self._own_kv_heads(queries, *tail)
+        return self.partial_window(queries, own_k, own_v, layer, batch, self.tails, *own_tail)
 
     def _group_heads(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of the KVP group's heads, [T, H, Dk]: gathered, or projected by each rank."""
@@ -542,11 +596,6 @@ def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
             f"attention with {', '.join(given)} is not supported with --dcp-size > 1"
         )
     return q_rope, k_rope
-
-
-def windowed(layer: RadixAttention) -> bool:
-    """Whether a layer sees a sliding window; its `sliding_window_size` is how far back it sees."""
-    return layer.sliding_window_size > -1
 
 
 def _refuse_shared(layer: RadixAttention, k: Any) -> None:

@@ -19,7 +19,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.speculative.spec_info import SpecInputType
 
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, windowed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed
+from sglang_helix.srt.layers.attention.windows import Tails, windowed
 
 
 class Partial(NamedTuple):
@@ -295,15 +296,23 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
     """``torch_native`` over a sharded cache: the adapter that the others are tested against."""
 
     def cached_rows(self, layer: Any, request: int, length: int) -> torch.Tensor:
-        """Rows of this rank's tokens among the first `length` of a request; of windows, of all."""
+        """Rows of this rank's tokens among the first `length` of a request.
+
+        Of windows with a pool of their own, of all tokens.
+        """
         rows = super().cached_rows(layer, request, length)
-        return rows if windowed(layer) else self.shard.read_rows(rows)
+        return rows if self.windows and windowed(layer) else self.shard.read_rows(rows)
 
     def partial_decode(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> Partial:
         """See `ShardedAttention.partial_decode`."""
         refuse_unsupported(layer, forward_batch)
-        lens = forward_batch.seq_lens.tolist()
-        return self.cached_partial(q, layer, forward_batch, [1] * len(q), lens)
+        requests = zip(
+            forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True
+        )
+        rows = [self.cached_rows(layer, *cached) for cached in requests]
+        if windowed(layer):
+            rows = [held[-self.local_window :] for held in rows]
+        return self.rows_partial(q, layer, [1] * len(q), rows, own=True)
 
     def partial_current(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
@@ -311,6 +320,34 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
         """See `ShardedAttention.partial_current`."""
         refuse_unsupported(layer, forward_batch)
         return self.chunk_partial(q, k, v, layer, forward_batch)
+
+    def partial_window(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        tails: Tails,
+        tail_k: torch.Tensor,
+        tail_v: torch.Tensor,
+    ) -> Partial:
+        """See `ShardedAttention.partial_window`."""
+        refuse_unsupported(layer, forward_batch)
+        chunks = list(forward_batch.extend_seq_lens_cpu)
+        spans = [tail + chunk for tail, chunk in zip(tails.lens, chunks, strict=True)]
+        seen = zip(
+            q.split(chunks),
+            tails.before(tail_k, k).split(spans),
+            tails.before(tail_v, v).split(spans),
+            strict=True,
+        )
+        return _concatenate(
+            self._partial(
+                layer, q_r, k_r, v_r, causal(len(q_r), len(k_r), self.window - 1).to(q.device)
+            )
+            for q_r, k_r, v_r in seen
+        )
 
     def partial_prefix(
         self,

@@ -6,8 +6,9 @@ sequence, and the extend kernel with its LSE output. The splits are partial atte
 of other ranks, so the project's own combine, or the exchange itself, replaces upstream's second
 stage and its separate LSE reduction.
 
-Window layers decode by the same kernel over upstream's list of the rows in their window, which
-leaves out one key: W - 1 of them where all other kernels, and the models, see W. Here it has W.
+Window layers with a pool of their own decode by the same kernel over upstream's list of the rows in
+their window, which leaves out one key: W - 1 of them where all other kernels, and the models, see
+W. Here it has W. Other window layers have a list of the W / K rows that this rank holds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,7 @@ from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 from torch import Tensor
 
 from sglang_helix.helix import SeriesError
+from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.layers.attention.kv_splits import (
     BLOCK,
     GQA,
@@ -39,12 +41,8 @@ from sglang_helix.srt.layers.attention.kv_splits import (
     SplitPlan,
     Tile,
 )
-from sglang_helix.srt.layers.attention.sharded import (
-    ShardedAttention,
-    prefixed,
-    summed,
-    windowed,
-)
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, summed
+from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
@@ -63,8 +61,10 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     """`triton` over a sharded cache: GQA, MHA and absorbed MLA."""
 
     dcp_size: int
-    sliding_window_size: int
+    sliding_window_size: int | None
     prefixes: tuple[Tensor, Tensor]  # of an extend, see `_prefixes`
+    window_rows: WindowRows
+    captured_window_rows: WindowRows
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
@@ -72,6 +72,11 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         # Upstream's own buffers, which are not read, as small as it makes them.
         self.max_kv_splits = 1
         self.nothing_before = torch.zeros_like(self.kv_indptr)
+        if self.window:
+            self.sliding_window_size = None  # upstream's list is of all ranks' tokens
+        elif self.windows:
+            # Its layers' own: the model's method, or its configuration, may name another.
+            self.sliding_window_size = window_of(model_runner.model) - 1
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
@@ -83,6 +88,9 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             super().init_forward_metadata(forward_batch)
             if not forward_batch.forward_mode.is_target_verify():
                 self.prefixes = self._prefixes(forward_batch)
+        if self.window and forward_batch.forward_mode.is_decode_or_idle():
+            self.window_rows = self._new_window_rows(forward_batch.batch_size)
+            self._list_window(forward_batch, self.window_rows)
 
     def _prefixes(self, forward_batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Of requests that have a prefix: where each one's queries, and where its keys begin."""
@@ -95,6 +103,23 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             queries, keys = queries[first:end] - prefix.tokens.start, keys[first:end]
         return queries, keys
 
+    def _new_window_rows(self, batch: int) -> WindowRows:
+        return WindowRows(
+            torch.zeros(batch + 1, dtype=torch.int32, device=self.device),
+            torch.zeros(batch * self.local_window, dtype=torch.int64, device=self.device),
+            torch.zeros(batch, dtype=torch.int32, device=self.device),
+        )
+
+    def _list_window(self, forward_batch: ForwardBatch, rows: WindowRows) -> None:
+        """The last rows that this rank holds of each request of a decode batch, in place."""
+        batch = forward_batch.batch_size
+        lens = forward_batch.seq_lens[:batch]
+        seen = lens.clamp(max=self.window)
+        _, _, held = self._dcp_kv_indices(
+            forward_batch.req_pool_indices[:batch], seen, rows.indptr, rows.indices, lens - seen
+        )
+        self.get_num_kv_splits(rows.counts, held.clamp_min(1))
+
     @contextlib.contextmanager
     def _whole_windows(self) -> Iterator[None]:
         """Around upstream's preparation of decode: its windows have the key that they lack.
@@ -102,7 +127,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         Upstream's number is how far back the first key lies, one less than there are keys.
         """
         back = self.sliding_window_size
-        if self.windows:
+        if self.windows and back is not None:
             self.sliding_window_size = back + 1
         try:
             yield
@@ -115,6 +140,11 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Prepare the capture or one replay of a decode graph, in place."""
         with self._whole_windows():
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        if self.window:
+            rows = self.captured_window_rows.first(forward_batch.batch_size)
+            self._list_window(forward_batch, rows)
+            if in_capture:
+                self.window_rows = rows
 
     def _rows_to_read(self, forward_batch: ForwardBatch) -> int:
         """Rows of this rank that a batch reads, or a little more, by what the host knows."""
@@ -152,7 +182,9 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Allocate what captured graphs read; filled anew before every replay."""
         # Without splits and rows of its own, which upstream sizes by the longest context.
         super().init_cuda_graph_state(max_bs, max_num_tokens, self.scratch.indices, *args[1:])
-        if self.windows:
+        if self.window:
+            self.captured_window_rows = self._new_window_rows(max_bs)
+        if self.windows and self.sliding_window_size is not None:
             # Upstream has as much for windows as for a rank's share of the context.
             self.cuda_graph_window_kv_indices = torch.zeros(
                 max_num_tokens * (self.sliding_window_size + 1),
@@ -164,6 +196,8 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Splits:
         """See `ShardedAttention.partial_decode`."""
+        if windowed(layer):
+            return self._decode(q, layer, *self.window_rows)
         metadata = self.forward_metadata
         return self._decode(
             q, layer, metadata.kv_indptr, metadata.kv_indices, metadata.num_kv_splits
@@ -236,6 +270,25 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         keys, values = self._buffers(layer)
         return self._extend(q, layer, k, v, keys, values, None, None, (1.0, 1.0))
 
+    def partial_window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        tails: Tails,
+        tail_k: Tensor,
+        tail_v: Tensor,
+    ) -> Partial:
+        """See `ShardedAttention.partial_window`."""
+        return self._extend(
+            *(q, layer, k, v, tail_k, tail_v, None),
+            (self.forward_metadata.qo_indptr, tails.cu_tails),
+            (1.0, 1.0),
+            back=self.window - 1,
+        )
+
     def _fill_kv_indptr_and_indices(
         self,
         plan: Any,
@@ -297,13 +350,15 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         indices: Tensor | None,
         prefixes: tuple[Tensor, Tensor] | None,
         scales: tuple[float, float],
+        back: int = -1,
     ) -> Partial:
         """Upstream's extend kernel over the current chunk (prefixes None) or over cached rows.
 
-        indices: which rows of keys and values; None where a prefix lies there in order.
+        indices: which rows of keys and values; None where a prefix lies there in order. back: how
+        many keys before its own a query sees, of cached rows and chunk together; -1: all of one.
         """
         metadata = self.forward_metadata
-        current = prefixes is None
+        current, window = prefixes is None, back > -1
         mask = metadata.custom_mask if current else None
         if prefixes is None:
             prefixes = metadata.qo_indptr, self._mask_columns_before(metadata)
@@ -320,7 +375,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             *prefixes,
             metadata.kv_indices if indices is None else indices,
             mask,
-            current,
+            current or window,
             metadata.mask_indptr if mask is not None else None,
             metadata.max_extend_len,
             *scales,
@@ -329,7 +384,8 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             xai_temperature_len=layer.xai_temperature_len,
             lse_extend=lse,
             skip_prefix=current,
-            skip_extend=not current,
+            skip_extend=not (current or window),
+            sliding_window_size=back,
             identity_kv_indices=indices is None,
         )
         return out, lse
@@ -337,17 +393,35 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     def _mask_columns_before(self, metadata: Any) -> Tensor:
         """Where the chunk's own columns of each request's mask start, summed up as an indptr.
 
-        A tree of draft tokens brings a mask, a row per draft, that begins with the cached tokens;
-        the kernel finds the rest of them by the number of cached tokens. A chunk has no mask.
+        A tree of draft tokens brings a mask, a row per draft, that begins with the cached tokens,
+        and so does a chunk with pictures (Gemma-4); the kernel finds the rest of them by the number
+        of cached tokens. Other chunks have no mask.
         """
-        drafts = metadata.qo_indptr
+        rows = metadata.qo_indptr
         if metadata.custom_mask is None:
-            return self.nothing_before[: len(drafts)]
-        return (metadata.mask_indptr // metadata.max_extend_len - drafts).to(drafts.dtype)
+            return self.nothing_before[: len(rows)]
+        new = rows.diff()
+        cached = metadata.mask_indptr.diff() // new - new
+        return torch.nn.functional.pad(cached.cumsum(0), (1, 0)).to(rows.dtype)
 
     def _buffers(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+
+
+class WindowRows(NamedTuple):
+    """Rows of windows cut by owner, of a decode batch of B requests; graphs read them in place.
+
+    indptr [B+1] int32; indices int64, one request after the other; counts [B] int32 of splits.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    counts: Tensor
+
+    def first(self, requests: int) -> WindowRows:
+        """The same memory, for the first so many requests."""
+        return WindowRows(self.indptr[: requests + 1], self.indices, self.counts[:requests])
 
 
 def draft_pages(result: None, backend: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -379,6 +453,7 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
     parallel, config, kernel = get_parallel(), runner.model_config, get_exec().kernel
     mla = runner.use_mla_backend
     layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+    sharded = [layer for layer in layers if not (config.is_hybrid_swa and windowed(layer))]
     local_context = -(-config.context_len // parallel.attn_dcp_size)
     asked = kernel.triton_attention_num_kv_splits
     if tile := kernel.triton_attention_split_tile_size:
@@ -387,8 +462,8 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
         cap = asked if asked != NOT_ASKED else None
     plan = SplitPlan.of(
         MLA if mla else GQA,
-        config.get_max_num_attention_heads() // parallel.tp_size * parallel.attn_dcp_size,
-        1 if mla else max(layer.tp_k_head_num for layer in layers if not windowed(layer)),
+        sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size,
+        1 if mla else max(layer.tp_k_head_num for layer in sharded),
         multiprocessors=get_device_core_count(runner.gpu_id),
         local_context=local_context,
         cap=cap,
