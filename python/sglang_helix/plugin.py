@@ -83,25 +83,6 @@ def install(stage: Stage) -> None:
         _stop(stage, failure)
 
 
-def stages_of(server_args: Any) -> frozenset[Stage]:
-    """The stages of a rank that runs with resolved arguments.
-
-    A plain prefill server sends to sharded decode servers, so it needs the stage of transfers too.
-    """
-    from sglang.srt.arg_groups.overrides import resolved_view
-
-    from sglang_helix.srt.compatibility.verdict import verdict_of
-
-    kind, view = verdict_of(server_args).kind, resolved_view(server_args)
-    stages: set[Stage] = {"launch"}
-    if kind == "works":
-        stages.add("serve")
-    disaggregated = view.disaggregation_mode not in ("null", None)
-    if kind != "own" and disaggregated and view.disaggregation_transfer_backend == "mooncake":
-        stages.add("transfer")
-    return frozenset(stages)
-
-
 def installed_stages() -> frozenset[str]:
     """The stages this process has installed without a failure."""
     return frozenset(_installed)
@@ -171,6 +152,7 @@ def before_process_groups(*args: Any, server_args: Any, **kwargs: Any) -> None:
 
     Whoever resolved the arguments: they are checked here as they were in the launcher.
     """
+    from sglang_helix.srt.compatibility.verdict import stages_of
     from sglang_helix.srt.server_args import check
 
     try:

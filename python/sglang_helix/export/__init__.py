@@ -112,7 +112,8 @@ def add(tree: Tree, modules: Modules, patch: Patch) -> None:
 def message(patch: Patch, number: int) -> str:
     """The commit's message: what the patch is, and the catalogue entry of every hook."""
     subject = patch.summary.partition(":")[0].partition(",")[0]
-    parts = [f"[dcp] {patch.name}: {subject}", _wrapped(f"{patch.summary}.")]
+    subject = textwrap.shorten(f"[dcp] {patch.name}: {subject}", 72, placeholder=" ...")
+    parts = [subject, _wrapped(f"{patch.summary}.")]
     if len(SERIES) > 1:
         parts.append(f"Patch {number} of {len(SERIES)} of sglang-helix.")
     parts += [_wrapped(f"{field.flags[-1]}: {field.help}") for field in patch.fields]

@@ -50,7 +50,7 @@ def add_hook(tree: Tree, hook: Hook, impl: str) -> None:
     list, a statement at the end of their module. impl: the implementation's name in the tree.
     """
     symbol = find(tree, hook)
-    arguments = [f'"{impl}"', *(["serve=True"] if hook.stage == "serve" else [])]
+    arguments = [f'"{impl}"', *([] if hook.stage == "launch" else [f'stage="{hook.stage}"'])]
     if hook.kind == "backend":
         line = _call("@helix.backend", f'"{hook.key}"', f'"{impl}"')
         _decorate(tree, symbol, line, innermost=True)

@@ -1,9 +1,9 @@
 """The seam of the sharded cache in SGLang: lines that hand a function's work to a module of it.
 
 ``@helix.around("module:function")`` above a function, and its like, import that module at the first
-call and cost nothing before. With ``serve=True`` they act only in a rank whose cache is sharded by
-these modules, which `before_process_groups` decides for its process; everywhere else the function
-is as it stands.
+call and cost nothing before. With ``stage="serve"`` they act only in a rank whose cache is sharded
+by these modules, with ``stage="transfer"`` in one that sends or receives caches, which
+`before_process_groups` decides for its process; everywhere else the function is as it stands.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ATTN_TP_SIZE = "attention_tensor_parallel_size"
 #: What to do where some rank runs another tree.
 RUN_THE_SAME = "run the same tree of SGLang on every node"
 
-_serving = False
+_stages = {"launch"}
 _at_serving: list[Callable[[], None]] = []
 
 _load = functools.cache(pkgutil.resolve_name)
@@ -39,24 +39,24 @@ def installed_sglang() -> str:
 
 
 def installed_stages() -> frozenset[str]:
-    """What acts in this process: ``launch`` always, ``serve`` in a rank with a sharded cache."""
-    return frozenset({"launch", "serve"} if _serving else {"launch"})
+    """What acts in this process: ``launch`` always, the others as `before_process_groups` says."""
+    return frozenset(_stages)
 
 
 def before_process_groups(*args: Any, server_args: Any, **kwargs: Any) -> None:
     """Before `init_parallel_runtime`: check the arguments again, and decide what this rank is."""
-    from sglang_helix.srt.compatibility.verdict import verdict_of
+    from sglang_helix.srt.compatibility.verdict import stages_of
     from sglang_helix.srt.server_args import check
 
-    global _serving
     check(server_args)
-    if verdict_of(server_args).kind == "works" and not _serving:
-        _serving = True
+    begun = stages_of(server_args) - _stages
+    _stages.update(begun)
+    if "serve" in begun:
         for act in _at_serving:
             act()
 
 
-def before(impl: str, *, serve: bool = False) -> Callable[[Function], Function]:
+def before(impl: str, *, stage: str = "launch") -> Callable[[Function], Function]:
     """Call ``impl(*args, **kwargs)`` first; it may return other arguments."""
 
     def call(original: Function, args: Any, kwargs: Any) -> Any:
@@ -65,10 +65,10 @@ def before(impl: str, *, serve: bool = False) -> Callable[[Function], Function]:
             args, kwargs = changed
         return original(*args, **kwargs)
 
-    return _decorator(call, serve)
+    return _decorator(call, stage)
 
 
-def after(impl: str, *, serve: bool = False) -> Callable[[Function], Function]:
+def after(impl: str, *, stage: str = "launch") -> Callable[[Function], Function]:
     """Call ``impl(result, *args, **kwargs)`` afterwards; it may return another result."""
 
     def call(original: Function, args: Any, kwargs: Any) -> Any:
@@ -76,25 +76,25 @@ def after(impl: str, *, serve: bool = False) -> Callable[[Function], Function]:
         changed = _load(impl)(result, *args, **kwargs)
         return result if changed is None else changed
 
-    return _decorator(call, serve)
+    return _decorator(call, stage)
 
 
-def around(impl: str, *, serve: bool = False) -> Callable[[Function], Function]:
+def around(impl: str, *, stage: str = "launch") -> Callable[[Function], Function]:
     """Call ``impl(original, *args, **kwargs)`` instead."""
 
     def call(original: Function, args: Any, kwargs: Any) -> Any:
         return _load(impl)(original, *args, **kwargs)
 
-    return _decorator(call, serve)
+    return _decorator(call, stage)
 
 
-def replace(impl: str, *, serve: bool = False) -> Callable[[Function], Function]:
+def replace(impl: str, *, stage: str = "launch") -> Callable[[Function], Function]:
     """Call ``impl(*args, **kwargs)`` instead."""
 
     def call(original: Function, args: Any, kwargs: Any) -> Any:
         return _load(impl)(*args, **kwargs)
 
-    return _decorator(call, serve)
+    return _decorator(call, stage)
 
 
 def resolution(impl: str) -> Callable[[Function], Function]:
@@ -103,7 +103,7 @@ def resolution(impl: str) -> Callable[[Function], Function]:
     def call(original: Function, args: Any, kwargs: Any) -> Any:
         return _load(impl)(*args, previous=original, **kwargs)
 
-    return _decorator(call, serve=False)
+    return _decorator(call, "launch")
 
 
 def backend(name: str, impl: str) -> Callable[[Function], Function]:
@@ -112,7 +112,7 @@ def backend(name: str, impl: str) -> Callable[[Function], Function]:
     def call(original: Function, args: Any, kwargs: Any) -> Any:
         return _load(impl)(name, original, *args, **kwargs)
 
-    return _decorator(call, serve=True)
+    return _decorator(call, "serve")
 
 
 def append(names: list[str], impl: str) -> None:
@@ -121,19 +121,19 @@ def append(names: list[str], impl: str) -> None:
     def act() -> None:
         names.extend(_load(impl)())
 
-    if _serving:
+    if "serve" in _stages:
         act()
     else:
         _at_serving.append(act)
 
 
 def _decorator(
-    call: Callable[[Function, Any, Any], Any], serve: bool
+    call: Callable[[Function, Any, Any], Any], stage: str
 ) -> Callable[[Function], Function]:
     def decorate(original: Function) -> Function:
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if serve and not _serving:
+            if stage not in _stages:
                 return original(*args, **kwargs)
             return call(original, args, kwargs)
 

@@ -22,6 +22,9 @@ _FORM = "sglang_helix.helix"
 _IN_TREE = "sglang_helix.export.in_tree"
 IN_TREE = f"{PACKAGE}/srt/helix.py"
 
+#: What ranks share with the command line.
+_SHARED = {f"sglang_helix.{name}": f"{_SGLANG}.layers.dcp.{name}" for name in ("cost", "layout")}
+
 _NAME = re.compile(r"(?<![\w.])(?:sglang_helix|srt)(?:\.\w+)+")
 
 
@@ -35,13 +38,11 @@ class Modules:
 
     def __init__(self, tree: Tree) -> None:
         self._names = dict.fromkeys((_FORM, _IN_TREE), f"{_SGLANG}.helix")
-        for file in sorted((_ROOT / "sglang_helix" / "srt").rglob("*.py")):
-            parts = file.relative_to(_ROOT).with_suffix("").parts
-            landed = ".".join(("sglang", *parts[1:]))
-            if _path(landed) in tree:
-                landed += "_helix"
-            if parts[-1] != "__init__":
-                self._names[".".join(parts)] = landed
+        files = sorted((_ROOT / "sglang_helix" / "srt").rglob("*.py"))
+        names = [".".join(file.relative_to(_ROOT).with_suffix("").parts) for file in files]
+        places = {name: name.replace("sglang_helix", "sglang", 1) for name in names}
+        for name, landed in (places | _SHARED).items():
+            self._names[name] = f"{landed}_helix" if _path(landed) in tree else landed
         self._landed: set[str] = set()
         self._tree = tree
 
@@ -76,9 +77,11 @@ class Modules:
             if beside.exists():
                 texts[path.removesuffix(".py") + ".json"] = beside.read_text()
             package = source.with_name("__init__.py")
-            if name != _FORM and package.stat().st_size:
+            if name.startswith(f"{_SRT}.") and package.stat().st_size:
                 texts[path.rpartition("/")[0] + "/__init__.py"] = package.read_text()
             waiting += self._imported(source)
+        if taken := [path for path in texts if path in self._tree]:
+            raise SeriesError(f"SGLang has files where the series' would land: {', '.join(taken)}")
         return texts
 
     def translated(self, text: str) -> str:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from sglang_helix.srt.compatibility.rows import BESIDE_OWN, ONLY_THE_SERIES, TABLE, Row
 from sglang_helix.srt.compatibility.situation import Situation, situation_of
 
+Stage = Literal["launch", "serve", "transfer"]
+
 _VERDICT = "_helix_verdict"
 
 
@@ -40,6 +42,23 @@ def verdict_of(server_args: Any) -> Verdict:
         verdict = decide(situation_of(server_args)) if sharded else Verdict("whole")
         setattr(server_args, _VERDICT, verdict)
     return verdict
+
+
+def stages_of(server_args: Any) -> frozenset[Stage]:
+    """The stages of a rank that runs with resolved arguments.
+
+    A plain prefill server sends to sharded decode servers, so it needs the stage of transfers too.
+    """
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    kind, view = verdict_of(server_args).kind, resolved_view(server_args)
+    stages: set[Stage] = {"launch"}
+    if kind == "works":
+        stages.add("serve")
+    disaggregated = view.disaggregation_mode not in ("null", None)
+    if kind != "own" and disaggregated and view.disaggregation_transfer_backend == "mooncake":
+        stages.add("transfer")
+    return frozenset(stages)
 
 
 def decide(situation: Situation) -> Verdict:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_helix import helix
-from sglang_helix.srt.compatibility.verdict import verdict_of
+from sglang_helix.srt.compatibility.verdict import stages_of, verdict_of
 from sglang_helix.srt.managers.scheduler import OTHER_NODES, SERIES_KEY, series_of
 
 
@@ -33,8 +33,6 @@ def check_reports(infos: list[dict[str, Any]]) -> None:
         carries those of the other nodes.
     """
     from sglang.srt.runtime_context import get_parallel, get_server_args
-
-    from sglang_helix.plugin import stages_of
 
     serves = verdict_of(get_server_args()).kind == "works"
     expected = series_of(stages_of(get_server_args()))

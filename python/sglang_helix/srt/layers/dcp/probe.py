@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_helix.hook import SeriesError
+from sglang_helix.helix import SeriesError
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Group, exchange_splits
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
