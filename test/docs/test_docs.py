@@ -26,11 +26,18 @@ def test_readme_names_the_attention_backends() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name
+    "path",
+    [path for folder in (".", "docs", "benchmark") for path in sorted(ROOT.glob(f"{folder}/*.md"))],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_index_has_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    assert [p.name for p in ROOT.glob("docs/*.md") if f"]({p.name})" not in index] == ["README.md"]
 
 
 def test_models_page_is_of_these_models() -> None:

@@ -12,7 +12,7 @@ ROOT = Path(sglang_helix.__file__).parent
 ATTENTION, DCP, DISTRIBUTED = "srt.layers.attention", "srt.layers.dcp", "srt.distributed"
 
 # What modules may import of these three packages, directly or not; of the rest of the series, only
-# `hook` and `helix`, which import nothing.
+# the package's own names, `hook` and `helix`.
 COMBINE = {f"{DCP}.lse_combine", f"{DCP}.partial"}
 KERNEL = {f"{DCP}.symm", f"{DCP}.symm_workspace"}
 SEAMS: dict[str, set[str]] = {
