@@ -14,8 +14,8 @@ from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
 from sglang_helix.build import Builder, first_line
 from sglang_helix.check import check, layouts
-from sglang_helix.layout import CACHE_BYTES, Shape, rows, shape_of, table
-from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, serving
+from sglang_helix.layout import CACHE_BYTES, beside_a_draft, rows, shape_of, table
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Adapter, Attention, serving
 from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen
 
 DOCS = Path(__file__).parent
@@ -24,6 +24,8 @@ TP_SIZES = (8, 16)
 MEMORY_GIB = 60
 # Models of docs/capacity.md; models.md has all of docs/models.
 CAPACITY = ("DeepSeek-V3", "Kimi-K2", "Llama-3-70B", "Qwen3-235B-A22B")
+# Models of docs/speculative.md, and their ranks.
+DRAFTED = (("DeepSeek-V3", 16), ("Llama-3-70B", 16), ("Qwen3-235B-A22B", 8))
 # Models of docs/when-it-pays.md, bytes of an element of their weights, and its name.
 PAYS = (("DeepSeek-V3", 1, "fp8"), ("Qwen3-235B-A22B", 1, "fp8"), ("Llama-3-70B", 2, "bf16"))
 
@@ -85,7 +87,8 @@ exchange.
         for tp_size in TP_SIZES:
             parts.append(f"## {model.name}, {tp_size} ranks ({heads})\n")
             parts.append(table(shape, tp_size, MEMORY_GIB, "bf16") + "\n")
-            parts.append(with_a_draft(shape, tp_size))
+            draft = shape._replace(layers=1)  # of the same heads: MTP, EAGLE3
+            parts.append(beside_a_draft(shape, draft, tp_size, "bf16") + "\n")
     return "\n".join(parts)
 
 
@@ -180,30 +183,39 @@ as many key-value heads as GPUs, which store nothing twice. There plain TP is fa
     return "\n".join(parts)
 
 
-def with_a_draft(shape: Shape, tp_size: int) -> str:
-    """What a draft model of one layer of the same heads (MTP, EAGLE3) leaves of the gain."""
-    pairs = zip(
-        rows(shape, tp_size, 0, CACHE_BYTES["bf16"]),
-        rows(shape, tp_size, 0, CACHE_BYTES["bf16"], shape._replace(layers=1)),
-        strict=True,
-    )
-    cells = [
-        f"{drafted.ratio:.2f}x at `--dcp-size {row.layout.kvp_size}` "
-        f"(+{drafted.kv_bytes / row.kv_bytes - 1:.1%} memory)"
-        for row, drafted in pairs
-        if row.layout.kvp_size > 1
-    ]
-    return f"With one draft layer, whole on every rank, beside plain TP: {', '.join(cells)}.\n"
+def speculative() -> str:
+    """docs/speculative.md: what stands between its marks is rendered, the rest is written there."""
+    lines = ["| | plain TP | sharded | and the draft | gain | without a draft |", "|" + "---|" * 6]
+    for name, tp_size in DRAFTED:
+        shape = shape_of(ModelConfig(str(DOCS / "models" / name)))
+        draft = shape._replace(layers=1)
+        both = [list(rows(shape, tp_size, 0, CACHE_BYTES["bf16"], one)) for one in (None, draft)]
+        plain, most = both[1][0].kv_bytes, 1.0
+        for alone, drafted in zip(*both, strict=True):
+            size = alone.layout.kvp_size
+            if alone.ratio > most:
+                most = alone.ratio
+                own = f"{alone.kv_bytes / size:,.0f} | {drafted.kv_bytes / size:,.0f}"
+                gains = f"{drafted.ratio:.2f}x | {alone.ratio:g}x"
+                lines.append(
+                    f"| {name}, {tp_size} ranks, K = {size} | {plain:,} | {own} | {gains} |"
+                )
+    return between_marks("speculative.md", "from layout.py", lines)
+
+
+def between_marks(page: str, source: str, lines: list[str]) -> str:
+    """A page of docs with these lines where it marks what is rendered."""
+    first, last = f"<!-- {source} -->\n", "<!-- end -->\n"
+    text = (DOCS / page).read_text()
+    before, after = text.split(first)[0], text.split(last)[1]
+    return before + first + "\n" + "\n".join(lines) + "\n\n" + last + after
 
 
 def attention_backends() -> str:
     """docs/attention-backends.md."""
     lines = []
     for record in ADAPTERS:
-        serves = [
-            "adapter" if record.own_class(kind) else "own" if record.classes(kind) else ""
-            for kind in ATTENTIONS
-        ]
+        serves = [_server(record, kind) for kind in ATTENTIONS]
         needs = ["CPU or any GPU" if record.off_cuda else "any NVIDIA GPU"]
         if record.majors:
             needs = [f"compute capability {_majors(record.majors)}"]
@@ -237,11 +249,15 @@ the log says so. "own": complete upstream, with the series' exchange. To add one
     )
 
 
+def _server(record: Adapter, kind: Attention) -> str:
+    if record.own_class(kind):
+        return "adapter"
+    drafts = "; adapter for drafts" if record.own_class(kind, drafts=True) else ""
+    return "own" + drafts if record.classes(kind) else ""
+
+
 def status() -> str:
     """docs/status.md: what stands between its marks is rendered, the rest is written there."""
-    first, last = "<!-- from seen.py -->\n", "<!-- end -->\n"
-    page = (DOCS / "status.md").read_text()
-    before, after = page.split(first)[0], page.split(last)[1]
     names = {"CPU": "CPU stand-in", "graph": "decode graph"}
     columns = [(place, feature) for place in PLACES for feature in FEATURES]
     heads = [f"{names.get(where, where)}: {names.get(what, what)}" for where, what in columns]
@@ -259,7 +275,7 @@ def status() -> str:
             lines.append(f"| `{record.name}` | {kind} | {' | '.join(cells)} |")
     lines += ["", "How:", ""]
     lines += [f"- `{one.backend}` {one.attention}, {one.place}: {one.how}." for one in SEEN]
-    return before + first + "\n" + "\n".join(lines) + "\n\n" + last + after
+    return between_marks("status.md", "from seen.py", lines)
 
 
 def _majors(majors: tuple[int, ...]) -> str:
@@ -282,6 +298,7 @@ PAGES = {
     "when-it-pays.md": when_it_pays,
     "attention-backends.md": attention_backends,
     "status.md": status,
+    "speculative.md": speculative,
 }
 
 # Too slow to be compared with at every test: written where it is named.

@@ -126,6 +126,21 @@ def rows(
         )
 
 
+def beside_a_draft(shape: Shape, draft: Shape, tp_size: int, cache_dtype: str) -> str:
+    """In a sentence: what a draft model's whole cache takes, and what it leaves of the gain."""
+    element = CACHE_BYTES[cache_dtype]
+    cells = [
+        f"{drafted.ratio:.2f}x at `--dcp-size {row.layout.kvp_size}` "
+        f"(+{drafted.kv_bytes / row.kv_bytes - 1:.1%} memory)"
+        for row, drafted in zip(
+            rows(shape, tp_size, 0, element), rows(shape, tp_size, 0, element, draft), strict=True
+        )
+        if row.layout.kvp_size > 1
+    ]
+    layers = "one draft layer" if draft.layers == 1 else f"{draft.layers} draft layers"
+    return f"With {layers}, whole on every rank, beside plain TP: {', '.join(cells)}."
+
+
 def tokens_in(memory: float, layout: Layout, kv_bytes: int) -> int:
     """Tokens of a KVP group whose ranks have so many bytes each, `kv_bytes` for one of theirs."""
     return int(memory // kv_bytes) * layout.kvp_size

@@ -76,6 +76,16 @@ def test_windows_are_not_counted_as_sharded(capsys: pytest.CaptureFixture[str]) 
     assert "Without 18 window layers" in out
 
 
+def test_a_drafts_cost_stands_beside_the_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3's MTP: latents of 61 + K layers where there were 61, of 62 in plain TP."""
+    model = str(Path(__file__).parents[2] / "docs/models/DeepSeek-V3")
+    command = ["layout", "--model-path", model, "--tp", "8", "--draft-model-path", model]
+    assert main(command) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("With one draft layer, whole on every rank, beside plain TP: ")
+    assert f"{62 * 8 / 69:.2f}x at `--dcp-size 8` (+{8 / 61:.1%} memory)" in said
+
+
 def test_command_says_what_it_could_not_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
