@@ -241,11 +241,16 @@ def test_prefixes_come_back_from_the_host(
 
 @pytest.mark.timeout(540)
 @needs_compiler
-@pytest.mark.parametrize("graphs", ["disabled", "full"])
+@pytest.mark.parametrize(
+    ("attention", "graphs"),
+    [("triton", "disabled"), ("triton", "full"), ("flashinfer", "full"), ("fa3", "full")],
+)
 @pytest.mark.parametrize("family", ATTENTION)
 def test_drafts_from_earlier_answers(
-    checkpoints: dict[str, Path], family: str, graphs: str
+    checkpoints: dict[str, Path], family: str, attention: str, graphs: str
 ) -> None:
+    if not adapter(attention).runs_on(get_platform(), ATTENTION[family]):
+        pytest.skip(f"no kernels of {attention} for this GPU")
     flags = ("--cuda-graph-backend-decode", graphs, "--speculative-algorithm", "NGRAM")
     flags += ("--speculative-num-draft-tokens", "6", "--speculative-ngram-max-bfs-breadth", "4")
     flags += ("--speculative-ngram-capacity", "10000", "--page-size", "1")
@@ -253,7 +258,7 @@ def test_drafts_from_earlier_answers(
     oracle = Oracle(checkpoints[family])
     prompts = [prompt(length) for length in (1, 2, 19, 40, 63, 64, 65, CHUNK + 3)]
     clear = 0
-    with gpu_server(checkpoints[family], "a2a", *flags) as server:
+    with gpu_server(checkpoints[family], "a2a", *flags, attention=attention) as server:
         answers = [server.generate(tokens, NEW_TOKENS) for tokens in prompts]
         again = [server.generate(prompts[0], NEW_TOKENS)]
         again += server.generate_batch(prompts[1:], NEW_TOKENS)
@@ -288,6 +293,9 @@ CHAIN, TREE = ("3", "1", "4"), ("2", "2", "5")
         ("mtp", "a2a", "fa3", CHAIN, "disabled"),
         ("eagle", "symm", "fa3", CHAIN, "full"),
         ("mtp", "symm of 4", "fa3", CHAIN, "full"),
+        ("eagle", "symm", "flashinfer", CHAIN, "full"),
+        ("mtp", "symm of 4", "flashinfer", CHAIN, "full"),
+        ("mtp", "a2a", "flashmla", CHAIN, "full"),
     ],
 )
 def test_a_draft_model(
@@ -303,6 +311,8 @@ def test_a_draft_model(
     But for a few: bf16 rounds sums of another order to other drafts where two are close. Batches
     of one request and of five, which graphs pad.
     """
+    if not adapter(attention).runs_on(get_platform(), "MLA" if family == "mtp" else "GQA"):
+        pytest.skip(f"no kernels of {attention} for this GPU")
     make, algorithm = DRAFTED[family]
     target, draft = make(tmp_path)
     steps, topk, width = shape
@@ -310,7 +320,8 @@ def test_a_draft_model(
     flags += ("--speculative-eagle-topk", topk, "--speculative-num-draft-tokens", width)
     flags += ("--speculative-draft-model-path", str(draft)) if draft else ()
     flags += ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
-    flags += ("--page-size", "1", "--cuda-graph-backend-decode", graphs)
+    page = (adapter(attention).pages or (1,))[0]
+    flags += ("--page-size", str(page), "--cuda-graph-backend-decode", graphs)
     oracle = Oracle(target)
     prompts = [prompt(length) for length in (1, 2, 19, 40, 63, 64, 65, CHUNK + 3)]
     right = {}

@@ -435,15 +435,6 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"disaggregation_mode": "decode", **EAGLE},
         "",
     ),
-    "drafts verified in CUDA graphs, unless these are named beside triton or fa3": (
-        {
-            "cuda_graph_backend_decode": "full",
-            "speculative_algorithm": "NGRAM",
-            "page_size": 1,
-            "attention_backend": "flashinfer",
-        },
-        "",
-    ),
     "decode CUDA graphs in pieces": ({"cuda_graph_backend_decode": "breakable"}, ""),
     "diffusion language models": ({"dllm_algorithm": "LowConfidence"}, UPSTREAM),
     NIXL: ({"disaggregation_transfer_backend": "nixl", **DECODE}, ""),
@@ -548,6 +539,7 @@ BESIDE_WINDOWS: dict[str, dict[str, Any]] = {
     "sliding windows in pipeline stages": {"pp_size": 2},
     "recurrent states or windows in prefill-decode disaggregation of GQA and MHA models": DECODE,
 }
+CAPTURED_DRAFTS = "drafts verified in CUDA graphs, unless these are named"
 ASKABLE = {row.feature: row for row in TABLE if row.status == "refused" and row.flag}
 
 
@@ -568,8 +560,8 @@ HYBRID_FLAGS: list[tuple[str, dict[str, Any]]] = [
 
 def test_every_row_with_a_flag_is_asked_for() -> None:
     of_hybrids = {feature for feature, _ in HYBRID_FLAGS} - {HYBRID_REPLICAS}
-    asked = set(FLAGS) | ELSEWHERE | of_hybrids | set(BESIDE_WINDOWS)
-    assert asked | {PICTURES} == set(ASKABLE)
+    elsewhere = {*ELSEWHERE, *of_hybrids, *BESIDE_WINDOWS, CAPTURED_DRAFTS, PICTURES}
+    assert set(FLAGS) | elsewhere == set(ASKABLE)
 
 
 @pytest.mark.parametrize("feature", FLAGS)
@@ -596,13 +588,31 @@ def test_flag_is_refused(resolved: Resolve, feature: str) -> None:
         assert value is True or f"{row.flag} {value} " in asked
 
 
-@pytest.mark.parametrize("family", WORKING)
-def test_captured_drafts_are_asked_for_by_name(resolved: Resolve, family: str) -> None:
-    flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": "triton"}
-    unnamed = resolved("Hopper", family, **flags).error
-    assert "--cuda-graph-backend-decode full is not supported with --dcp-size 2" in unnamed
-    named = resolved("Hopper", family, **flags, cuda_graph_backend_decode="full")
-    assert named.error == ""
+# Verify passes: what captures them where graphs are named, and what captures none.
+CAPTURE = [("llama", "triton"), ("llama", "flashinfer"), ("deepseek_v2", "flashinfer")]
+CAPTURE += [("deepseek_v2", "fa3"), ("deepseek_v2", "flashmla")]
+
+
+@pytest.mark.parametrize(("family", "backend"), [*CAPTURE, ("llama", "trtllm_mha")])
+def test_captured_drafts_are_asked_for_by_name(
+    resolved: Resolve, family: str, backend: str
+) -> None:
+    flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": backend, "page_size": 64}
+    gpu = "Blackwell" if backend == "trtllm_mha" else "Hopper"
+    row = ASKABLE[CAPTURED_DRAFTS]
+    refused = f"{row.flag} full is not supported with --dcp-size 2: {row.why}. {row.instead}."
+    named = resolved(gpu, family, **flags, cuda_graph_backend_decode="full").error
+    assert refused in resolved(gpu, family, **flags).error
+    assert (named == "") if (family, backend) in CAPTURE else (refused in named)
+
+
+def test_a_backend_that_verifies_no_drafts_is_refused(resolved: Resolve) -> None:
+    flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": "trtllm_mla"}
+    error = resolved(
+        "Blackwell", "deepseek_v2", **flags, page_size=64, cuda_graph_backend_decode="disabled"
+    ).error
+    assert "does not verify the drafts of --speculative-algorithm EAGLE for MLA" in error
+    assert "flashinfer" in error  # what does
 
 
 def test_lora_by_its_paths_alone(resolved: Resolve, tmp_path: Path) -> None:

@@ -136,13 +136,26 @@ def test_drafts_are_those_of_a_whole_cache(
             assert all(right > 0 for answers in counts(report) for right, _ in answers)
 
 
-@pytest.mark.parametrize("family", ["eagle", "mtp of usual widths"])
-def test_verified_by_fa3(kernels: Fresh, models: Any, whole: Any, family: str) -> None:
-    """On stand-ins for its kernels."""
+@pytest.mark.parametrize(
+    ("backend", "family", "page"),
+    [
+        ("fa3", "eagle", 1),
+        ("fa3", "mtp of usual widths", 1),
+        ("flashinfer", "eagle", 1),
+        ("flashinfer", "mtp of usual widths", 4),
+        ("flashmla", "mtp of usual widths", 64),
+    ],
+)
+def test_verified_by(
+    kernels: Fresh, models: Any, whole: Any, backend: str, family: str, page: int
+) -> None:
+    """On stand-ins for the kernels."""
     target, draft = models(family)
-    flags = (*LAYOUTS["a2a"][1], *flags_of(FAMILIES[family][1], draft, *CHAIN), "--page-size", "1")
-    flags += ("--attention-backend", "fa3", "--cuda-graph-backend-decode", "disabled")
-    flags += ("--speculative-draft-attention-backend", "torch_native")
+    flags = (*LAYOUTS["a2a"][1], *flags_of(FAMILIES[family][1], draft, *CHAIN))
+    flags += ("--attention-backend", backend, "--cuda-graph-backend-decode", "disabled")
+    flags += ("--speculative-draft-attention-backend", "torch_native", "--page-size", str(page))
+    if page > 4:
+        flags += ("--chunked-prefill-size", str(2 * page))
     for report in serve(kernels, target, 2, flags, BATCHES[1:2], NEW_TOKENS):
         for tokens, answered in zip(BATCHES[1], report.answers[0], strict=True):
             check(target, tokens, answered, NEW_TOKENS)
@@ -170,11 +183,10 @@ def test_branches_in_pages_of_the_group(interpreted: Fresh, models: Any, whole: 
     target, draft = models("eagle")
     flags = (*LAYOUTS["a2a"][1], *flags_of("EAGLE", draft, *TREE), "--page-size", "1")
     flags += ("--attention-backend", "triton", "--cuda-graph-backend-decode", "disabled")
-    last = BATCHES[1:2]
-    for report in serve(interpreted, target, 2, flags, last, NEW_TOKENS):
-        for tokens, answered in zip(last[0], report.answers[0], strict=True):
-            check(target, tokens, answered, NEW_TOKENS)
-        assert counts(report)[0] == counts(whole("eagle", TREE, 2))[1]
+    prompts = BATCHES[1][1:]
+    for report in serve(interpreted, target, 2, flags, (prompts,), NEW_TOKENS):
+        check_all(target, (prompts,), report.answers, NEW_TOKENS)
+        assert counts(report)[0] == counts(whole("eagle", TREE, 2))[1][1:]
 
 
 class Measured(NamedTuple):

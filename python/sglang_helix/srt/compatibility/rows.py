@@ -883,10 +883,10 @@ TABLE: tuple[Row, ...] = (
         _drafts(_disaggregated),
     ),
     Row(
-        "drafts verified in CUDA graphs, unless these are named beside triton or fa3",
+        "drafts verified in CUDA graphs, unless these are named",
         "--cuda-graph-backend-decode",
         "refused",
-        "no GPU has replayed a captured verify pass yet, and of others it has not been written",
+        "no GPU has replayed a captured verify pass yet, and trtllm_mha captures none",
         "Use --cuda-graph-backend-decode disabled with --speculative-algorithm",
         _drafts(_decode_graph),
     ),

@@ -104,7 +104,8 @@ def build(
     shard = KVShard(group.world_size, rank)
     pool = (LatentPool if mla else Pool)(slots.rows, shard, heads)
     pool.keys, pool.values = pool.keys.to(dtype), pool.values.to(dtype)
-    kind = pkgutil.resolve_name(adapter(backend).own_class("MLA" if mla else "GQA"))
+    name = adapter(backend).own_class("MLA" if mla else "GQA", drafts=True)
+    kind = pkgutil.resolve_name(name)
     runner = runner_of(backend, slots.page // shard.size, pool, heads, mla, window)
     if backend == "triton":
         runner.decode_scratch = triton_backend.prepare(runner, REQUESTS, REQUESTS)
@@ -199,7 +200,7 @@ def prepare(backend: str, **flags: Any) -> None:
     """In a process of its own: SGLang's backends can be built, and a thread is a rank."""
     publish(backend, **flags)
     for attention in ("GQA", "MLA"):
-        if own := adapter(backend).own_class(attention):
+        if own := adapter(backend).own_class(attention, drafts=True):
             pkgutil.resolve_name(own)  # its module and upstream's are among those below
     for name, module in list(sys.modules.items()):
         if name.startswith(RANKED) and hasattr(module, "get_parallel"):
@@ -451,6 +452,9 @@ def verify_failures(backend: str, attention: Attention) -> list[str]:
     test_verify.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
     mla, page = attention == "MLA", (adapter(backend).pages or (4,))[0]
     cases = NARROW[attention] if backend == "triton" else CASES[attention][:2]
+    if backend == "triton" and not mla:
+        # Drafts of 4 heads on each key-value head are no whole tiles of decode's kernel.
+        cases = [*cases, (2, Heads(8, 2, 16, 16))]
     wrong = []
     for (ranks, heads), (name, parents) in itertools.product(cases, test_verify.TREES.items()):
         drafts = page, parents, mla
@@ -469,8 +473,13 @@ def verify_failures(backend: str, attention: Attention) -> list[str]:
     return wrong
 
 
-# Elsewhere they are refused at start-up.
-VERIFIED = [(name, kind) for name, kind in OWN if kind not in adapter(name).no_drafts]
+# Elsewhere they are refused at start-up, or SGLang's own.
+VERIFIED = [
+    (record.name, attention)
+    for record in ADAPTERS
+    for attention in ("GQA", "MLA")
+    if record.own_class(attention, drafts=True) and attention not in record.no_drafts
+]
 
 
 @pytest.mark.parametrize(("backend", "attention"), VERIFIED)
@@ -490,6 +499,8 @@ def captured_drafts_on_rank(
     parents: tuple[int, ...],
 ) -> tuple[list[int], torch.Tensor]:
     """A verify graph is captured for padding alone, and replayed for fewer requests than it has.
+
+    Masks come as draft models leave them, and as n-grams do.
 
     Returns the requests of all replays and their outputs, [requests * drafts, own heads, Dv].
     """
@@ -511,7 +522,7 @@ def captured_drafts_on_rank(
         adapter_.prepare_writes(batch)
         adapter_._store(layer, batch, k, v)
 
-    def replayed(requests: list[int]) -> Any:
+    def replayed(requests: list[int], drafted: SpecInputType) -> Any:
         brought = [slots.extend(request, drafts) for request in requests]
         adapter_.req_to_token_pool.req_to_token = slots.table()
         padding = 4 - len(requests)
@@ -520,6 +531,12 @@ def captured_drafts_on_rank(
             torch.cat([seen_by.new_ones(drafts, length), seen_by], 1).flatten()
             for length in lens.tolist()[: len(requests) or 4]  # of those that are not padding
         ]
+        mask = torch.cat(masks)
+        if drafted == SpecInputType.EAGLE_VERIFY:
+            # As SGLang does: written where the backend has it, without columns of cached tokens.
+            mask = adapter_.verify_mask.buffer
+            mask.fill_(True)
+            mask[: len(requests) * drafts**2] = seen_by.flatten().repeat(len(requests))
         return SimpleNamespace(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=4,
@@ -532,19 +549,20 @@ def captured_drafts_on_rank(
             kv_loc_plan=None,
             encoder_lens=None,
             spec_info=SimpleNamespace(
-                spec_input_type=SpecInputType.EAGLE_VERIFY,
+                spec_input_type=drafted,
                 draft_token_num=drafts,
                 num_tokens_per_req=drafts,
-                custom_mask=torch.cat(masks),
+                custom_mask=mask,
             ),
         )
 
     adapter_.init_cuda_graph_state(8, 8 * drafts)
-    adapter_.init_forward_metadata_out_graph(replayed([]), in_capture=True)
+    ngram, eagle = SpecInputType.NGRAM_VERIFY, SpecInputType.EAGLE_VERIFY
+    adapter_.init_forward_metadata_out_graph(replayed([], eagle), in_capture=True)
     captured = dict(vars(adapter_))
     asked, outputs = [], []
-    for requests in ([2, 0], [1]):
-        batch = replayed(requests)
+    for requests, drafted in (([2, 0], eagle), ([1], ngram)):
+        batch = replayed(requests, drafted)
         with NoSync():
             adapter_.init_forward_metadata_out_graph(batch)
         vars(adapter_).update(captured)  # what the graph reads
@@ -581,7 +599,8 @@ def captured_drafts_error(backend: str, attention: Attention) -> float:
     """The norm of what is wrong, beside that of what is right."""
     prepare(backend, speculative_algorithm="NGRAM", speculative_num_draft_tokens=5)
     mla, page = attention == "MLA", (adapter(backend).pages or (4,))[0]
-    heads = Heads(6, 1, 576, 512) if mla else Heads(6, 2, 16, 16)
+    widths = (288, 256) if backend == "triton" else (576, 512)  # as in NARROW
+    heads = Heads(6, 1, *widths) if mla else Heads(6, 2, 16, 16)
     parents = test_verify.TREES["branches"]
     given = backend, heads, page, mla, parents
     found = run_threads(captured_drafts_on_rank, 3, *given, **parallel(3))
@@ -599,7 +618,7 @@ def captured_drafts_error(backend: str, attention: Attention) -> float:
 
 @pytest.mark.parametrize(
     ("backend", "attention"),
-    [case for case in OWN if case[1] in adapter(case[0]).drafts_in_graphs],
+    [case for case in VERIFIED if case[1] in adapter(case[0]).drafts_in_graphs],
 )
 def test_captured_drafts_attend_their_ancestors_and_the_prefix(
     process: Fresh, backend: str, attention: Attention
@@ -611,3 +630,4 @@ def test_the_matrix_says_what_runs_here() -> None:
     ran = {"extend": OWN, "graph": CAPTURED, "fp8": QUANTIZED, "verify": VERIFIED}
     for case in OWN:
         assert seen(*case, "CPU") == {feature for feature, cases in ran.items() if case in cases}
+    assert all("verify" in seen(*case, "CPU") for case in VERIFIED)

@@ -165,6 +165,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
         "get_exec": SimpleNamespace(kernel=kernel),
         "get_parallel": SimpleNamespace(tp_size=8, attn_dcp_size=8),
         "get_schedule": SimpleNamespace(mem_fraction_static=0.9),
+        "get_spec": SimpleNamespace(speculative_num_draft_tokens=None),
         "get_device_core_count": 132,
     }
     for name, bag in bags.items():
@@ -180,6 +181,13 @@ def test_prepared_for_the_heads_of_the_group_and_a_ranks_share(kernel: Any) -> N
     assert (largest, width, rows, device) == (256, 512, 160 << 17, "cpu")
     plan, _, width, rows, _ = triton_backend.prepare(Runner(mla=False), 0, 1)
     assert (plan.heads, plan.kv_heads, width, rows) == (64, 8, 128, 0)
+
+
+def test_drafts_are_prepared_for_as_heads(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = SimpleNamespace(speculative_num_draft_tokens=4)
+    monkeypatch.setattr(triton_backend, "get_spec", lambda: drafts)
+    plan, *_ = triton_backend.prepare(Runner(mla=True), 160, 256)
+    assert (plan.heads, plan.kv_heads) == (4 * 128, 1)
 
 
 @pytest.mark.parametrize(

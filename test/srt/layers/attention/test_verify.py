@@ -1,5 +1,6 @@
 """A verify pass over a sharded cache, by brute force: trees of draft tokens, several ranks."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpecInputType
+from sglang_helix.srt.layers.attention.sharded import fold, unfold
 from sglang_helix.srt.layers.dcp import comm
 from srt.layers.attention.test_sharded import (  # noqa: F401 the fixture
     Heads,
@@ -97,6 +99,20 @@ def expected(tokens: Tokens, request: int, drafts: torch.Tensor) -> torch.Tensor
     k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
     weights = torch.softmax(torch.einsum("hd,shd->hs", q, k) * q.shape[-1] ** -0.5, -1)
     return torch.einsum("hs,shd->hd", weights, v)
+
+
+def test_drafts_are_more_heads_of_their_request() -> None:
+    """Each still reads its own key-value head, and comes back to its place."""
+    for heads, groups, drafts in itertools.product((2, 6, 8), (1, 2), (1, 3)):
+        order = torch.arange(5 * drafts * heads).view(5 * drafts, heads, 1)
+        folded = fold(order, drafts, groups)
+        assert folded.shape == (5, drafts * heads, 1)
+        for request, row in enumerate(folded[..., 0].tolist()):
+            for place, number in enumerate(row):
+                token, head = divmod(number, heads)
+                assert token // drafts == request
+                assert place // (drafts * heads // groups) == head // (heads // groups)
+        assert torch.equal(unfold(folded, drafts, groups), order)
 
 
 @pytest.mark.parametrize("tree", TREES)

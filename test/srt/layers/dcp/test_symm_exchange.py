@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang.srt.distributed import parallel_state
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.kv_splits import BLOCK, Scratch, SplitPlan, Tile
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
@@ -253,10 +254,12 @@ class Phase:
 class Ranks:
     """All ranks of a group, one after the other in each phase."""
 
-    def __init__(self, size: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, size: int, heads: int, width: int, dtype: torch.dtype, tokens: int = 6
+    ) -> None:
         self.kernels = [
             Phase(workspace)
-            for workspace in Workspaces(Layout(size, heads, width, dtype, 6), DEVICE).apart
+            for workspace in Workspaces(Layout(size, heads, width, dtype, tokens), DEVICE).apart
         ]
         self.groups = [
             SimpleNamespace(unique_name=f"dcp:{rank}", world_size=size, rank_in_group=rank)
@@ -438,6 +441,42 @@ def test_splits_leave_for_their_owners(
         torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials]), 2
     )
     assert relative_error(results, merged) < 5e-6
+
+
+@kernels
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4)])
+def test_drafts_over_their_prefix_leave_for_their_owners(heads: int, kv_heads: int) -> None:
+    """The prefix part of a verify pass: decode's first stage over heads and drafts, one exchange.
+
+    A row of the exchange is a draft, with the heads of decode.
+    """
+    size, width, drafts, B = 2, 16, 3, len(LENGTHS)
+    ranks = Ranks(size, heads, width, torch.float32, drafts * B)
+    cache = Cache(size, kv_heads, width)
+    q = torch.randn(B, drafts, heads, width, device=DEVICE)
+    layer = attention_layer(heads, width, 0, 1.0)
+    layer.tp_k_head_num = kv_heads
+    batch = SimpleNamespace(forward_mode=ForwardMode.TARGET_VERIFY)
+    backends = []
+    for rank, group in enumerate(ranks.groups):
+        backend = cache.backend(rank, group, heads * drafts, 4)
+        backend.exchange, backend.base2, backend.drafts = exchange.symm, False, drafts
+        backends.append(backend)
+
+    def step(rank: int, group: Any) -> torch.Tensor:
+        backend = backends[rank]
+        out, lse = backend.partial_prefix(q.flatten(0, 1), layer, batch)
+        return backend._own_heads(out, lse)[0]
+
+    want = torch.stack([cache.attended(q[:, draft]) for draft in range(drafts)], 1)
+    results = torch.cat(ranks.play(step), dim=1)
+    assert not results[:drafts].any()  # of the request without tokens
+    assert relative_error(results, want.flatten(0, 1)) < (5e-6 if DEVICE == "cpu" else 5e-3)
+    if DEVICE == "cuda":
+        ranks.kernels[0].phase = SEND  # no rank answers now
+        launches = measure.launches(lambda: step(0, ranks.groups[0]))
+        copies = 0 if kv_heads == 1 else 3  # queries, outputs and LSEs in another order
+        assert launches - copies <= 3, "attention's first stage, its reduction, and the exchange"
 
 
 @pytest.mark.parametrize(("backend", "autotune"), [("a2a", False), ("symm", True)])

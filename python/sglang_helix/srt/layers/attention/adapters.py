@@ -21,11 +21,22 @@ Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
 # The series' own modules; classes of all others are SGLang's.
 _FLASHATTENTION = "sglang_helix.srt.layers.attention.flashattention_backend"
 _FLASHINFER = "sglang_helix.srt.layers.attention.flashinfer_backend"
+_FLASHINFER_MLA = "sglang_helix.srt.layers.attention.flashinfer_mla_backend"
 _FLASHMLA = "sglang_helix.srt.layers.attention.flashmla_backend"
 _TRTLLM_MHA = "sglang_helix.srt.layers.attention.trtllm_mha_backend"
 _TRITON = "sglang_helix.srt.layers.attention.triton_backend"
 _TORCH_NATIVE = "sglang_helix.srt.layers.attention.torch_native_backend"
-_OURS = frozenset({_FLASHATTENTION, _FLASHINFER, _FLASHMLA, _TRTLLM_MHA, _TRITON, _TORCH_NATIVE})
+_OURS = frozenset(
+    {
+        _FLASHATTENTION,
+        _FLASHINFER,
+        _FLASHINFER_MLA,
+        _FLASHMLA,
+        _TRTLLM_MHA,
+        _TRITON,
+        _TORCH_NATIVE,
+    }
+)
 _SGLANG = "sglang.srt.layers.attention"
 
 
@@ -37,7 +48,8 @@ class Adapter:
     base2: whether its kernels return LSEs to the base of 2; else natural ones. The one fact whose
         error is silent: every consumer of an LSE asks this field.
     gqa, mla: "module:Class" of what serves GQA and MHA, and MLA; the first one is built, where it
-        is the series' own. Classes of SGLang are complete upstream. Empty: it does not serve.
+        is the series' own. Classes of SGLang are complete upstream, but for drafts where one of the
+        series' stands behind them. Empty: it does not serve.
     majors: of the compute capabilities that its kernels are built for; None: any CUDA device.
         mla_majors: where MLA asks for others.
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
@@ -74,11 +86,14 @@ class Adapter:
         """What serves this attention, as "module:Class"."""
         return self.mla if attention == "MLA" else self.gqa
 
-    def own_class(self, attention: Attention) -> str | None:
-        """The class of the series that serves it; None where SGLang's own does, or nothing."""
-        return next(
-            (name for name in self.classes(attention) if name.partition(":")[0] in _OURS), None
-        )
+    def own_class(self, attention: Attention, *, drafts: bool = False) -> str | None:
+        """The class of the series that serves it; None where SGLang's own does, or nothing.
+
+        drafts: whether the server verifies any.
+        """
+        names = self.classes(attention)
+        built = names if drafts else names[:1]
+        return next((name for name in built if name.partition(":")[0] in _OURS), None)
 
     @property
     def own_file(self) -> str | None:
@@ -115,8 +130,6 @@ class Adapter:
         return chosen and attention not in self.unseen and self.runs_on(platform, attention)
 
 
-_UNTRIED = "its verify pass has not been written"
-
 # In order of preference: the first that serves the model and runs on the machine is taken where
 # neither the user nor SGLang names one that works.
 ADAPTERS: tuple[Adapter, ...] = (
@@ -146,7 +159,7 @@ ADAPTERS: tuple[Adapter, ...] = (
             "GQA": "its prefill reads K and V of another dtype than the queries, not tried here",
             "MLA": "SGLang would convert the whole pool in every layer",
         },
-        no_drafts={"MLA": _UNTRIED},
+        drafts_in_graphs=("GQA", "MLA"),
         why="no DCP: attends every rank's slots",
         until="upstream's backend attends the rows of its rank and returns LSEs",
     ),
@@ -154,8 +167,11 @@ ADAPTERS: tuple[Adapter, ...] = (
         "flashinfer",
         base2=True,
         gqa=(f"{_FLASHINFER}:ShardedFlashInferAttnBackend",),
-        mla=(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",),
-        no_drafts={"MLA": "SGLang's class returns no LSE of a verify pass"},
+        mla=(
+            f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",
+            f"{_FLASHINFER_MLA}:ShardedFlashInferMLAAttnBackend",
+        ),
+        drafts_in_graphs=("GQA", "MLA"),
         why="no DCP with GQA: attends every rank's slots, planned for the heads of one rank",
         until="upstream's backend attends the rows of its rank and returns LSEs",
     ),
@@ -163,7 +179,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         "flashmla",
         base2=False,
         mla=(f"{_FLASHMLA}:ShardedFlashMLABackend",),
-        no_drafts={"MLA": _UNTRIED},
+        drafts_in_graphs=("MLA",),
         majors=(9,),
         no_e5m2=True,
         pages=(64,),

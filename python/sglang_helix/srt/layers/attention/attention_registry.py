@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: ModelRunner) -> Any:
     """In the place of `original`, the factory of a backend: its adapter over a sharded cache."""
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_parallel, get_spec
 
-    own = adapter(name).own_class("MLA" if runner.use_mla_backend else "GQA")
+    drafts = get_spec().speculative_algorithm is not None
+    own = adapter(name).own_class("MLA" if runner.use_mla_backend else "GQA", drafts=drafts)
     if own is None or get_parallel().attn_dcp_size == 1:
         return original(runner)
     return pkgutil.resolve_name(own)(runner)

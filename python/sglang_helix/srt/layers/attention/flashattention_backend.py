@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
-from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention, mla_parts
 from sglang_helix.srt.layers.attention.windows import Tails, windowed
 
 if TYPE_CHECKING:
@@ -120,9 +120,8 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
     def mla_queries(
         self, q: Tensor, q_rope: Tensor, layer: RadixAttention
     ) -> tuple[Tensor, Tensor]:
-        """The kernel takes the two parts apart: [T, heads, latent] and [T, heads, rope]."""
-        heads = layer.tp_q_head_num
-        return q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)
+        """The kernel takes the two parts apart."""
+        return mla_parts(q, q_rope, layer)
 
     def partial_decode(self, q: Any, layer: RadixAttention, forward_batch: ForwardBatch) -> Partial:
         """See `ShardedAttention.partial_decode`."""
@@ -305,3 +304,6 @@ class ShardedFlashAttention4Backend(ShardedFlashAttentionBackend):
 
     def _by_query(self, lse: Tensor, q_v: Tensor | None) -> Tensor:
         return lse.T if q_v is None else lse
+
+    def _drafts(self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
+        return self.attend_drafts(torch.cat(q, -1) if self.mla else q, k, v, layer)

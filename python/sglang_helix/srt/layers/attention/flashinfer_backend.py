@@ -2,33 +2,34 @@
 
 MLA with FlashInfer is complete upstream. Here decode and the cached prefix are planned with the
 heads of the whole KVP group over this rank's rows, in pages of one token as upstream does, and the
-chunk with this rank's own heads. Every plan is made of lengths that the host knows, so that none
-waits for the device. LSEs are base 2, [T, heads]; a request without tokens gets 0 and -inf.
+chunk with this rank's own heads. Drafts see all of a prefix, and decode it as more heads of their
+request. Every plan is made of lengths that the host knows, so that none waits for the device. LSEs
+are base 2, [T, heads]; a request without tokens gets 0 and -inf.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flashinfer import (
-    BatchDecodeWithPagedKVCacheWrapper,
-    BatchPrefillWithRaggedKVCacheWrapper,
-    fast_decode_plan,
-)
-from sglang.kernels.ops.attention.dcp_kernels import create_triton_kv_indices_for_dcp_triton
+from flashinfer import BatchDecodeWithPagedKVCacheWrapper, fast_decode_plan
 from sglang.srt.layers.attention.flashinfer_backend import (
     DecodeMetadata,
     FlashInferAttnBackend,
     PrefillMetadata,
     should_use_tensor_core,
 )
+from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, visible_drafts
+from sglang_helix.srt.layers.attention.local_pages import local_rows, summed_on_host
+from sglang_helix.srt.layers.attention.sharded import (
+    ShardedAttention,
+    folded,
+    lens_on_host,
+    prefixed,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -65,7 +66,9 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         self.q_dtype: torch.dtype = model_runner.dtype
         # Upstream looked at the heads of one rank.
         self.decode_use_tensor_cores = should_use_tensor_core(
-            self.flashinfer_kv_cache_dtype, self.heads, self.group_kv_heads
+            self.flashinfer_kv_cache_dtype,
+            self.heads * (get_spec().speculative_num_draft_tokens or 1),
+            self.group_kv_heads,
         )
         self.decode_wrappers = [
             BatchDecodeWithPagedKVCacheWrapper(
@@ -75,8 +78,6 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
                 use_tensor_cores=self.decode_use_tensor_cores,
             )
         ]
-        # Its own for trees of drafts: the kernel that has masks, made when the first tree comes.
-        self.drafts_wrapper: Any = None
         self.host_last_page_len = torch.ones(len(self.kv_last_page_len), dtype=torch.int32)
 
     # Metadata.
@@ -84,7 +85,9 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
         self.prepare_writes(forward_batch)
-        if forward_batch.forward_mode.is_decode_or_idle():
+        self.prepare_drafts(forward_batch)
+        mode = forward_batch.forward_mode
+        if mode.is_decode_or_idle() or mode.is_target_verify():
             self._plan_decode(self.decode_wrappers[0], forward_batch)
             self.forward_metadata = DecodeMetadata(self.decode_wrappers)
         else:
@@ -94,6 +97,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
         self.allocate_captured_writes(max_num_tokens)
+        self.allocate_captured_drafts(max_bs, max_num_tokens)
         longest = -(-self.max_context_len // self.shard.size)
         self.cuda_graph_kv_indices = [
             torch.zeros(max_bs * longest, dtype=torch.int32, device=self.device)
@@ -104,6 +108,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
     ) -> None:
         """Prepare the capture or one replay of a decode graph, in place."""
         self.prepare_captured_writes(forward_batch, in_capture)
+        self.prepare_captured_drafts(forward_batch, in_capture)
         batch = forward_batch.batch_size
         if in_capture:
             wrapper = self._create_decode_wrappers(batch, batch)[0]
@@ -116,15 +121,14 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             self._plan_decode(self.decode_cuda_graph_metadata[batch][0], forward_batch)
 
     def _plan_decode(self, wrapper: Any, forward_batch: ForwardBatch) -> None:
+        """One query of each request over its cached tokens, its drafts as heads of it."""
         batch = forward_batch.batch_size
-        on_host = forward_batch.seq_lens_cpu
-        if on_host is None:
-            raise RuntimeError("flashinfer plans by lengths on the host, and this batch has none")
-        held = self.shard.lens(on_host[:batch]).tolist()
-        indptr = _summed(held)
-        rows = self._local_rows(
+        drafts = self.drafts if forward_batch.forward_mode.is_target_verify() else 1
+        held = self.shard.lens(lens_on_host(forward_batch)).tolist()
+        indptr = summed_on_host(held)
+        rows = self.rows(
             forward_batch.req_pool_indices[:batch],
-            self.shard.lens(forward_batch.seq_lens[:batch]),
+            forward_batch.seq_lens[:batch],
             sum(held),
             wrapper._paged_kv_indices_buf if wrapper.is_cuda_graph_enabled else None,
         )
@@ -137,7 +141,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             indptr,
             rows,
             self.host_last_page_len[:batch],
-            self.heads,
+            self.heads * drafts,
             self.group_kv_heads,
             self.head_dim,
             1,
@@ -148,51 +152,28 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         )
 
     def _plan_chunk(self, forward_batch: ForwardBatch) -> None:
-        """A chunk on itself, and the tokens cached before it; in a verify pass the drafts."""
-        if forward_batch.forward_mode.is_target_verify():
-            drafts = forward_batch.spec_info.draft_token_num
-            batch = forward_batch.batch_size
-            # Not the host's lengths, which for some algorithms count the drafts; packing the mask
-            # waits for the device as well.
-            queries, cached = [drafts] * batch, forward_batch.seq_lens.tolist()
-            if self.drafts_wrapper is None:
-                self.drafts_wrapper = BatchPrefillWithRaggedKVCacheWrapper(
-                    self.workspace_buffer, "NHD", backend="fa2"
-                )
-            before, chunk = forward_batch.seq_lens, self.drafts_wrapper
-            seen = visible_drafts(
-                forward_batch.spec_info.custom_mask, forward_batch.seq_lens, drafts
-            )
-            mask = {"custom_mask": seen.flatten()}
-        else:
-            queries, cached = (
-                forward_batch.extend_seq_lens_cpu,
-                forward_batch.extend_prefix_lens_cpu,
-            )
-            before, chunk = forward_batch.extend_prefix_lens, self.prefill_wrapper_ragged
-            mask = {}
-        self.chunk_wrapper = chunk
-        qo_indptr = _summed(queries)
+        """A chunk on itself, and the tokens cached before it."""
+        before = forward_batch.extend_prefix_lens
+        queries, cached = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
+        qo_indptr = summed_on_host(queries)
         own = self.heads // self.shard.size
-        chunk.begin_forward(
+        self.prefill_wrapper_ragged.begin_forward(
             qo_indptr,
             qo_indptr,
             own,
             self._chunk_kv_heads(own),
             self.head_dim,
             q_data_type=self.q_dtype,
-            **mask,
         )
         prefix = prefixed(forward_batch)
         if prefix is None:
             return
         which = prefix.requests
         held = self.shard.lens(torch.tensor(cached[which])).tolist()
-        kv_indptr = _summed(held)
-        requests, lens = forward_batch.req_pool_indices[which], self.shard.lens(before[which])
-        rows = self._local_rows(requests, lens, sum(held))
+        kv_indptr = summed_on_host(held)
+        rows = self.rows(forward_batch.req_pool_indices[which], before[which], sum(held))
         self.prefill_wrappers_paged[0].begin_forward(
-            _summed(queries[which]),
+            summed_on_host(queries[which]),
             kv_indptr,
             rows,
             self.host_last_page_len[: len(held)],
@@ -205,36 +186,10 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             non_blocking=True,
         )
 
-    def _local_rows(
-        self, requests: Tensor, lens: Tensor, total: int, out: Tensor | None = None
-    ) -> Tensor:
-        """Rows of this rank's tokens of each request, one after the other: int32 [total].
-
-        lens [B], how many each has, and their total, which the host knows. The device's prefix sums
-        of them stand in `kv_indptr` afterwards.
-        """
-        rows = torch.empty(total, dtype=torch.int32, device=lens.device) if out is None else out
-        indptr = self.kv_indptr[0][: len(lens) + 1]
-        torch.cumsum(lens, 0, dtype=torch.int32, out=indptr[1:])
+    def rows(self, requests: Tensor, lens: Tensor, total: int, out: Tensor | None = None) -> Tensor:
+        """See `local_rows`; the prefix sums are left in `kv_indptr`."""
         table = self.req_to_token_pool.req_to_token
-        if lens.is_cuda:
-            create_triton_kv_indices_for_dcp_triton[(len(lens),)](
-                table,
-                requests,
-                lens,
-                indptr,
-                None,
-                rows,
-                table.stride(0),
-                self.shard.size,
-                self.shard.rank,
-            )
-            return rows[:total]
-        owner = torch.repeat_interleave(lens, output_size=total)
-        place = torch.arange(total, device=lens.device) - indptr[owner]
-        slots = table[requests[owner], place * self.shard.size + self.shard.rank]
-        rows[:total] = slots // self.shard.size
-        return rows[:total]
+        return local_rows(table, requests, lens, self.shard, total, self.kv_indptr[0], out)
 
     def _chunk_kv_heads(self, own: int) -> int:
         """g: what `_own_kv_heads` keeps for so many query heads."""
@@ -248,19 +203,17 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """See `ShardedAttention.partial_decode`."""
-        return self._cached(self.forward_metadata.decode_wrappers[0], q, layer)
+        return self._decoded(q, layer)
 
     def partial_current(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """See `ShardedAttention.partial_current`."""
         _refuse(layer)
-        return self.chunk_wrapper.forward_return_lse(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            causal=not forward_batch.forward_mode.is_target_verify(),
-            sm_scale=layer.scaling,
+        if forward_batch.forward_mode.is_target_verify():
+            return self.attend_drafts(q, k, v, layer)
+        return self.prefill_wrapper_ragged.forward_return_lse(
+            q.contiguous(), k.contiguous(), v.contiguous(), causal=True, sm_scale=layer.scaling
         )
 
     def partial_prefix(
@@ -271,7 +224,13 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         gathered: Tensor | None = None,
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
+        if forward_batch.forward_mode.is_target_verify():
+            decode = partial(self._decoded, layer=layer)
+            return folded(decode, q, self.drafts, self.group_kv_heads)
         return self._cached(self.prefill_wrappers_paged[0], q, layer, causal=False)
+
+    def _decoded(self, q: Tensor, layer: RadixAttention) -> Partial:
+        return self._cached(self.forward_metadata.decode_wrappers[0], q, layer)
 
     def _cached(self, wrapper: Any, q: Tensor, layer: RadixAttention, **causal: bool) -> Partial:
         """Queries over this rank's rows, as the wrapper was planned."""
@@ -293,8 +252,3 @@ def _refuse(layer: RadixAttention) -> None:
             f"layer {layer.layer_id} caps its logits, which flashinfer does not serve with "
             "--dcp-size > 1: use --attention-backend fa3 or triton"
         )
-
-
-def _summed(lens: Iterable[int]) -> Tensor:
-    """Prefix sums on the host, from 0: int32 [B + 1]."""
-    return torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)

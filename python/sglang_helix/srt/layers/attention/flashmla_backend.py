@@ -2,7 +2,8 @@
 
 Decode is FlashMLA's kernel with the heads of the whole KVP group over this rank's pages. Prefill is
 that of upstream's parent class, FlashInfer's MLA backend, which knows sharded caches: the model
-gathers the latent prefix, and this rank attends it with its own heads.
+gathers the latent prefix, and this rank attends it with its own heads. Drafts see all of a prefix:
+decode's kernel takes them as several queries of a request, without its mask.
 
 The kernels give a natural LSE [B, heads, 1]. A request of which this rank holds no token gets +inf
 from the bf16 kernel, which counts as empty; the fp8 kernel would read in front of its page table,
@@ -64,14 +65,15 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
         super().init_forward_metadata(forward_batch)
-        if forward_batch.forward_mode.is_decode_or_idle():
-            self.schedule = self._schedule(self.pages)
+        mode = forward_batch.forward_mode
+        if mode.is_decode_or_idle() or mode.is_target_verify():
+            self.schedule = self._schedule(self.pages, self.max_q)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
         self.captured_schedule = Schedule(
-            *(part.clone() for part in self._schedule(self.captured_pages))
+            *(part.clone() for part in self._schedule(self.captured_pages, self.captured_width))
         )
 
     def init_forward_metadata_out_graph(
@@ -81,7 +83,8 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         batch, captured = forward_batch.batch_size, self.captured_schedule
         view = Schedule(captured.programs, captured.splits[: batch + 1], captured.lens[:batch])
-        for part, fresh in zip(view, self._schedule(self.captured_pages.first(batch)), strict=True):
+        schedule = self._schedule(self.captured_pages.first(batch), self.captured_width)
+        for part, fresh in zip(view, schedule, strict=True):
             part.copy_(fresh)
         if in_capture:
             self.schedule = view
@@ -90,7 +93,27 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> Partial:
         """See `ShardedAttention.partial_decode`."""
-        queries, scales = q[:, None], {}
+        return self._cached(q, layer)
+
+    def partial_current(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> Partial:
+        """See `ShardedAttention.partial_current`; of drafts, the others are upstream's."""
+        return self.attend_drafts(q, k, v, layer)
+
+    def partial_prefix(
+        self,
+        q: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        gathered: Tensor | None = None,
+    ) -> Partial:
+        """See `ShardedAttention.partial_prefix`; of drafts, the others are upstream's."""
+        return self._cached(q, layer)
+
+    def _cached(self, q: Tensor, layer: RadixAttention) -> Partial:
+        """The batch's queries over this rank's pages; each sees all tokens of its request."""
+        queries, scales = q.unflatten(0, (-1, self.max_q)), {}
         if self.is_fp8_kvcache:
             scale = self.unit_scale if layer.k_scale is None else layer.k_scale.reshape(1)
             quantized, _ = scaled_fp8_quant(q.reshape(-1, q.shape[-1]), scale)
@@ -105,13 +128,14 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
             tile_scheduler_metadata=self.schedule.programs,
             num_splits=self.schedule.splits,
             softmax_scale=layer.scaling,
-            causal=True,
+            # One query masks nothing.
+            causal=self.max_q == 1,
             **scales,
         )
-        lse = lse[..., 0]
+        lse = lse.mT  # [B, queries, heads]
         if self.is_fp8_kvcache:
-            lse = lse.masked_fill(self.pages.empty[:, None], -torch.inf)
-        return out[:, 0], lse
+            lse = lse.masked_fill(self.pages.empty[:, None, None], -torch.inf)
+        return out.flatten(0, 1), lse.flatten(0, 1)
 
     def forward_extend(
         self,
@@ -124,13 +148,20 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE."""
+        """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE.
+
+        Of drafts, see `ShardedAttention.forward_extend`.
+        """
         self._own_sinks(sinks)  # none: MLA's are refused
+        if forward_batch.forward_mode.is_target_verify():
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return FlashInferMLAAttnBackend.forward_extend(
             self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
         )
 
-    def _schedule(self, pages: LocalPages) -> Schedule:
+    def _schedule(self, pages: LocalPages, queries: int) -> Schedule:
         lens = pages.lens.clamp_min(1) if self.is_fp8_kvcache else pages.lens
-        programs, splits = get_mla_metadata(lens, self.heads, 1, is_fp8_kvcache=self.is_fp8_kvcache)
+        programs, splits = get_mla_metadata(
+            lens, queries * self.heads, 1, is_fp8_kvcache=self.is_fp8_kvcache
+        )
         return Schedule(programs, splits, lens)

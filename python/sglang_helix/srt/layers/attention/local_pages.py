@@ -7,7 +7,9 @@ ranks; only lengths differ.
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from sglang_helix.srt.layers.dcp.ownership import KVShard
 try:
     import triton
     import triton.language as tl
+    from sglang.kernels.ops.attention.dcp_kernels import create_triton_kv_indices_for_dcp_triton
 except ImportError:
     triton = None
 
@@ -91,6 +94,49 @@ class LocalPages:
         self.table.copy_(req_to_token[requests[:, None], first] // span)
         self.lens.copy_(shard.lens(lens))
         torch.eq(self.lens, 0, out=self.empty)
+
+
+def local_rows(
+    req_to_token: Tensor,
+    requests: Tensor,
+    lens: Tensor,
+    shard: KVShard,
+    total: int,
+    indptr: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows of a rank's tokens of each request, one after the other: int32 [total].
+
+    For kernels that read pages of one token. lens [B]: tokens of each request over all ranks;
+    total: of them all on this rank, which the host knows. indptr, int32 [at least B + 1], is left
+    with the device's prefix sums, from 0, of what the rank has of each. out: memory for the rows.
+    """
+    held, indptr = shard.lens(lens), indptr[: len(lens) + 1]
+    rows = torch.empty(total, dtype=torch.int32, device=lens.device) if out is None else out
+    torch.cumsum(held, 0, dtype=torch.int32, out=indptr[1:])
+    if lens.is_cuda:
+        create_triton_kv_indices_for_dcp_triton[(len(lens),)](
+            req_to_token,
+            requests,
+            held,
+            indptr,
+            None,
+            rows,
+            req_to_token.stride(0),
+            shard.size,
+            shard.rank,
+        )
+        return rows[:total]
+    owner = torch.repeat_interleave(held, output_size=total)
+    place = torch.arange(total, device=lens.device) - indptr[owner]
+    slots = req_to_token[requests[owner], place * shard.size + shard.rank]
+    rows[:total] = slots // shard.size
+    return rows[:total]
+
+
+def summed_on_host(lens: Iterable[int]) -> Tensor:
+    """Prefix sums on the host, from 0: int32 [B + 1]."""
+    return torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)
 
 
 if triton is not None:

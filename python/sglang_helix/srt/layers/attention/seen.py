@@ -70,7 +70,7 @@ SEEN: tuple[Seen, ...] = (
         "SGLang's schedulers against `transformers`, and the conformance suite",
     ),
     Seen(
-        *("fa4", "MLA", "CPU", ("graph", "extend")),
+        *("fa4", "MLA", "CPU", ("graph", "extend", "verify")),
         "SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and the conformance "
         "suite",
     ),
@@ -85,9 +85,9 @@ SEEN: tuple[Seen, ...] = (
         "of one token leave three ranks empty",
     ),
     Seen(
-        *("flashinfer", "MLA", "CPU", ("extend",)),
+        *("flashinfer", "MLA", "CPU", ("extend", "verify")),
         "upstream's class on stand-ins, SGLang's schedulers against `transformers`, long prefixes "
-        "un-absorbed at once and in chunks too",
+        "un-absorbed at once and in chunks too; its verify pass by the conformance suite",
     ),
     Seen(
         *("flashinfer", "MLA", "one H200", ("graph", "extend")),
@@ -99,7 +99,7 @@ SEEN: tuple[Seen, ...] = (
         "`a2a` and `symm` on two H200s, `symm` on four H100s",
     ),
     Seen(
-        *("flashmla", "MLA", "CPU", ("graph", "extend", "fp8")),
+        *("flashmla", "MLA", "CPU", FEATURES),
         "SGLang's schedulers against `transformers`, long prefixes un-absorbed at once and in "
         "chunks too, and the conformance suite; its prefill by FlashInfer's wrappers",
     ),

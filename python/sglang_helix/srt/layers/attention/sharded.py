@@ -9,6 +9,8 @@ Decode (GQA, MHA)     write the new token's K and V -> attend the local tokens w
 Extend (GQA, MHA)     the current chunk is whole on every rank: attend it with this rank's own
                       heads, no communication; attend the cached prefix like decode does; merge
                       the two by LSE.
+Verify                an extend whose chunk is a tree of drafts. All of them see the whole prefix,
+                      so to the kernel of decode they can be more heads of their request (`fold`).
 Windows               layers of a sliding window that have a pool of their own are not sharded:
                       upstream's own code attends them, with this rank's heads over a pool that is
                       whole on every rank. Others are, and cut by owner: see `windows.py`.
@@ -20,14 +22,19 @@ MLA                   the model gathers queries before decode and exchanges afte
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.layers.logits_processor import get_in_autotune_dummy_run
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
+from sglang.srt.speculative.spec_info import SpecInputType
 from torch import Tensor
 
 from sglang_helix.helix import SeriesError
@@ -60,6 +67,12 @@ class ShardedAttention(AttentionBackend):
     upstream_prefill = False
 
     captured_rows: Tensor | None = None
+    # Of a verify pass: drafts of each request, and which of them each one sees, bool
+    # [B * drafts, drafts]. Captured ones are written by SGLang itself.
+    drafts = 0
+    visible: Tensor
+    captured_width = 1  # queries of a request in captured graphs: 1, or the drafts of a verify pass
+    _verify_mask: VerifyMask | None = None
     # Whether the model has window layers, whose pool is whole.
     windows = False
     # Keys that window layers see which share the pool of all layers; 0: the model has none.
@@ -170,11 +183,13 @@ class ShardedAttention(AttentionBackend):
         """Prepare one eager forward pass."""
         super().init_forward_metadata(forward_batch)
         self.prepare_writes(forward_batch)
+        self.prepare_drafts(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
         self.allocate_captured_writes(max_num_tokens)
+        self.allocate_captured_drafts(max_bs, max_num_tokens)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -182,6 +197,15 @@ class ShardedAttention(AttentionBackend):
         """Prepare the capture or one replay of a decode graph, in place."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         self.prepare_captured_writes(forward_batch, in_capture)
+        self.prepare_captured_drafts(forward_batch, in_capture)
+
+    @property
+    def verify_mask(self) -> VerifyMask | None:
+        """Where SGLang writes which drafts see which; None before graphs are captured.
+
+        Without columns for cached tokens, which every draft sees.
+        """
+        return self._verify_mask
 
     def get_fused_kv_write_buffers(
         self, layer: RadixAttention, forward_batch: ForwardBatch
@@ -329,6 +353,63 @@ class ShardedAttention(AttentionBackend):
         """How many of the last `window` tokens of a request this rank holds, at most."""
         return self.window // self.shard.size
 
+    def prepare_drafts(self, forward_batch: ForwardBatch) -> None:
+        """Which drafts see which, in an eager pass that verifies some."""
+        if forward_batch.forward_mode.is_target_verify():
+            self.drafts = forward_batch.spec_info.draft_token_num
+            self.visible = self._visible(forward_batch.spec_info, forward_batch.seq_lens)
+
+    def allocate_captured_drafts(self, max_bs: int, max_num_tokens: int) -> None:
+        """Which drafts see which, for captured verify passes."""
+        self.captured_width = width = max_num_tokens // max_bs
+        if width > 1:
+            mask = torch.ones(max_num_tokens * width, dtype=torch.bool, device=self.device)
+            self._verify_mask = VerifyMask(mask, TreeMaskMode.QLEN_ONLY, max_bs)
+
+    def prepare_captured_drafts(self, forward_batch: ForwardBatch, in_capture: bool) -> None:
+        """Which drafts see which, in the capture or one replay of a verify pass, in place.
+
+        A replay brings the mask of its real requests only.
+        """
+        if self._verify_mask is None or not forward_batch.forward_mode.is_target_verify():
+            return  # or an eager pass, as above
+        width = self.captured_width
+        captured = self._verify_mask.buffer.view(-1, width)
+        if in_capture:
+            self.drafts, self.visible = width, captured[: forward_batch.batch_size * width]
+            return
+        tokens = len(forward_batch.out_cache_loc)
+        seen = self._visible(forward_batch.spec_info, forward_batch.seq_lens[: tokens // width])
+        captured[:tokens].copy_(seen)
+
+    def _visible(self, drafted: Any, cached: Tensor) -> Tensor:
+        """bool [B * drafts, drafts] of requests with so many cached tokens [B]."""
+        drafts = drafted.draft_token_num
+        mask: Tensor = drafted.custom_mask
+        if self._verify_mask is not None and drafted.spec_input_type == SpecInputType.EAGLE_VERIFY:
+            return mask[: len(cached) * drafts**2].view(-1, drafts)
+        return visible_drafts(mask, cached, drafts)
+
+    def attend_drafts(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
+        """The drafts on themselves, for backends whose kernels have no masks, in plain torch.
+
+        q [T, h, Dk], k [T, g, Dk], v [T, g, Dv] -> out fp32 [T, h, Dv], LSE [T, h]. A few small
+        products: T * h * drafts logits.
+        """
+        drafts, groups = self.drafts, k.shape[1]
+        queries = fold(q, drafts, groups).unflatten(1, (groups, -1)).float()
+        keys, values = (part.unflatten(0, (-1, drafts)).transpose(1, 2).float() for part in (k, v))
+        logits = queries @ keys.mT * layer.scaling
+        if layer.logit_cap > 0:
+            logits = layer.logit_cap * torch.tanh(logits / layer.logit_cap)
+        seen = self.visible.view(-1, 1, drafts, 1, drafts)
+        logits = logits.unflatten(2, (drafts, -1)).masked_fill(~seen, -torch.inf).flatten(2, 3)
+        lse = logits.logsumexp(-1)  # finite: each draft sees itself
+        out = torch.exp(logits - lse[..., None]) @ values
+        if self.base2:
+            lse = lse / math.log(2)
+        return unfold(out.flatten(1, 2), drafts, groups), unfold(lse.flatten(1, 2), drafts, groups)
+
     def allocate_captured_writes(self, max_num_tokens: int) -> None:
         """Rows to write that captured graphs read."""
         if not self.mla:
@@ -342,10 +423,8 @@ class ShardedAttention(AttentionBackend):
         """
         if self.captured_rows is None:
             return  # MLA, or an eager pass of a backend that prepares both alike
-        slots, tokens = forward_batch.out_cache_loc, forward_batch.batch_size
-        if forward_batch.forward_mode.is_target_verify():
-            tokens *= forward_batch.spec_info.draft_token_num
-        rows = self.captured_rows[:tokens]
+        slots = forward_batch.out_cache_loc
+        rows = self.captured_rows[: forward_batch.batch_size * self.captured_width]
         rows.zero_()
         rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
         if in_capture:
@@ -363,11 +442,7 @@ class ShardedAttention(AttentionBackend):
 
     def mla_queries(self, q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Any:
         """MLA's queries as `partial_decode` and the others take them: [T, heads, latent + rope]."""
-        heads = layer.tp_q_head_num
-        return torch.cat(
-            [q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)],
-            dim=-1,
-        )
+        return torch.cat(mla_parts(q, q_rope, layer), dim=-1)
 
     # Between the seams.
 
@@ -489,9 +564,8 @@ class ShardedPagedAttention(ShardedAttention):
 
     A batch's: `cu_q` ([B+1] int32) and `max_q`, which queries are whose; `pages`, the tokens of
     this rank that decode or the queries of a chunk attend, of requests whose queries are
-    `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`; of drafts
-    `visible`
-    ([B * drafts, drafts] bool), which of them each one sees. Upstream's are prepared beside them
+    `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`. Upstream's
+    are prepared beside them
     where upstream attends: in the prefill of MLA, and in window layers.
     """
 
@@ -500,12 +574,11 @@ class ShardedPagedAttention(ShardedAttention):
     cu_cached: Tensor
     cu_prefix: Tensor
     max_q: int
-    visible: Tensor
-    captured_width = 1  # queries of a request in captured graphs: 1, or the drafts of a verify pass
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
         self.prepare_writes(forward_batch)
+        self.prepare_drafts(forward_batch)
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata(forward_batch)
         mode, batch = forward_batch.forward_mode, forward_batch.batch_size
@@ -515,9 +588,8 @@ class ShardedPagedAttention(ShardedAttention):
         if mode.is_decode_or_idle():
             self.cu_q, self.max_q = _steps(batch, 1, device), 1
         elif mode.is_target_verify():
-            self.max_q = forward_batch.spec_info.draft_token_num
+            self.max_q = self.drafts
             self.cu_q = _steps(batch, self.max_q, device)
-            self.visible = visible_drafts(forward_batch.spec_info.custom_mask, lens, self.max_q)
         else:
             if self.mla:
                 super(ShardedAttention, self).init_forward_metadata(forward_batch)
@@ -540,11 +612,9 @@ class ShardedPagedAttention(ShardedAttention):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
         self.allocate_captured_writes(max_num_tokens)
+        self.allocate_captured_drafts(max_bs, max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
-        self.captured_width = max_num_tokens // max_bs
         self.captured_cu_q = _steps(max_bs, self.captured_width, self.device)
-        shape = max_num_tokens, self.captured_width
-        self.captured_visible = torch.ones(shape, dtype=torch.bool, device=self.device)
         if self.windows:
             super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
 
@@ -553,19 +623,13 @@ class ShardedPagedAttention(ShardedAttention):
     ) -> None:
         """Prepare the capture or one replay of a decode graph, in place."""
         self.prepare_captured_writes(forward_batch, in_capture)
-        batch, width = forward_batch.batch_size, self.captured_width
+        self.prepare_captured_drafts(forward_batch, in_capture)
+        batch = forward_batch.batch_size
         pages, lens = self.captured_pages.first(batch), forward_batch.seq_lens[:batch]
         self.fill_pages(pages, forward_batch.req_pool_indices[:batch], lens)
-        if forward_batch.forward_mode.is_target_verify() and not in_capture:
-            # The mask is that of the requests which are there.
-            tokens = len(forward_batch.out_cache_loc)
-            mask = forward_batch.spec_info.custom_mask
-            seen = visible_drafts(mask, lens[: tokens // width], width)
-            self.captured_visible[:tokens].copy_(seen)
         if in_capture:
-            self.pages, self.cu_q, self.max_q = pages, self.captured_cu_q[: batch + 1], width
-            self.cu_cached = self.cu_q
-            self.visible = self.captured_visible[: batch * width]
+            self.pages, self.cu_q = pages, self.captured_cu_q[: batch + 1]
+            self.cu_cached, self.max_q = self.cu_q, self.captured_width
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
 
@@ -576,6 +640,19 @@ class ShardedPagedAttention(ShardedAttention):
 def _longest(lens: Tensor | None) -> int | None:
     """Of lengths on the host; None where it does not know them."""
     return None if lens is None or not lens.numel() else int(lens.max())
+
+
+def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
+    """Cached tokens of each request [B], where a kernel's plan is made: waits for none it can have.
+
+    The host's own lengths count the drafts for n-grams, whose step waits for the device anyway.
+    """
+    batch, drafted = forward_batch.batch_size, forward_batch.spec_info
+    if drafted is not None and drafted.spec_input_type != SpecInputType.EAGLE_VERIFY:
+        return forward_batch.seq_lens[:batch].cpu()
+    if forward_batch.seq_lens_cpu is None:
+        raise RuntimeError("the backend plans by lengths on the host, and this batch has none")
+    return forward_batch.seq_lens_cpu[:batch]
 
 
 def _steps(requests: int, queries: int, device: Any) -> Tensor:
@@ -596,6 +673,12 @@ def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
             f"attention with {', '.join(given)} is not supported with --dcp-size > 1"
         )
     return q_rope, k_rope
+
+
+def mla_parts(q: Tensor, q_rope: Tensor, layer: RadixAttention) -> tuple[Tensor, Tensor]:
+    """MLA's queries by head, the two parts apart: [T, heads, latent] and [T, heads, rope]."""
+    heads = layer.tp_q_head_num
+    return q.reshape(-1, heads, layer.v_head_dim), q_rope.reshape(q_rope.shape[0], heads, -1)
 
 
 def _refuse_shared(layer: RadixAttention, k: Any) -> None:
@@ -631,6 +714,30 @@ def prefixed(forward_batch: ForwardBatch) -> Prefixed | None:
     before, own = sum(forward_batch.extend_seq_lens_cpu[:first]), slice(first, end)
     queries = sum(forward_batch.extend_seq_lens_cpu[own])
     return Prefixed(own, slice(before, before + queries), end - first == len(lens))
+
+
+def fold(q: Tensor, drafts: int, groups: int) -> Tensor:
+    """[B * drafts, H, ...] -> [B, drafts * H, ...]: drafts of a request as more heads of one query.
+
+    groups: key-value heads, H / groups query heads on each. Folded heads stay in groups as large
+    as the drafts make them, so that each still reads its key-value head.
+    """
+    grouped = q.unflatten(1, (groups, -1)).unflatten(0, (-1, drafts))
+    return grouped.transpose(1, 2).flatten(1, 3)
+
+
+def unfold(out: Tensor, drafts: int, groups: int) -> Tensor:
+    """The opposite of `fold`."""
+    return out.unflatten(1, (groups, drafts, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def folded(
+    decode: Callable[[Tensor], Partial | Splits], q: Tensor, drafts: int, groups: int
+) -> Partial:
+    """Drafts q [T, H, Dk] over the cached tokens of their requests, by a kernel of decode."""
+    partial = decode(fold(q, drafts, groups))
+    out, lse = partial.merged(q.dtype) if isinstance(partial, Splits) else partial
+    return unfold(out, drafts, groups), unfold(lse, drafts, groups)
 
 
 def visible_drafts(mask: Tensor, cached: Tensor, drafts: int) -> Tensor:

@@ -4,7 +4,8 @@ Upstream already builds each rank's index lists, for eager batches and for captu
 kernels the adapter calls the first decode stage, which leaves one partial result per split of the
 sequence, and the extend kernel with its LSE output. The splits are partial attentions like those
 of other ranks, so the project's own combine, or the exchange itself, replaces upstream's second
-stage and its separate LSE reduction.
+stage and its separate LSE reduction. Drafts see all of a prefix, and so decode it too, as more
+heads of their request: the extend kernel walks it in one program.
 
 Window layers with a pool of their own decode by the same kernel over upstream's list of the rows in
 their window, which leaves out one key: W - 1 of them where all other kernels, and the models, see
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from sglang.kernels.ops.attention.decode_attention import (
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 from torch import Tensor
 
@@ -41,7 +43,7 @@ from sglang_helix.srt.layers.attention.kv_splits import (
     SplitPlan,
     Tile,
 )
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, summed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, folded, prefixed, summed
 from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
@@ -72,6 +74,8 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         # Upstream's own buffers, which are not read, as small as it makes them.
         self.max_kv_splits = 1
         self.nothing_before = torch.zeros_like(self.kv_indptr)
+        # Nor is its mask of drafts, a column for each token of the longest context.
+        self.num_draft_tokens = None
         if self.window:
             self.sliding_window_size = None  # upstream's list is of all ranks' tokens
         elif self.windows:
@@ -86,8 +90,12 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
                 super().init_forward_metadata(forward_batch)
         else:
             super().init_forward_metadata(forward_batch)
-            if not forward_batch.forward_mode.is_target_verify():
-                self.prefixes = self._prefixes(forward_batch)
+        if forward_batch.forward_mode.is_target_verify():
+            counts = torch.empty(forward_batch.batch_size, dtype=torch.int32, device=self.device)
+            self.get_num_kv_splits(counts, self.shard.lens(forward_batch.seq_lens))
+            self._show_drafts(counts, self._masks(forward_batch.batch_size, self.drafts))
+        elif not forward_batch.forward_mode.is_decode_or_idle():
+            self.prefixes = self._prefixes(forward_batch)
         if self.window and forward_batch.forward_mode.is_decode_or_idle():
             self.window_rows = self._new_window_rows(forward_batch.batch_size)
             self._list_window(forward_batch, self.window_rows)
@@ -120,6 +128,16 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         )
         self.get_num_kv_splits(rows.counts, held.clamp_min(1))
 
+    def _masks(self, requests: int, drafts: int) -> Tensor:
+        """[B+1]: where the mask of each request's drafts begins."""
+        return torch.arange(requests + 1, device=self.device) * drafts**2
+
+    def _show_drafts(self, counts: Tensor, masks: Tensor) -> None:
+        """Complete upstream's metadata of a verify pass: splits, and masks of the drafts alone."""
+        metadata = self.forward_metadata
+        metadata.num_kv_splits, metadata.mask_indptr = counts, masks
+        metadata.custom_mask = self.visible.view(torch.uint8).flatten()
+
     @contextlib.contextmanager
     def _whole_windows(self) -> Iterator[None]:
         """Around upstream's preparation of decode: its windows have the key that they lack.
@@ -140,11 +158,25 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Prepare the capture or one replay of a decode graph, in place."""
         with self._whole_windows():
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        if in_capture and forward_batch.forward_mode.is_target_verify():
+            batch = forward_batch.batch_size
+            counts = self.cuda_graph_num_kv_splits[:batch]
+            self._show_drafts(counts, self.captured_masks[: batch + 1])
         if self.window:
             rows = self.captured_window_rows.first(forward_batch.batch_size)
             self._list_window(forward_batch, rows)
             if in_capture:
                 self.window_rows = rows
+
+    def _update_target_verify_buffers(
+        self, plan: Any, bs: int, seq_lens: Tensor, spec_info: Any, req_pool_indices: Tensor
+    ) -> None:
+        """What a captured verify pass reads, but for which drafts see which."""
+        self.qo_indptr[: bs + 1].copy_(self.captured_queries[: bs + 1])
+        self._fill_kv_indptr_and_indices(
+            plan, bs, seq_lens, req_pool_indices, self.cuda_graph_kv_indices
+        )
+        self.get_num_kv_splits(self.cuda_graph_num_kv_splits[:bs], self.shard.lens(seq_lens[:bs]))
 
     def _rows_to_read(self, forward_batch: ForwardBatch) -> int:
         """Rows of this rank that a batch reads, or a little more, by what the host knows."""
@@ -182,6 +214,8 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         """Allocate what captured graphs read; filled anew before every replay."""
         # Without splits and rows of its own, which upstream sizes by the longest context.
         super().init_cuda_graph_state(max_bs, max_num_tokens, self.scratch.indices, *args[1:])
+        self.captured_masks = self._masks(max_bs, self.captured_width)
+        self.captured_queries = self.captured_masks // self.captured_width
         if self.window:
             self.captured_window_rows = self._new_window_rows(max_bs)
         if self.windows and self.sliding_window_size is not None:
@@ -316,12 +350,14 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
         metadata = self.forward_metadata
+        prefixes: tuple[Tensor, Tensor] | None = None
+        keys, values = self._buffers(layer)
         if forward_batch.forward_mode.is_target_verify():
+            if self._folds(q.shape[1], keys.shape[1]):
+                decode = partial(self.partial_decode, layer=layer, forward_batch=forward_batch)
+                return folded(decode, q, self.drafts, keys.shape[1])
             prefixes = metadata.qo_indptr, metadata.kv_indptr
-        else:
-            prefixes = self.prefixes
         if gathered is None:
-            keys, values = self._buffers(layer)
             indices = metadata.kv_indices
         else:
             keys, values = gathered, gathered[..., : layer.v_head_dim]
@@ -335,9 +371,18 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             keys,
             values,
             indices,
-            prefixes,
+            prefixes or self.prefixes,
             _scales(layer),
         )
+
+    def _folds(self, heads: int, kv_heads: int) -> bool:
+        """Whether decode's kernel takes a request's drafts as heads.
+
+        Its tiles of heads have one key-value head each, so where there are several, the heads on
+        each must fit into one tile or fill some.
+        """
+        tile, on_each = self.scratch.plan.tile.heads, heads // kv_heads * self.drafts
+        return kv_heads == 1 or on_each <= tile or on_each % tile == 0
 
     def _extend(
         self,
@@ -393,12 +438,12 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
     def _mask_columns_before(self, metadata: Any) -> Tensor:
         """Where the chunk's own columns of each request's mask start, summed up as an indptr.
 
-        A tree of draft tokens brings a mask, a row per draft, that begins with the cached tokens,
-        and so does a chunk with pictures (Gemma-4); the kernel finds the rest of them by the number
-        of cached tokens. Other chunks have no mask.
+        A chunk with pictures (Gemma-4) brings a mask, a row per token, that begins with the cached
+        tokens; the kernel finds the rest of them by the number of cached tokens. Masks of drafts
+        are of them alone, and other chunks have none.
         """
         rows = metadata.qo_indptr
-        if metadata.custom_mask is None:
+        if metadata.custom_mask is None or metadata.num_kv_splits is not None:
             return self.nothing_before[: len(rows)]
         new = rows.diff()
         cached = metadata.mask_indptr.diff() // new - new
@@ -460,9 +505,11 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
         cap: int | None = -(-local_context // tile)
     else:
         cap = asked if asked != NOT_ASKED else None
+    # Where drafts are verified, they are heads of their requests.
+    drafts = get_spec().speculative_num_draft_tokens or 1
     plan = SplitPlan.of(
         MLA if mla else GQA,
-        sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size,
+        sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size * drafts,
         1 if mla else max(layer.tp_k_head_num for layer in sharded),
         multiprocessors=get_device_core_count(runner.gpu_id),
         local_context=local_context,

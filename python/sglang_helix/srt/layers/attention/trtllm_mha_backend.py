@@ -1,9 +1,9 @@
 """Adapter for TensorRT-LLM's attention. Extends `layers/attention/trtllm_mha_backend.py`.
 
 Decode is the kernel of trtllm-gen over this rank's pages, which returns a base-2 LSE [T, heads];
-chunks and their cached prefix are FlashInfer's, as upstream's backend derives from that one. What
-the kernel leaves for a request without tokens is not documented: it is given one token of some
-page, and its LSE says that it has none.
+chunks, drafts and their cached prefix are FlashInfer's, as upstream's backend derives from that
+one. What the kernel leaves for a request without tokens is not documented: it is given one token of
+some page, and its LSE says that it has none.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
         self.allocate_captured_writes(max_num_tokens)
+        self.allocate_captured_drafts(max_bs, max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
         self.captured_lens = torch.ones_like(self.captured_pages.lens)
 
