@@ -359,6 +359,30 @@ def on_queries(
     return f"to replicate queries is {when} (computed)"
 
 
+# Bytes of a weight, of quantizations whose query projections can be replicated.
+_QUANTIZED = {"fp8": 1}
+
+
+def advice_on_queries(
+    layout: Layout, model_config: Any, device: str, exchange: str, replicated: bool
+) -> list[str]:
+    """A line for the log of a start; none for a GPU, an exchange or a model that nobody fitted.
+
+    device: what CUDA calls the GPU. replicated: what this server does.
+    """
+    gpu = gpu_called(device)
+    if gpu is None or exchange not in fitted().exchange:
+        return []
+    try:
+        model = model_of(model_config)
+    except (AttributeError, TypeError, ValueError):  # fields of a class that it was not made for
+        return []
+    element = _QUANTIZED.get(model_config.quantization, model_config.dtype.itemsize)
+    here = "replicated" if replicated else "gathered"
+    says = on_queries(model, layout, gpu, exchange, element)
+    return [f"Queries are {here} (--[no-]dcp-replicate-q-proj); {says}"]
+
+
 def length(tokens: int) -> str:
     """4096 as 4K, 1048576 as 1M."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):

@@ -214,3 +214,13 @@ def test_replicated_queries_are_advised_where_they_pay() -> None:
     assert pays > 1
     alone = deep.shape.layers * (read / parameters.weights - parameters.gather - sent) / 1e3
     assert f"from {pays} requests at once on, and alone {alone:.2f} ms a token slower" in said
+
+
+def test_a_start_says_what_replicated_queries_cost() -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    model, layout = ModelConfig(str(ROOT / LITE)), Layout(8, 8)
+    (line,) = cost.advice_on_queries(layout, model, "NVIDIA H200", "symm", True)
+    assert line.startswith("Queries are replicated (--[no-]dcp-replicate-q-proj); to replicate")
+    assert cost.advice_on_queries(layout, model, "NVIDIA L4", "symm", True) == []
+    assert cost.advice_on_queries(layout, model, "NVIDIA H200", "fi_a2a", True) == []

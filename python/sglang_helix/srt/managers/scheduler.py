@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_helix import cost, helix
+from sglang_helix import helix
 from sglang_helix.srt.compatibility.rows import STORAGE
 from sglang_helix.srt.compatibility.situation import situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
@@ -16,9 +16,6 @@ from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 
 logger = logging.getLogger(__name__)
-
-# Of quantizations whose query projections can be replicated; of others nothing is said.
-_WEIGHT_BYTES = {"fp8": 1}
 
 SERIES_KEY = "sglang_helix"
 #: In the report of rank 0: those of the other nodes' ranks.
@@ -194,27 +191,11 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     ]
     if runner.is_hybrid_swa:
         lines.append(_describe_windows(runner, report["kv_tokens"]))
-    if torch.cuda.is_available() and (gpu := cost.gpu_called(torch.cuda.get_device_name())):
-        lines += _advise_on_queries(layout, model, gpu)
+    if torch.cuda.is_available():
+        exchange, replicated = parallel.dcp_comm_backend, bool(parallel.dcp_replicate_q_proj)
+        device = torch.cuda.get_device_name()
+        lines += helix.advice_on_queries(layout, model, device, exchange, replicated)
     return lines
-
-
-def _advise_on_queries(layout: Layout, model_config: Any, gpu: cost.Gpu) -> list[str]:
-    """Whether replicated queries pay, where the cost model knows the exchange and the model."""
-    from sglang.srt.runtime_context import get_parallel
-
-    parallel = get_parallel()
-    exchange = parallel.dcp_comm_backend
-    if exchange not in cost.fitted().exchange:
-        return []
-    try:
-        model = cost.model_of(model_config)
-    except (AttributeError, TypeError, ValueError):  # fields of a class that it was not made for
-        return []
-    element = _WEIGHT_BYTES.get(model_config.quantization, model_config.dtype.itemsize)
-    here = "replicated" if parallel.dcp_replicate_q_proj else "gathered"
-    says = cost.on_queries(model, layout, gpu, exchange, element)
-    return [f"Queries are {here} (--[no-]dcp-replicate-q-proj); {says}"]
 
 
 def _describe_windows(runner: Any, tokens: int) -> str:
