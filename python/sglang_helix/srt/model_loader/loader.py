@@ -185,11 +185,12 @@ def _check(
     if not _attention_layers(model):
         # SGLang's wrapper of a transformers model, for one, keeps them out of the module tree.
         raise _Misfit("the model", "no attention layers of SGLang")
-    seen: set[int] = set()
+    caches: dict[int, str] = {}
     for name, layer in _attention_layers(model):
-        if layer.layer_id in seen:
-            raise _Misfit(name, f"the cache of another layer ({layer.layer_id})")
-        seen.add(layer.layer_id)
+        # MLA's class has several layers of attention to one cache.
+        owner = name.rpartition(".")[0]
+        if caches.setdefault(layer.layer_id, owner) != owner:
+            raise _Misfit(name, f"the cache of {caches[layer.layer_id]}")
         reasons = {
             "attention that is not a causal decoder's": layer.attn_type != AttentionType.DECODER,
             "cross attention": layer.is_cross_attention,
