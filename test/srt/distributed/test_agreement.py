@@ -116,8 +116,8 @@ def test_a_silent_node_is_named(ranks: list[Agreement]) -> None:
     (verdict,) = set(verdicts(ranks, FACTS, FACTS, patience=1))
     assert verdict == (
         "ranks 2, 3 (node 1) have not said within 1 s what they run, and without the series their "
-        "answers would be wrong: see the log of that node, install the same sglang-helix there and "
-        "leave it in SGLANG_PLUGINS."
+        "answers would be wrong: see the log of that node, install the same sglang-helix "
+        "everywhere and leave it in SGLANG_PLUGINS."
     )
     # Who comes too late ends too.
     ranks[2].publish(FACTS)
@@ -244,7 +244,7 @@ def test_nodes_that_run_the_same_start(
         ),
         pytest.param(
             "ready",
-            {"sglang_helix:__version__": "0.2.0"},
+            {"sglang_helix.helix:__version__": "0.2.0"},
             "version is '0.1.0' on rank 0 (node 0, {host}), '0.2.0' on rank 1 (node 1, {host})",
             id="version",
         ),
