@@ -11,8 +11,7 @@ pytestmark = pytest.mark.quick
 ROOT = Path(sglang_helix.__file__).parent
 ATTENTION, DCP, DISTRIBUTED = "srt.layers.attention", "srt.layers.dcp", "srt.distributed"
 
-# What modules may import of these three packages, directly or not; of the rest of the series, only
-# the package's own names, `hook` and `helix`.
+# What modules may import of these three packages, directly or not.
 COMBINE = {f"{DCP}.lse_combine", f"{DCP}.partial"}
 KERNEL = {f"{DCP}.symm", f"{DCP}.symm_workspace"}
 SEAMS: dict[str, set[str]] = {
@@ -54,6 +53,10 @@ def imports(module: str) -> set[str]:
     return found
 
 
+def of_seams(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith((f"{DCP}.", f"{DISTRIBUTED}."))}
+
+
 def reached(module: str) -> set[str]:
     found: set[str] = set()
     left = [module]
@@ -66,10 +69,16 @@ def reached(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", SEAMS)
 def test_a_seam_knows_only_what_it_is_built_on(module: str) -> None:
-    assert reached(module) - {"hook", "helix"} <= SEAMS[module] - {module}
+    found = reached(module)
+    assert of_seams(found) <= SEAMS[module]
+    assert not {name for name in found if name.startswith(f"{ATTENTION}.")}
 
 
 @pytest.mark.parametrize("module", ADAPTERS)
 def test_an_adapter_sees_no_exchange_and_no_group(module: str) -> None:
-    elsewhere = {name for name in imports(module) if not name.startswith(f"{ATTENTION}.")}
-    assert elsewhere - {"hook", "helix"} <= OF_ADAPTERS
+    assert of_seams(imports(module)) <= OF_ADAPTERS
+
+
+def test_what_joins_them_is_seen_to() -> None:
+    joined = {f"{DCP}.ownership", f"{DCP}.exchange", f"{DCP}.lse_combine"}
+    assert joined <= imports(f"{ATTENTION}.sharded")
