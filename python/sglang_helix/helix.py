@@ -6,8 +6,6 @@ this module. What is the plugin's alone is outside `srt`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from sglang_helix import __version__
 from sglang_helix.hook import SeriesError, installed_sglang
 from sglang_helix.plugin import before_process_groups, installed_stages
@@ -17,7 +15,6 @@ __all__ = [
     "RUN_THE_SAME",
     "SeriesError",
     "__version__",
-    "advice_on_queries",
     "before_process_groups",
     "installed_sglang",
     "installed_stages",
@@ -29,10 +26,3 @@ ATTN_TP_SIZE = "_helix_attn_tp_size"
 
 #: What to do where some rank runs another series, or none.
 RUN_THE_SAME = "install the same sglang-helix everywhere and leave it in SGLANG_PLUGINS"
-
-
-def advice_on_queries(*args: Any) -> list[str]:
-    """See `cost.advice_on_queries`; the cost model is the plugin's alone."""
-    from sglang_helix.cost import advice_on_queries
-
-    return advice_on_queries(*args)

@@ -43,11 +43,6 @@ def installed_stages() -> frozenset[str]:
     return frozenset(_stages)
 
 
-def advice_on_queries(*args: Any) -> list[str]:
-    """Nothing: the cost model is not in the tree."""
-    return []
-
-
 def before_process_groups(*args: Any, server_args: Any, **kwargs: Any) -> None:
     """Before `init_parallel_runtime`: check the arguments again, and decide what this rank is."""
     from sglang_helix.srt.compatibility.verdict import stages_of

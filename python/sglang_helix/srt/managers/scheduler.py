@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_helix import helix
+from sglang_helix import cost, helix
 from sglang_helix.srt.compatibility.rows import STORAGE
 from sglang_helix.srt.compatibility.situation import situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
@@ -194,7 +194,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     if torch.cuda.is_available():
         exchange, replicated = parallel.dcp_comm_backend, bool(parallel.dcp_replicate_q_proj)
         device = torch.cuda.get_device_name()
-        lines += helix.advice_on_queries(layout, model, device, exchange, replicated)
+        lines += cost.advice_on_queries(layout, model, device, exchange, replicated)
     return lines
 
 
