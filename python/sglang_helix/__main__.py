@@ -63,7 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         "--model-path", "--model", nargs="+", required=True, help="directories with a config.json"
     )
     asked.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
-    asked.add_argument("--on", choices=list(MACHINES), help="a machine's GPUs; default: this one's")
+    asked.add_argument(
+        "--on",
+        type=str.capitalize,
+        choices=list(MACHINES),
+        help="a machine's GPUs; default: this one's",
+    )
     layout = commands.add_parser("layout", help="list every legal layout of a model")
     layout.add_argument(
         "--model-path", required=True, help="directory with the model's config.json"
