@@ -11,7 +11,6 @@ them with a rank's own heads, as if there were no other prefix: nothing is left 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
+from sglang_helix.srt.layers.attention.local_pages import summed_on_host
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 
 
@@ -98,8 +98,8 @@ class Tails:
             slots.long() // size,
             (ranks * brought + at).to(device),
             torch.cat(behind).to(device),
-            _summed(lens, device),
-            _summed(keys, device),
+            summed_on_host(lens).to(device),
+            summed_on_host(keys).to(device),
             max(keys),
         )
 
@@ -119,8 +119,3 @@ class Tails:
     def before(self, tail: Tensor, new: Tensor) -> Tensor:
         """Every request's tail and new tokens, [S + T, g, D]: tail [S, g, D], new [T, g, D]."""
         return torch.cat([tail, new])[self.behind]
-
-
-def _summed(lens: Sequence[int], device: torch.device) -> Tensor:
-    sums = [0, *itertools.accumulate(lens)]
-    return torch.tensor(sums, dtype=torch.int32, device=device)
