@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import (
     attention_backends,
     get_device,
@@ -30,7 +29,7 @@ from sglang.srt.runtime_context import (
 from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.adapters import adapter
-from sglang_helix.srt.layers.attention.windows import windowed
+from sglang_helix.srt.layers.attention.windows import attention_layers, sharded_layers
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
 from sglang_helix.srt.layers.dcp.probe import probe
 from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
@@ -63,18 +62,17 @@ def prepare_exchange(result: None, runner: Any) -> None:
     backend = BACKENDS.get(name)
     if backend is None or parallel.attn_dcp_size == 1:
         return
-    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
-    for layer in layers if backend.prepare else ():
-        layer.register_forward_pre_hook(note_layer)
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
-    mla = runner.use_mla_backend
-    # Window layers with a pool of their own exchange nothing.
-    sharded = [layer for layer in layers if not (config.is_hybrid_swa and windowed(layer))]
-    widths = {config.kv_lora_rank} if mla else {layer.v_head_dim for layer in sharded}
+    if runner.use_mla_backend:
+        widths = {config.kv_lora_rank}
+    else:
+        widths = {layer.v_head_dim for layer in sharded_layers(runner.model, config)}
     max_tokens = requests and requests * (drafts or 1)
     num_heads = sharded_heads(config) // layout.attn_tp_size
     if backend.prepare:
+        for layer in attention_layers(runner.model):
+            layer.register_forward_pre_hook(note_layer)
         for width in sorted(widths):
             backend.prepare(
                 parallel.dcp_group,

@@ -27,7 +27,6 @@ from sglang.kernels.ops.attention.decode_attention import (
     _fwd_grouped_kernel_stage1,
 )
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
@@ -44,11 +43,18 @@ from sglang_helix.srt.layers.attention.kv_splits import (
     Tile,
 )
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, folded, prefixed, summed
-from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
+from sglang_helix.srt.layers.attention.windows import (
+    Tails,
+    attention_layers,
+    sharded_layers,
+    window_of,
+    windowed,
+)
 from sglang_helix.srt.layers.dcp.lse_combine import combine
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -497,8 +503,6 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
     """
     parallel, config, kernel = get_parallel(), runner.model_config, get_exec().kernel
     mla = runner.use_mla_backend
-    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
-    sharded = [layer for layer in layers if not (config.is_hybrid_swa and windowed(layer))]
     local_context = -(-config.context_len // parallel.attn_dcp_size)
     asked = kernel.triton_attention_num_kv_splits
     if tile := kernel.triton_attention_split_tile_size:
@@ -510,12 +514,14 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
     plan = SplitPlan.of(
         MLA if mla else GQA,
         sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size * drafts,
-        1 if mla else max(layer.tp_k_head_num for layer in sharded),
+        1 if mla else max(layer.tp_k_head_num for layer in sharded_layers(runner.model, config)),
         multiprocessors=get_device_core_count(runner.gpu_id),
         local_context=local_context,
         cap=cap,
     )
-    width = config.kv_lora_rank if mla else max(layer.v_head_dim for layer in layers)
+    # Windows decode in it too, wherever their pool is.
+    widths = (layer.v_head_dim for layer in attention_layers(runner.model))
+    width = config.kv_lora_rank if mla else max(widths)
     index_rows = captured * local_context
     size = plan.nbytes(largest, width, index_rows) / 2**30
     slack = runner.pre_model_load_memory * (1 - get_schedule().mem_fraction_static)

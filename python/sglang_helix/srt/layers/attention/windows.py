@@ -28,10 +28,20 @@ def windowed(layer: RadixAttention) -> bool:
     return layer.sliding_window_size > -1
 
 
+def attention_layers(model: nn.Module) -> list[RadixAttention]:
+    """Every attention layer of a model."""
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def sharded_layers(model: nn.Module, model_config: Any) -> list[RadixAttention]:
+    """Those whose cache goes by owner: all but windows that have a pool of their own."""
+    pooled = model_config.is_hybrid_swa
+    return [layer for layer in attention_layers(model) if not (pooled and windowed(layer))]
+
+
 def window_of(model: nn.Module) -> int:
     """Keys that the window layers of a model see, the query's own included; 0: it has none."""
-    layers = (module for module in model.modules() if isinstance(module, RadixAttention))
-    return max((layer.sliding_window_size + 1 for layer in layers), default=0)
+    return max((layer.sliding_window_size + 1 for layer in attention_layers(model)), default=0)
 
 
 @dataclass(frozen=True)
