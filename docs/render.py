@@ -16,7 +16,7 @@ from sglang_helix.build import Builder, first_line
 from sglang_helix.check import check, layouts
 from sglang_helix.layout import CACHE_BYTES, beside_a_draft, rows, shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Adapter, Attention, serving
-from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen
+from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen, seen_on_a_gpu
 
 DOCS = Path(__file__).parent
 ATTENTIONS: tuple[Attention, ...] = ("GQA", "MLA")
@@ -39,7 +39,8 @@ def compatibility() -> str:
 
 "Sharded" means `--dcp-size` > 1, given or through `--attn-tp-size`. Generated from the table that
 start-up and every rank validate against (`python -m sglang_helix compatibility`); every row has its
-test. What it would take to lift some refusals is in [refused.md](refused.md).
+test. Which of it has run on a GPU: [status.md](status.md). What it would take to lift some refusals:
+[refused.md](refused.md).
 
 The verdict of a server is one of three:
 
@@ -110,7 +111,7 @@ def models() -> str:
 Open models that people serve with long contexts in 2026, and what becomes of them on Hopper GPUs:
 {counted}. Written by `python docs/render.py models.md`, in some minutes, from the configurations
 in `docs/models` by `python -m sglang_helix check`, which resolves a launch and builds every layer
-without weights; have any model's by the same.
+without weights; have any model's by the same. What has run on a GPU: [status.md](status.md).
 
 The flags are for 8 ranks, or for 16 where 8 store nothing twice, with the least `--dcp-size` that
 has all the gain. Gain is how many tokens fit, beside plain TP, at 8 and at 16 ranks. "works" says
@@ -227,18 +228,24 @@ def attention_backends() -> str:
             needs.append("an fp8 cache in e4m3 alone")
         if record.pages:
             needs.append(f"pages of {' or '.join(map(str, record.pages))}")
+        if record.gqa and not record.windows:
+            needs.append("no sliding windows")
         if record.unseen:
             kinds = " and ".join(record.unseen)
             needs.append(f"**not seen on a GPU** with {kinds}: only where it is named")
+        for kind in filter(record.classes, ATTENTIONS):
+            if not (record.own_class(kind) or seen_on_a_gpu(record.name, kind)):
+                needs.append(f"**not seen on a GPU** with {kind}")
         base = "2" if record.base2 else "e"
         lines.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
     return (
         """# Attention backends under a sharded cache
 
 Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/adapters.py`), in
-order of preference. Where none is named, SGLang's default for the machine is kept if it is here and
-was seen on a GPU; otherwise the first that serves the model and runs on the machine is taken, and
-the log says so. "own": complete upstream, with the series' exchange. To add one:
+order of preference. Where none is named, SGLang's default for the machine is kept if it is here,
+unless no GPU has run its adapter ([status.md](status.md)); otherwise the first that serves the model
+and runs on the machine is taken, and the log says so. "own": complete upstream, with the series'
+exchange. To add one:
 [CONTRIBUTING.md](../CONTRIBUTING.md#1-add-an-adapter-for-one-of-sglangs-attention-backends).
 
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
