@@ -28,8 +28,8 @@ one. A context of n tokens comes about in one of four ways, and the report says 
 
 Lengths rise, and a shorter context is the beginning of the longer one, so `shared` and `own`
 prefill each token once per server. SGLang can also decode over a cache that nobody computed
-(--disaggregation-mode decode with the fake transfer backend), but the series refuses
-disaggregation, so the layouts could not be compared.
+(--disaggregation-mode decode with the fake transfer backend), but the series serves no such
+transfer, so the layouts could not be compared.
 
 Two traps. A larger pool admits more prefill, which starves decode: every layout is measured
 without --prefill-decode-interval and with it (--intervals; it tells most with --prefix cold). And
