@@ -39,7 +39,7 @@ def compatibility() -> str:
 
 "Sharded" means `--dcp-size` > 1, given or through `--attn-tp-size`. Generated from the table that
 start-up and every rank validate against (`python -m sglang_helix compatibility`); every row has its
-test. Which of it has run on a GPU: [status.md](status.md). What it would take to lift some refusals:
+test. Which of it has run on a GPU: [status.md](status.md). What lifting some refusals would take:
 [refused.md](refused.md).
 
 The verdict of a server is one of three:
@@ -243,9 +243,9 @@ def attention_backends() -> str:
 
 Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/adapters.py`), in
 order of preference. Where none is named, SGLang's default for the machine is kept if it is here,
-unless no GPU has run its adapter ([status.md](status.md)); otherwise the first that serves the model
-and runs on the machine is taken, and the log says so. "own": complete upstream, with the series'
-exchange. To add one:
+unless no GPU has run its adapter ([status.md](status.md)); otherwise the first that serves the
+model and runs on the machine is taken, and the log says so. "own": complete upstream, with the
+series' exchange. To add one:
 [CONTRIBUTING.md](../CONTRIBUTING.md#1-add-an-adapter-for-one-of-sglangs-attention-backends).
 
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
