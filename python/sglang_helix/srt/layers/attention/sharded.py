@@ -303,7 +303,7 @@ class ShardedAttention(AttentionBackend):
             assert not (self.mla and prefix is not None)
             own_k, own_v = (k, v) if self.mla else self._own_kv_heads(queries, k, v)
             if windowed(layer):
-                current = self._behind_tails(queries, k, v, layer, forward_batch)
+                current = self._behind_tails(queries, own_k, own_v, layer, forward_batch)
                 prefix = None  # what windows see of it has been counted
             else:
                 current = self.partial_current(queries, own_k, own_v, layer, forward_batch)
@@ -464,13 +464,12 @@ class ShardedAttention(AttentionBackend):
     def _behind_tails(
         self, queries: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, batch: ForwardBatch
     ) -> Partial:
-        """A chunk of a window layer: k and v [T, G, .] and what was cached before them."""
+        """A chunk of a window layer: k and v [T, g, .] and what was cached before them."""
         if self.tails is None:
             raise NotImplementedError("drafts of models with sliding windows are not verified")
         tail = self.tails.gathered(layer, self.token_to_kv_pool, k, self.kvp_group)
-        own_k, own_v = self._own_kv_heads(queries, k, v)
         own_tail = self._own_kv_heads(queries, *tail)
-        return self.partial_window(queries, own_k, own_v, layer, batch, self.tails, *own_tail)
+        return self.partial_window(queries, k, v, layer, batch, self.tails, *own_tail)
 
     def _group_heads(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of the KVP group's heads, [T, H, Dk]: gathered, or projected by each rank."""
