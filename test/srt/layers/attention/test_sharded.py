@@ -310,6 +310,17 @@ def test_tails_of_an_fp8_cache_are_scaled(ranks: int) -> None:
         assert torch.equal(v, CACHED.v[6:].float() * 0.25)
 
 
+def test_chunks_without_a_prefix_gather_nothing() -> None:
+    shard, slots = KVShard(2, 0), Slots(2, 4, pages=30)
+    pool = Pool(slots.rows, shard, Heads(4, 2, 16, 8))
+    slots.extend(0, 3)
+    tails = Tails.of(8, [0, 0], [3, 2], torch.tensor([0, 1]), slots.table(), shard)
+    new = torch.ones(5, 2, 16, dtype=torch.bfloat16)
+    k, v = tails.gathered(layer_of(4, 2, Heads(4, 2, 16, 8)), pool, new, None)
+    assert (k.shape, v.shape, k.dtype) == ((0, 2, 16), (0, 2, 8), new.dtype)
+    assert tails.before(k, new) is new
+
+
 def plan(batch: Any, slots: Slots, pool: LatentPool) -> Any:
     prefixes, chunks = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
     return planner.prepare_decode_context_parallel_metadata(

@@ -116,6 +116,10 @@ class Tails:
     def gathered(self, layer: RadixAttention, pool: Any, like: Tensor, group: Any) -> Any:
         """Keys [S, G, Dk] and values [S, G, Dv] of the group's heads, of the dtype of `like`."""
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        if not any(self.lens):  # on every rank
+            return tuple(
+                part.new_empty((0, *part.shape[1:]), dtype=like.dtype) for part in (keys, values)
+            )
         widths = [part[0].numel() for part in (keys, values)]
         rows = torch.cat([part[self.rows].flatten(1) for part in (keys, values)], dim=1)
         # Collectives of a group know no fp8.
@@ -128,4 +132,4 @@ class Tails:
 
     def before(self, tail: Tensor, new: Tensor) -> Tensor:
         """Every request's tail and new tokens, [S + T, g, D]: tail [S, g, D], new [T, g, D]."""
-        return torch.cat([tail, new])[self.behind]
+        return torch.cat([tail, new])[self.behind] if any(self.lens) else new
