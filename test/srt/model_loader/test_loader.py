@@ -214,6 +214,7 @@ def vision_of_qwen(heads: int) -> dict[str, Any]:
 
 WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention"] * 3}
 FULL = {"sliding_window": 32, "layer_types": ["full_attention"] * 3}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SEVERAL = "norm over several heads"
 # Architecture: how transformers reads its configuration, what that holds, why it is refused.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -223,6 +224,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "a window of 33 keys, no multiple of 2",
     ),
     "GptOssForCausalLM": ("gpt_oss", {**MOE, **FULL}, "attention sinks"),
+    # Start-up refuses it first: with fewer shards of attention than key-value heads.
+    "MellumForCausalLM": (
+        "mellum",
+        {
+            **MOE,
+            "num_experts": 4,
+            "moe_intermediate_size": 64,
+            "sliding_window": 32,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+        },
+        "model.layers.1.self_attn.attn has a window in a pool of its own",
+    ),
     "Olmo2ForCausalLM": ("olmo2", {}, SEVERAL),
     "CohereForCausalLM": ("cohere", {"use_qk_norm": True}, SEVERAL),
     "MiniMaxM2ForCausalLM": (

@@ -178,7 +178,7 @@ def _check(
 ) -> None:
     """Refuse attention that no adapter computes over a sharded cache, or that cannot be seen.
 
-    windows: names of the layers that have a pool of their own, of models that have one.
+    windows: names of the layers that may have a window in a pool of its own.
     """
     if not config.is_hybrid_swa:
         _fit_cut_windows(model, config, kvp_size)
@@ -191,7 +191,9 @@ def _check(
         owner = name.rpartition(".")[0]
         if caches.setdefault(layer.layer_id, owner) != owner:
             raise _Misfit(name, f"the cache of {caches[layer.layer_id]}")
+        pooled = config.is_hybrid_swa and windowed(layer)
         reasons = {
+            "a window in a pool of its own": pooled and name not in windows,
             "attention that is not a causal decoder's": layer.attn_type != AttentionType.DECODER,
             "cross attention": layer.is_cross_attention,
             "chunked local attention": layer.use_irope,
