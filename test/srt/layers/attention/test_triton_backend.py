@@ -183,11 +183,21 @@ def test_prepared_for_the_heads_of_the_group_and_a_ranks_share(kernel: Any) -> N
     assert (plan.heads, plan.kv_heads, width, rows) == (64, 8, 128, 0)
 
 
-def test_drafts_are_prepared_for_as_heads(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafts = SimpleNamespace(speculative_num_draft_tokens=4)
-    monkeypatch.setattr(triton_backend, "get_spec", lambda: drafts)
-    plan, *_ = triton_backend.prepare(Runner(mla=True), 160, 256)
-    assert (plan.heads, plan.kv_heads) == (4 * 128, 1)
+@pytest.mark.parametrize(
+    ("mla", "drafts", "heads"),
+    [
+        *((True, 4, 4 * 128), (True, 3, 3 * 128)),
+        # 8 heads on each key-value head: 3 drafts of each are no whole tiles of decode's kernel.
+        *((False, 4, 4 * 64), (False, 2, 2 * 64), (False, 3, 64)),
+    ],
+)
+def test_drafts_are_prepared_for_where_they_are_heads(
+    kernel: Any, monkeypatch: pytest.MonkeyPatch, mla: bool, drafts: int, heads: int
+) -> None:
+    spec = SimpleNamespace(speculative_num_draft_tokens=drafts)
+    monkeypatch.setattr(triton_backend, "get_spec", lambda: spec)
+    plan, *_ = triton_backend.prepare(Runner(mla=mla), 160, 200)
+    assert (plan.heads, plan.kv_heads) == (heads, 1 if mla else 8)
 
 
 @pytest.mark.parametrize(

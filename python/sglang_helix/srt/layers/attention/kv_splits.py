@@ -44,6 +44,14 @@ class Tile(NamedTuple):
     warps: int = 4
     stages: int = 2
 
+    def fits(self, heads: int, kv_heads: int) -> bool:
+        """Whether so many query heads can be dealt to tiles of one key-value head each.
+
+        So where there are several, the heads on each must fit into one tile or fill some.
+        """
+        on_each = heads // kv_heads
+        return kv_heads == 1 or on_each <= self.heads or on_each % self.heads == 0
+
 
 class Tuning(NamedTuple):
     """What the number of splits is chosen by.

@@ -359,7 +359,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         prefixes: tuple[Tensor, Tensor] | None = None
         keys, values = self._buffers(layer)
         if forward_batch.forward_mode.is_target_verify():
-            if self._folds(q.shape[1], keys.shape[1]):
+            if self.scratch.plan.tile.fits(q.shape[1] * self.drafts, keys.shape[1]):
                 decode = partial(self.partial_decode, layer=layer, forward_batch=forward_batch)
                 return folded(decode, q, self.drafts, keys.shape[1])
             prefixes = metadata.qo_indptr, metadata.kv_indptr
@@ -380,15 +380,6 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             prefixes or self.prefixes,
             _scales(layer),
         )
-
-    def _folds(self, heads: int, kv_heads: int) -> bool:
-        """Whether decode's kernel takes a request's drafts as heads.
-
-        Its tiles of heads have one key-value head each, so where there are several, the heads on
-        each must fit into one tile or fill some.
-        """
-        tile, on_each = self.scratch.plan.tile.heads, heads // kv_heads * self.drafts
-        return kv_heads == 1 or on_each <= tile or on_each % tile == 0
 
     def _extend(
         self,
@@ -509,12 +500,17 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
         cap: int | None = -(-local_context // tile)
     else:
         cap = asked if asked != NOT_ASKED else None
-    # Where drafts are verified, they are heads of their requests.
-    drafts = get_spec().speculative_num_draft_tokens or 1
+    layers, tuning = sharded_layers(runner.model, config), MLA if mla else GQA
+    kv_heads = {1} if mla else {layer.tp_k_head_num for layer in layers}
+    heads = sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size
+    # Drafts that are verified are heads of their requests, where decode's kernel takes so many.
+    folded_heads = heads * (get_spec().speculative_num_draft_tokens or 1)
+    if any(tuning.tile.fits(folded_heads, count) for count in kv_heads):
+        heads = folded_heads
     plan = SplitPlan.of(
-        MLA if mla else GQA,
-        sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size * drafts,
-        1 if mla else max(layer.tp_k_head_num for layer in sharded_layers(runner.model, config)),
+        tuning,
+        heads,
+        max(kv_heads),
         multiprocessors=get_device_core_count(runner.gpu_id),
         local_context=local_context,
         cap=cap,
