@@ -94,17 +94,17 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         if forward_batch.forward_mode.is_decode_or_idle():
             with self._whole_windows():
                 super().init_forward_metadata(forward_batch)
-        else:
-            super().init_forward_metadata(forward_batch)
+            if self.window:
+                self.window_rows = self._new_window_rows(forward_batch.batch_size)
+                self._list_window(forward_batch, self.window_rows)
+            return
+        super().init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_target_verify():
             counts = torch.empty(forward_batch.batch_size, dtype=torch.int32, device=self.device)
             self.get_num_kv_splits(counts, self.shard.lens(forward_batch.seq_lens))
             self._show_drafts(counts, self._masks(forward_batch.batch_size, self.drafts))
-        elif not forward_batch.forward_mode.is_decode_or_idle():
+        else:
             self.prefixes = self._prefixes(forward_batch)
-        if self.window and forward_batch.forward_mode.is_decode_or_idle():
-            self.window_rows = self._new_window_rows(forward_batch.batch_size)
-            self._list_window(forward_batch, self.window_rows)
 
     def _prefixes(self, forward_batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Of requests that have a prefix: where each one's queries, and where its keys begin."""
