@@ -325,7 +325,7 @@ def between_ranks(group: dist.ProcessGroup, layout: Layout, device: torch.device
     return Workspace(
         layout,
         peers=torch.tensor(pointers, dtype=torch.int64, device=device),
-        epochs=_first_epochs(layout, device, 1),
+        epochs=torch.ones((1, layout.rows), dtype=torch.int64, device=device),
         status=torch.zeros(warps, dtype=torch.int64, pin_memory=True),
         rank=group.rank(),
         warps=warps,
@@ -345,11 +345,6 @@ def one_device(layout: Layout, device: torch.device, warps: int | None = None) -
     if warps is None:
         warps = resident_warps(device, layout.ranks)
     peers = torch.tensor([b.data_ptr() for b in buffers], dtype=torch.int64, device=device)
-    epochs = _first_epochs(layout, device, layout.ranks)
+    epochs = torch.ones((layout.ranks, layout.rows), dtype=torch.int64, device=device)
     status = torch.zeros(layout.ranks * warps, dtype=torch.int64, pin_memory=peers.is_cuda)
     return Workspace(layout, peers, epochs, status, 0, warps, buffers, layout.ranks)
-
-
-def _first_epochs(layout: Layout, device: torch.device, local_ranks: int) -> torch.Tensor:
-    rows = layout.max_tokens * layout.rows_per_token
-    return torch.ones((local_ranks, rows), dtype=torch.int64, device=device)
