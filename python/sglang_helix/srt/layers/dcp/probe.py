@@ -96,13 +96,14 @@ def _compare(
     values, lses, lens = _shards(group, shape, 2 if form == "splits" else 1)
     if form == "rows":
         values = values.to(dtype).float()
-    own = slice(*(shape[0] * place // group.world_size for place in _this_and_next(group)))
-    wanted, wanted_lse = _reference(*(_gathered(x, group)[:, :, own] for x in (values, lses)))
+    everyones = (_gathered(x, group).chunk(group.world_size, dim=2) for x in (values, lses))
+    wanted, wanted_lse = _reference(*(by_owner[group.rank_in_group] for by_owner in everyones))
     outs: list[torch.Tensor] = []
     out_lses: list[torch.Tensor] = []
     raised = ""
-    for first in range(0, len(lens), max_tokens or len(lens)):
-        some = slice(first, first + (max_tokens or len(lens)))
+    most = max_tokens or len(lens)
+    for first in range(0, len(lens), most):
+        some = slice(first, first + most)
         shards = values[some], lses[some], lens[some]
         try:
             out, lse = _exchanged(backend, group, form, shards, dtype, base2)
@@ -116,18 +117,14 @@ def _compare(
     if got.shape != wanted.shape or got_lse.shape != wanted_lse.shape:
         return f"it is {list(got.shape)} in place of {list(wanted.shape)}"
     # Several roundings of a row, and far from what another row, rank or base would make of it.
-    most = max(4 * torch.finfo(dtype).eps, 1e-4)
+    rounding = max(4 * torch.finfo(dtype).eps, 1e-4)
     off = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-9)
     lse_off = (got_lse - wanted_lse).abs().masked_fill(got_lse == wanted_lse, 0)
-    for name, errors, allowed in (("the output", off, most), ("the LSE", lse_off, 1e-3)):
+    for name, errors, allowed in (("the output", off, rounding), ("the LSE", lse_off, 1e-3)):
         if not bool((errors <= allowed).all()):  # NaN is not
             worst = float(errors.nan_to_num(torch.inf).max())
             return f"{name} is off by {worst:.2g} (at most {allowed:.2g} is rounding)"
     return ""
-
-
-def _this_and_next(group: Group) -> tuple[int, int]:
-    return group.rank_in_group, group.rank_in_group + 1
 
 
 def _shards(
