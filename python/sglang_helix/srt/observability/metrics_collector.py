@@ -6,6 +6,7 @@ are lost, and exchanges wait, on one rank and not on another.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from sglang.srt.runtime_context import get_observability, get_parallel, get_spec
@@ -34,10 +35,8 @@ class Metrics:
         parallel = get_parallel()
         layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
         self._scheduler, self._size = scheduler, layout.kvp_size
-        self._labels = {
-            name: str(value) for name, value in scheduler.metrics_collector.labels.items()
-        }
-        names = list(self._labels)
+        labels = {name: str(value) for name, value in scheduler.metrics_collector.labels.items()}
+        names = list(labels)
         shape = {
             "attn_tp_size": str(layout.attn_tp_size),
             "dcp_size": str(layout.kvp_size),
@@ -51,26 +50,30 @@ class Metrics:
             [*names, *shape],
             multiprocess_mode="mostrecent",
         )
-        info.labels(**self._labels, **shape).set(1)
-        self._rows = Gauge(
+        info.labels(**labels, **shape).set(1)
+        rows = Gauge(
             ROWS,
             "Rows of this rank's KV cache: used by requests, cached behind none, or free.",
             [*names, "state"],
             multiprocess_mode="mostrecent",
         )
-        self._batches = Counter(
+        batches = Counter(
             BATCHES,
             "Batches by what their attention exchanged: an exchange by its name, latents of MLA "
             "that were gathered, or none.",
             [*names, "exchange"],
         )
-        self._waits = Gauge(
+        waits = Gauge(
             WAITS,
             "Seconds in which this rank's symm exchange waited some milliseconds or longer for "
             "rows of that place of its KVP group (peer).",
             [*names, "peer"],
             multiprocess_mode="mostrecent",
         )
+        # Every batch sets them, and to find one by its labels takes longer than to set it.
+        self._rows = {s: rows.labels(**labels, state=s) for s in ("used", "cached", "free")}
+        self._waits = [waits.labels(**labels, peer=str(p)) for p in range(layout.kvp_size)]
+        self._batches = functools.cache(lambda kind: batches.labels(**labels, exchange=kind))
         self.refresh()
 
     def refresh(self) -> None:
@@ -79,13 +82,14 @@ class Metrics:
         cached = slots["evictable"]
         used = slots["slots"] - slots["free"] - cached
         for state, count in (("used", used), ("cached", cached), ("free", slots["free"])):
-            self._rows.labels(**self._labels, state=state).set(count // self._size)
-        for peer, seconds in enumerate(exchange.slow_seconds(get_parallel().dcp_group)):
-            self._waits.labels(**self._labels, peer=str(peer)).set(seconds)
+            self._rows[state].set(count // self._size)
+        waited = exchange.slow_seconds(get_parallel().dcp_group)
+        for gauge, seconds in zip(self._waits, waited, strict=True):
+            gauge.set(seconds)
 
     def count(self, batch: Any) -> None:
         """Count a batch that was run."""
-        self._batches.labels(**self._labels, exchange=self._exchange_of(batch)).inc()
+        self._batches(self._exchange_of(batch)).inc()
         self.refresh()
 
     def _exchange_of(self, batch: Any) -> str:
