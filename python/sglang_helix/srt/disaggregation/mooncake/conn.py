@@ -191,71 +191,56 @@ def _other_heads(manager: Any, peer: Any, decode: Layout) -> str | None:
     return None
 
 
-def send_kvcache_dcp(
-    original: Callable[..., int],
+def send_kvcache_dcp(original: Callable[..., int], manager: Any, *args: Any, **kwargs: Any) -> int:
+    """Write a chunk to one decode rank: whole rows of latents as upstream does, or heads.
+
+    Returns 0, or what the engine answered instead.
+    """
+    send = _send_heads if _key_value(manager) else original
+    return send(manager, *args, **kwargs)
+
+
+def _send_heads(
     manager: Any,
     mooncake_session_id: str,
     prefill_kv_indices: Any,
     dst_kv_ptrs: list[int],
     dst_kv_indices: Any,
     *,
-    dcp_token_item_lens: list[int],
+    dst_attn_tp_size: int,
+    dst_tp_rank: int,
     dst_dcp_size: int,
     dst_dcp_rank: int,
-    src_page_offset: int,
+    dst_kv_item_lens: list[int],
     decode_prefix_len: int,
+    src_page_offset: int,
     num_kv_tokens: int,
     pack_buffer: Any = None,
-    dst_kv_item_lens: list[int] | None = None,
-    dst_tp_rank: int = 0,
-    dst_attn_tp_size: int | None = None,
-    **others: Any,
+    **_: Any,
 ) -> int:
-    """Write a chunk's K and V to one decode rank: its tokens, of the heads that both ranks hold.
+    """Of a chunk's K and V, the decode rank's tokens, of the heads that both ranks hold.
 
     prefill_kv_indices: int32 pages of this chunk here. dst_kv_indices: int32 widened pages of the
     whole request behind the prefix that the decode server has, `decode_prefix_len` tokens.
-    src_page_offset: pages of earlier chunks. num_kv_tokens: of this chunk. dcp_token_item_lens:
-    bytes of a token here, by entry; dst_kv_item_lens: bytes of a page there. Returns 0, or what the
-    engine answered instead.
+    src_page_offset: pages of earlier chunks. num_kv_tokens: of this chunk. dst_kv_item_lens: bytes
+    of a page there.
     """
-    if not _key_value(manager):
-        return original(
-            manager,
-            mooncake_session_id,
-            prefill_kv_indices,
-            dst_kv_ptrs,
-            dst_kv_indices,
-            dcp_token_item_lens=dcp_token_item_lens,
-            dst_dcp_size=dst_dcp_size,
-            dst_dcp_rank=dst_dcp_rank,
-            src_page_offset=src_page_offset,
-            decode_prefix_len=decode_prefix_len,
-            num_kv_tokens=num_kv_tokens,
-            pack_buffer=pack_buffer,
-            dst_kv_item_lens=dst_kv_item_lens,
-            dst_tp_rank=dst_tp_rank,
-            dst_attn_tp_size=dst_attn_tp_size,
-            **others,
-        )
     from sglang.srt.disaggregation.common.utils import build_dcp_token_transfer_plan
 
-    assert dst_attn_tp_size is not None
-    assert dst_kv_item_lens is not None
+    decode = Layout(dst_attn_tp_size, dst_dcp_size)
     plan = build_dcp_token_transfer_plan(
         prefill_kv_indices,
         dst_kv_indices,
         physical_page_size=manager.kv_args.page_size,
-        dcp_size=dst_dcp_size,
+        dcp_size=decode.kvp_size,
         dcp_rank=dst_dcp_rank,
-        src_page_offset=src_page_offset,
         decode_prefix_len=decode_prefix_len,
+        src_page_offset=src_page_offset,
         num_kv_tokens=num_kv_tokens,
     )
     rows, to = plan.target_src_token_indices, plan.target_dst_token_indices
     if not rows.size:
         return 0
-    decode = Layout(dst_attn_tp_size, dst_dcp_size)
     slices = _slices(manager, dst_kv_ptrs, dst_kv_item_lens, decode, dst_tp_rank)
     if pack_buffer is not None:
         slices, rows = _packed(pack_buffer, slices, rows)
