@@ -17,6 +17,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sglang_helix.srt.distributed.topology import Layout
 
 _MARK = "sglang_helix"
@@ -246,8 +248,8 @@ def _send_heads(
         slices, rows = _packed(pack_buffer, slices, rows)
     batch = manager.max_transfer_batch_indices or 4096
     for start in range(0, rows.size, batch):
-        some, there = rows[start : start + batch], to[start : start + batch]
-        blocks = [block for piece in slices for block in piece.blocks(some, there)]
+        runs = _runs(slices, rows[start : start + batch], to[start : start + batch])
+        blocks = [block for piece in slices for block in piece.blocks(*runs)]
         if answer := manager._transfer_data(mooncake_session_id, blocks):
             return int(answer)
     return 0
@@ -263,21 +265,30 @@ class _Slice:
         self.source, self.stride = source, stride
         self.target, self.to_stride, self.width = target, to_stride, width
 
-    def blocks(self, rows: Any, to: Any) -> list[tuple[int, int, int]]:
-        """(address here, address there, bytes) of rows [T], neighbours on both sides as one."""
-        from sglang.srt.disaggregation.common.utils import group_concurrent_contiguous
+    @property
+    def whole(self) -> bool:
+        """Whether rows that follow each other on both sides are one block of memory on both."""
+        return self.stride == self.to_stride == self.width
 
-        if self.stride == self.to_stride == self.width:
-            return [
-                (
-                    self.source + int(ours[0]) * self.width,
-                    self.target + int(theirs[0]) * self.width,
-                    len(ours) * self.width,
-                )
-                for ours, theirs in zip(*group_concurrent_contiguous(rows, to), strict=True)
-            ]
-        here, there = self.source + rows * self.stride, self.target + to * self.to_stride
-        return [(int(a), int(b), self.width) for a, b in zip(here, there, strict=True)]
+    def blocks(self, rows: Any, to: Any, lengths: Any) -> list[tuple[int, int, int]]:
+        """(address here, address there, bytes) of runs of rows [R], from their first ones."""
+        columns = (rows * self.stride, to * self.to_stride, lengths * self.width)
+        runs = zip(*(column.tolist() for column in columns), strict=True)
+        return [(self.source + here, self.target + there, size) for here, there, size in runs]
+
+
+def _runs(slices: list[_Slice], rows: Any, to: Any) -> tuple[Any, Any, Any]:
+    """First row here, first row there and length of each run of rows [T] that is one block.
+
+    Of all slices, which are whole together: they are of the same two ranks.
+    """
+    from sglang.srt.disaggregation.common.utils import group_concurrent_contiguous
+
+    if not all(piece.whole for piece in slices):
+        return rows, to, np.ones_like(rows)
+    ours, theirs = group_concurrent_contiguous(rows, to)
+    here, there = (np.array([run[0] for run in side]) for side in (ours, theirs))
+    return here, there, np.array([len(run) for run in ours])
 
 
 def _slices(
