@@ -50,12 +50,11 @@ def move_kv_cache(
     if getattr(pool, "dcp_replicated", False):
         original(pool, tgt_loc, src_loc)
         return
-    parallel = get_parallel()
-    shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+    shard = _shard()
     buffers = getattr(pool, "kv_buffer", None) or (*pool.k_buffer, *pool.v_buffer)
     # What stands in a row that another rank owns is not looked at.
     rows = torch.cat([buffer[src_loc // shard.size].flatten(1) for buffer in buffers], dim=1)
-    everyones = parallel.dcp_group.all_gather(rows, dim=0).view(shard.size, *rows.shape)
+    everyones = get_parallel().dcp_group.all_gather(rows, dim=0).view(shard.size, *rows.shape)
     moved = everyones[src_loc % shard.size, torch.arange(len(src_loc), device=rows.device)]
     to = shard.write_rows(tgt_loc, pool.page_size)
     widths = [buffer[0].numel() for buffer in buffers]
@@ -70,7 +69,10 @@ def get_cpu_copy(
     mamba_indices: torch.Tensor | None = None,
     req_pool_index: int | None = None,
 ) -> Any:
-    """K and V of a request's slots, int64 [S], widened: those that this rank owns, on the host."""
+    """K and V of a request's slots, int64 [S], widened: those that this rank owns, on the host.
+
+    The slots are those of the request's tokens 0, 1, 2, ...
+    """
     return original(pool, _owned(pool, indices), mamba_indices, req_pool_index)
 
 
@@ -90,9 +92,10 @@ def load_cpu_copy(
 
 
 def _owned(pool: Any, slots: torch.Tensor) -> torch.Tensor:
-    """Rows of those slots that this rank owns; of a draft's pool, which is whole, all."""
-    if getattr(pool, "dcp_replicated", False):
-        return slots
+    """Rows of a request's slots that this rank owns; of a draft's pool, which is whole, all."""
+    return slots if getattr(pool, "dcp_replicated", False) else _shard().read_rows(slots)
+
+
+def _shard() -> KVShard:
     parallel = get_parallel()
-    size, rank = parallel.attn_dcp_size, parallel.attn_dcp_rank
-    return slots[slots % size == rank] // size
+    return KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
