@@ -45,20 +45,20 @@ def ask_and_continue(
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("family", "policy", "layout", "storage"),
+    ("family", "policy", "layout"),
     [
-        ("llama", "write_through", "layer_first", FILES),
-        ("deepseek_v2", "write_back", "page_first_direct", FILES),
+        ("llama", "write_through", "layer_first"),
+        ("deepseek_v2", "write_back", "page_first_direct"),
     ],
 )
 def test_prefixes_come_back_from_the_host(
-    tmp_path: Path, family: str, policy: str, layout: str, storage: tuple[str, ...]
+    tmp_path: Path, family: str, policy: str, layout: str
 ) -> None:
     checkpoint, tp, dcp = make_checkpoint(family, tmp_path / family), 2, 2
     flags = (
         *("--page-size", str(PAGE), "--max-total-tokens", str(ROWS), "--enable-cache-report"),
         *("--chunked-prefill-size", "24", "--enable-hierarchical-cache", "--hicache-ratio", "8"),
-        *("--hicache-write-policy", policy, "--hicache-mem-layout", layout, *storage),
+        *("--hicache-write-policy", policy, "--hicache-mem-layout", layout, *FILES),
     )
     files = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(tmp_path / "pages")}
     length = 2 * ROWS * dcp // PROMPTS
@@ -75,7 +75,7 @@ def test_prefixes_come_back_from_the_host(
         everything_is_free(server)
 
         # Nothing is left on device or host, so what is found now is in the files.
-        for pages, tokens in zip(whole_pages, prefixes, strict=True) if storage else ():
+        for pages, tokens in zip(whole_pages, prefixes, strict=True):
             answer = server.generate(tokens, NEW_TOKENS)
             check(checkpoint, tokens, answer, NEW_TOKENS)
             assert cached(answer, "storage") == answer.cached_tokens >= pages - PAGE * dcp
