@@ -23,6 +23,7 @@ from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adap
 from srt import share_gpu
 from srt.expected import prompt
 from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
+from srt.models.test_windows import CUT
 from srt.speculative.test_ngram import needs_compiler
 from srt.test_end_to_end import everything_is_free
 
@@ -106,6 +107,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             sliding_window=64,
             num_experts_per_tok=4,
         ),
+        # Windows in the pool of all layers. Heads of 64, where a model takes it from its width too.
+        "gemma3": make_checkpoint(CUT["gemma3"], root / "gemma3", head_dim=64, sliding_window=64),
+        "cohere2": make_checkpoint(
+            CUT["cohere2"], root / "cohere2", hidden_size=512, head_dim=64, sliding_window=64
+        ),
     }
 
 
@@ -117,7 +123,7 @@ def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "tri
         checkpoint,
         *("--tp", str(ranks), *map(str, layout_flags)),
         *("--attention-backend", attention, "--dtype", "bfloat16"),
-        *("--mem-fraction-static", "0.1", "--cuda-graph-max-bs-decode", "16"),
+        *("--mem-fraction-static", "0.2", "--cuda-graph-max-bs-decode", "16"),
         *(share_gpu.FLAGS if sharing else ()),
         *flags,
         platform=None,
@@ -133,7 +139,9 @@ def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "tri
 @pytest.mark.timeout(540)
 @pytest.mark.parametrize(("family", "layout", "attention"), CASES)
 def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attention: str) -> None:
-    serve_and_compare(checkpoints[family], layout, attention, (ATTENTION | HYBRIDS)[family])
+    states = ("--max-mamba-cache-size", "64") if family in HYBRIDS else ()
+    kind = (ATTENTION | HYBRIDS)[family]
+    serve_and_compare(checkpoints[family], layout, attention, kind, *states)
 
 
 @pytest.mark.timeout(540)
@@ -154,6 +162,16 @@ def test_windows_and_sinks(checkpoints: dict[str, Path], layout: str, attention:
     serve_and_compare(
         checkpoints["gpt_oss"], layout, attention, "GQA", "--moe-runner-backend", "triton"
     )
+
+
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize("family", ["gemma3", "cohere2"])
+@pytest.mark.parametrize("layout", ["a2a", "symm"])
+@pytest.mark.parametrize("attention", ["fa3", "triton"])
+def test_windows_cut_by_owner(
+    checkpoints: dict[str, Path], attention: str, layout: str, family: str
+) -> None:
+    serve_and_compare(checkpoints[family], layout, attention, "GQA")
 
 
 def serve_and_compare(
