@@ -261,7 +261,9 @@ def print_advice(options: argparse.Namespace, model_config: Any) -> int:
 
 def print_compatibility() -> int:
     """Print the compatibility table as Markdown."""
-    from sglang_helix.srt.compatibility.rows import BESIDE_OWN, TABLE, Row
+    from sglang_helix.srt.compatibility.row import Row
+    from sglang_helix.srt.compatibility.rows.beside_own import BESIDE_OWN
+    from sglang_helix.srt.compatibility.table import TABLE
 
     def rows(table: tuple[Row, ...]) -> None:
         print("| feature | flag | verdict | why | instead | SGLang 0.5.23 alone |")

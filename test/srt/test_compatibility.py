@@ -13,8 +13,10 @@ from unittest import mock
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.__main__ import main
-from sglang_helix.srt.compatibility.rows import BESIDE_OWN, TABLE, Row
+from sglang_helix.srt.compatibility.row import Row
+from sglang_helix.srt.compatibility.rows.beside_own import BESIDE_OWN
 from sglang_helix.srt.compatibility.situation import Situation, attn_tp_size_of
+from sglang_helix.srt.compatibility.table import TABLE
 from sglang_helix.srt.compatibility.verdict import Verdict, refusals
 from srt.fresh import Fresh
 from srt.test_server_args import ELSEWHERE, FLAGS, UPSTREAM

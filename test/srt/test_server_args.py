@@ -18,7 +18,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from sglang_cpu_reference.server import free_port
 from sglang_helix.check import MACHINES, facts_of, told_about
-from sglang_helix.srt.compatibility.rows import TABLE
+from sglang_helix.srt.compatibility.table import TABLE
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster
 from srt.fresh import Fresh

@@ -21,8 +21,10 @@ import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.check import facts_of
 from sglang_helix.flags import keep_attn_tp_size
-from sglang_helix.srt.compatibility.rows import BESIDE_OWN, NO_PLAN, TABLE, Row
+from sglang_helix.srt.compatibility.row import Row
+from sglang_helix.srt.compatibility.rows.beside_own import BESIDE_OWN, NO_PLAN
 from sglang_helix.srt.compatibility.situation import Situation
+from sglang_helix.srt.compatibility.table import TABLE
 from sglang_helix.srt.compatibility.verdict import Verdict, decide, refusals
 from srt.fresh import Fresh
 from srt.model_loader.test_loader import configuration

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_helix.srt.compatibility.rows import BEAM_SEARCH
+from sglang_helix.srt.compatibility.rows.serving import BEAM_SEARCH
 from sglang_helix.srt.compatibility.situation import Situation, attn_tp_size_of
 
 

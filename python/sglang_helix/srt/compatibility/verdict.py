@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sglang_helix.srt.compatibility.rows import BESIDE_OWN, ONLY_THE_SERIES, TABLE, Row
+from sglang_helix.srt.compatibility.row import Row
+from sglang_helix.srt.compatibility.rows.beside_own import BESIDE_OWN, ONLY_THE_SERIES
 from sglang_helix.srt.compatibility.situation import Situation, situation_of
+from sglang_helix.srt.compatibility.table import TABLE
 
 Stage = Literal["launch", "serve", "transfer"]
 

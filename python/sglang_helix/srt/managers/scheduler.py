@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_helix import cost, helix
-from sglang_helix.srt.compatibility.rows import STORAGE
+from sglang_helix.srt.compatibility.rows.caches import STORAGE
 from sglang_helix.srt.compatibility.situation import situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
 from sglang_helix.srt.configs.model_config import sharded_heads

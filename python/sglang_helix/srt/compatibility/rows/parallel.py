@@ -1,0 +1,103 @@
+"""Rows: other ways to divide the work, and machines."""
+
+from __future__ import annotations
+
+from sglang_helix.srt.compatibility.conditions import flag, more_than_one, on_platform
+from sglang_helix.srt.compatibility.row import WITHOUT, Row
+from sglang_helix.srt.compatibility.situation import Situation
+
+
+def _attention_replicas(situation: Situation, *, own: bool) -> object | None:
+    args = situation.args
+    shards = args.tp_size // args.attn_dp_size // args.attn_cp_size
+    served = situation.sglang_groups_heads and shards % args.dcp_size == 0
+    return args.attn_dp_size if args.attn_dp_size > 1 and served == own else None
+
+
+def _attention_replicas_of_sglang(situation: Situation) -> object | None:
+    return _attention_replicas(situation, own=True)
+
+
+def _attention_replicas_refused(situation: Situation) -> object | None:
+    return _attention_replicas(situation, own=False)
+
+
+def _platform_of_sglang(situation: Situation) -> object | None:
+    return on_platform("hip", "npu", "xpu")
+
+
+def _platform_of_nobody(situation: Situation) -> object | None:
+    return on_platform("musa", "mps")
+
+
+_ONE_GROUP = "use --tp-size and --dcp-size alone"
+
+
+PARALLEL: tuple[Row, ...] = (
+    Row("replicated query projection", "--dcp-replicate-q-proj", "works", "end-to-end matrix"),
+    Row("pipeline parallelism", "--pp-size", "works", "end-to-end test, two stages of two ranks"),
+    Row("several nodes", "--nnodes", "works", "two nodes answer as transformers, GQA and MLA"),
+    Row("expert parallelism", "--ep-size", "works", "answers equal plain TP, MLA"),
+    Row("data-parallel replicas", "--dp-size", "works", "two replicas of two ranks, MLA"),
+    Row(
+        "attention data parallelism of MLA models and Qwen3.5",
+        "--attn-dp-size",
+        "own",
+        "groups of a replica: dcp size divides tp size / attn dp size",
+        given=_attention_replicas_of_sglang,
+        alone="serves",
+        proof="arg_groups/parallel_hook.py",
+    ),
+    Row(
+        "other attention data parallelism",
+        "--attn-dp-size",
+        "refused",
+        "KVP groups could cross replicas, or their ranks hold different key-value heads",
+        f"Instead, {_ONE_GROUP}",
+        _attention_replicas_refused,
+        alone="wrong",
+        proof="sgl-project/sglang#34355",
+    ),
+    Row(
+        "prefill context parallelism",
+        "--attn-cp-size",
+        "refused",
+        "the two divide the sequence differently",
+        f"Instead, {_ONE_GROUP}",
+        more_than_one("attn_cp_size"),
+    ),
+    Row(
+        "elastic expert parallelism",
+        "--elastic-ep-backend",
+        "refused",
+        "KVP groups are fixed at start",
+        WITHOUT,
+        flag("elastic_ep_backend"),
+    ),
+    Row(
+        "Ray",
+        "--use-ray",
+        "refused",
+        "its scheduler actors do not load plugins, so ranks would run without the series",
+        WITHOUT,
+        flag("use_ray"),
+    ),
+    Row(
+        "AMD, Ascend and Intel accelerators",
+        "platform",
+        "own",
+        "the series has never been tried there; SGLang has MLA by aiter, DSA on NPUs, GQA on XPUs",
+        given=_platform_of_sglang,
+        alone="serves",
+        proof="layers/attention/aiter_backend.py, xpu_backend.py, hardware_backend/npu",
+    ),
+    Row(
+        "other accelerators",
+        "platform",
+        "refused",
+        "SGLang builds no decode-context-parallel group there",
+        "Leave --dcp-size out",
+        _platform_of_nobody,
+        alone="refuses",
+    ),
+)
