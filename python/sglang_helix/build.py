@@ -132,9 +132,7 @@ def _attempt(argv: list[str]) -> tuple[str, str]:
 def _build(argv: list[str]) -> None:
     # Quantization is left out: it decides the tensors of projections, which have no values here.
     import torch
-    from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.distributed import bootstrap
     from sglang.srt.model_loader import loader
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import prepare_server_args
@@ -143,12 +141,24 @@ def _build(argv: list[str]) -> None:
     args.resolve_once()
     with _ranks_that_are_not_there(args.tp_size):
         publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-        bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=0)
-        model_config = model_config_of(args)
-        bootstrap.init_layer_runtime(model_config=model_config)
+        model_config = join_groups(args, port=0)
         model_config.quantization = None
         with torch.device("meta"):
             loader._initialize_model(model_config, LoadConfig())
+
+
+def join_groups(server_args: Any, port: int) -> Any:
+    """What follows where a rank's arguments are published, on the CPU; the model's configuration.
+
+    Process groups, which meet at a port, and what layers ask as they are built.
+    """
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.distributed import bootstrap
+
+    bootstrap.init_parallel_runtime(server_args=server_args, device="cpu", dist_port=port)
+    model_config = model_config_of(server_args)
+    bootstrap.init_layer_runtime(model_config=model_config)
+    return model_config
 
 
 @contextmanager

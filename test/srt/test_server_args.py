@@ -22,6 +22,7 @@ from sglang_helix.srt.compatibility.table import TABLE
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster
 from srt.fresh import Fresh
+from srt.rank import become_rank
 
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
 WORKING = {family: [record.name for record in serving(kind)] for family, kind in ATTENTION.items()}
@@ -886,20 +887,11 @@ def test_resolution_is_sglangs_without_our_flags(models: dict[str, str]) -> None
 
 def hooks_of_a_rank(model: str, port: int) -> tuple[list[str], bool]:
     """Serve-stage targets hooked in a rank that has built its groups; if triton is SGLang's."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.srt.distributed import bootstrap
+    become_rank(0, ["--model-path", model, "--nccl-port", str(port)])
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import ServerArgs
     from sglang_helix.series import hooks
 
-    args = ServerArgs(model_path=model)
-    args.resolve_once()
-    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=port)
     hooked = [hook.target for hook in hooks("serve") if hook.target in HookRegistry._patched]
     return hooked, ATTENTION_BACKENDS["triton"].__module__.startswith("sglang.srt.")
 

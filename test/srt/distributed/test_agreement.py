@@ -21,7 +21,7 @@ from sglang_helix.hook import SeriesError
 from sglang_helix.srt.distributed import agreement
 from sglang_helix.srt.distributed.agreement import Agreement
 from srt.fresh import Fresh, Outcome
-from srt.models.serving import published
+from srt.rank import published
 from torch.distributed import TCPStore
 
 HOST = socket.gethostname()

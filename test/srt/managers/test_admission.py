@@ -13,6 +13,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check, prompt
 from srt.fresh import Fresh
 from srt.models.serving import command_line, serve
+from srt.rank import published
 
 
 class Case(NamedTuple):
@@ -52,12 +53,7 @@ def test_every_length_is_refused_or_fits(ready: Fresh, tmp_path: Path) -> None:
 
 def _stuck(argv: list[str], given: list[Case]) -> list[tuple[Case, str]]:
     """Through SGLang's own bound of the answer, PrefillAdder and allocator: what went wrong."""
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import prepare_server_args
-
-    server_args = prepare_server_args(argv)
-    server_args.resolve_once()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+    published(0, argv)
     return [(case, wrong) for case in given if (wrong := _wrong(case))]
 
 

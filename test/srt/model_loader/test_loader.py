@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from sglang_cpu_reference.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
-from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
+from srt.models.serving import command_line
+from srt.rank import become_rank
 
 N, K = 4, 2
 A = N // K
@@ -21,29 +22,9 @@ HEADS, HEAD_DIM = 8, 32
 HIDDEN = HEADS * HEAD_DIM
 
 
-def start(rank: int, port: int, checkpoint: Path, replicate: bool) -> Any:
-    """Become a rank, as `Scheduler.__init__` does until its model is loaded."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.srt.arg_groups.overrides import model_config_of
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import ServerArgs
-
-    server_args = ServerArgs(
-        model_path=str(checkpoint),
-        tp_size=N,
-        dcp_size=K,
-        dcp_comm_backend="a2a",
-        dcp_replicate_q_proj=replicate or None,
-    )
-    server_args.resolve_once()
-    place = SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=0)
-    publish(server_args, role="scheduler", ranks=place)
-    bootstrap.init_parallel_runtime(server_args=server_args, device="cpu", dist_port=port)
-    bootstrap.init_layer_runtime(model_config=model_config_of(server_args))
-    return server_args
+def layout(checkpoint: Path, *flags: str) -> list[str]:
+    """A server's arguments: N ranks, groups of K."""
+    return command_line(checkpoint, N, "--dcp-size", str(K), "--dcp-comm-backend", "a2a", *flags)
 
 
 def rows(weight: torch.Tensor, heads: range) -> torch.Tensor:
@@ -58,7 +39,9 @@ def heads_of(rank: int, total: int, shards: int) -> range:
     return range(first, first + count)
 
 
-def mismatches(rank: int, port: int, checkpoints: Mapping[str, Path], replicate: bool) -> list[str]:
+def mismatches(
+    rank: int, argv: list[str], checkpoints: Mapping[str, Path], replicate: bool
+) -> list[str]:
     """What differs from the slices that the layout asks for, over all layers of all checkpoints."""
     from safetensors.torch import load_file
     from sglang.srt.configs.device_config import DeviceConfig
@@ -68,7 +51,7 @@ def mismatches(rank: int, port: int, checkpoints: Mapping[str, Path], replicate:
     from sglang.srt.model_executor.model_runner_components.weight_exporter import WeightExporter
     from sglang.srt.model_loader import get_model
 
-    server_args = start(rank, port, next(iter(checkpoints.values())), replicate)
+    server_args = become_rank(rank, argv)
     wrong = []
     for name, checkpoint in checkpoints.items():
         full = load_file(checkpoint / "model.safetensors")
@@ -166,7 +149,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("replicate", [False, True])
 def test_shards_are_slices(fresh: Fresh, checkpoints: dict[str, Path], replicate: bool) -> None:
-    results = fresh.ranks(mismatches, N, free_port(), checkpoints, replicate)
+    flags = ["--dcp-replicate-q-proj"] if replicate else []
+    argv = layout(next(iter(checkpoints.values())), *flags)
+    results = fresh.ranks(mismatches, N, argv, checkpoints, replicate)
     for rank, wrong in enumerate(results):
         assert not wrong, f"rank {rank}: {wrong}"
 
@@ -297,7 +282,7 @@ def configuration(architecture: str, model_type: str, entries: dict[str, Any], r
     return directory
 
 
-def refusals(rank: int, port: int, base: Path, models: Mapping[str, Path]) -> dict[str, str]:
+def refusals(rank: int, argv: list[str], models: Mapping[str, Path]) -> dict[str, str]:
     """What the start of each model says: the error, or "built" and where its plan is from."""
     import traceback
 
@@ -306,7 +291,7 @@ def refusals(rank: int, port: int, base: Path, models: Mapping[str, Path]) -> di
     from sglang.srt.model_loader import loader
     from sglang_helix.srt.model_loader.loader import ModelRefusedError
 
-    server_args = start(rank, port, base, False)
+    server_args = become_rank(rank, argv)
     said = {}
     for architecture, directory in models.items():
         try:
@@ -331,7 +316,7 @@ def said(
         architecture: configuration(architecture, model_type, entries, root)
         for architecture, (model_type, entries, *_) in [*REFUSED.items(), *PLANNED.items()]
     }
-    return fresh.ranks(refusals, N, free_port(), checkpoints["llama 4"], configurations)
+    return fresh.ranks(refusals, N, layout(checkpoints["llama 4"]), configurations)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
@@ -353,13 +338,13 @@ def test_wrapper_of_mla_is_given_a_plan(said: list[dict[str, str]], architecture
         assert by_architecture[architecture] == wanted
 
 
-def vision_and_language(rank: int, port: int, base: Path, directory: Path) -> tuple[int, int, int]:
+def vision_and_language(rank: int, argv: list[str], directory: Path) -> tuple[int, int, int]:
     """Key-value heads of the encoder's projection, of the language model's, and of its layers."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader import loader
 
-    server_args = start(rank, port, base, False)
+    server_args = become_rank(rank, argv)
     config = ModelConfig.from_server_args(server_args, model_path=str(directory))
     with torch.device("meta"):
         model = loader._initialize_model(config, LoadConfig())
@@ -373,5 +358,5 @@ def test_encoder_stays_sharded_by_n(
 ) -> None:
     entries = {"vision_config": vision_of_qwen(16)}
     directory = configuration("Qwen2VLForConditionalGeneration", "qwen2_vl", entries, tmp_path)
-    results = fresh.ranks(vision_and_language, N, free_port(), checkpoints["llama 4"], directory)
+    results = fresh.ranks(vision_and_language, N, layout(checkpoints["llama 4"]), directory)
     assert results == [(16 // N, 4 // A, 4 // A)] * N

@@ -14,6 +14,7 @@ import torch
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
+from srt.rank import become_rank
 
 BLOCK = 128
 HIDDEN = 256
@@ -37,19 +38,6 @@ def fits(n: int, k: int, kv: int, width: int, queries: bool) -> bool:
     """Whether every shard is whole blocks: of q, of k and v, and of the output projection."""
     shares = (HEADS // (n // k if queries else n), max(1, kv // (n // k)), HEADS // n)
     return all(heads * width % BLOCK == 0 for heads in shares)
-
-
-def become_rank(rank: int, argv: list[str]) -> None:
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import prepare_server_args
-
-    server_args = prepare_server_args(argv)
-    server_args.resolve_once()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
-    bootstrap.init_parallel_runtime(
-        server_args=server_args, device="cpu", dist_port=server_args.nccl_port
-    )
 
 
 def wrong_shards(rank: int, n: int, argv: list[str]) -> list[str]:

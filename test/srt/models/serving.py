@@ -15,6 +15,7 @@ import torch
 from sglang_cpu_reference.oracle import Completion
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
+from srt.rank import published
 
 
 class Answer(NamedTuple):
@@ -95,21 +96,6 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
     scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
     scheduler.idle_sleeper = None
     return scheduler
-
-
-def published(rank: int, argv: list[str]) -> Any:
-    """In a rank's process: load plugins, resolve the arguments and make them the process's own."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import prepare_server_args
-
-    server_args = prepare_server_args(argv)
-    server_args.resolve_once()
-    server_args.check_server_args()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
-    return server_args
 
 
 def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:

@@ -19,6 +19,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
 from srt.model_loader.test_loader import SMALL, configuration, vision_of_qwen
+from srt.rank import become_rank
 
 WORKS = "works"
 MLA = "MLA of DeepSeek's class"
@@ -577,22 +578,12 @@ def said_of(rank: int, argv: list[str], models: Mapping[str, Path]) -> dict[str,
     """What building each model says on a rank: the refusal, another error, or "built"."""
     import traceback
 
-    from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import bootstrap
     from sglang.srt.model_loader import loader
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import prepare_server_args
     from sglang_helix.srt.model_loader.loader import ModelRefusedError
 
-    server_args = prepare_server_args(argv)
-    server_args.resolve_once()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
-    bootstrap.init_parallel_runtime(
-        server_args=server_args, device="cpu", dist_port=server_args.nccl_port
-    )
-    bootstrap.init_layer_runtime(model_config=model_config_of(server_args))
+    server_args = become_rank(rank, argv)
     said = {}
     for architecture, directory in models.items():
         try:
