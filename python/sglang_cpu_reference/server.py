@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -47,11 +47,11 @@ class Server:
 
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
     of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
-    start_timeout: seconds until health before ServerError. progress: report on stderr while
-    starting. cold: start the command itself even where servers are forked. nodes: launchers that
-    share the ranks, as on so many hosts; requests go to the first. node_flags: what single nodes
-    are given besides, by their number. A server lives at most as long as the thread that started
-    it.
+    start_timeout: seconds until health before ServerError. progress: report while starting, on
+    stderr or to a function. cold: start the command itself even where servers are forked. nodes:
+    launchers that share the ranks, as on so many hosts; requests go to the first. node_flags: what
+    single nodes are given besides, by their number. A server lives at most as long as the thread
+    that started it.
     """
 
     #: Whether this process forks its servers on the CPU platform instead (see `warm`); those with
@@ -65,7 +65,7 @@ class Server:
         platform: str | None = PLATFORM_NAME,
         env: Mapping[str, str] | None = None,
         start_timeout: float = 300,
-        progress: bool = True,
+        progress: bool | Callable[[str], None] = True,
         cold: bool = False,
         nodes: int = 1,
         node_flags: Mapping[int, Sequence[str]] | None = None,
@@ -283,7 +283,9 @@ class Server:
             return False
 
     def _report(self, what: str) -> None:
-        if self.progress:
+        if callable(self.progress):
+            self.progress(what)
+        elif self.progress:
             print(f"[server :{self.port}] {what}", file=sys.stderr, flush=True)
 
 
