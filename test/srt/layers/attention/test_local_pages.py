@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from sglang_helix.srt.layers.attention.local_pages import LocalPages
+from sglang_helix.srt.layers.attention.local_pages import LocalPages, planned
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.fresh import Fresh
 from srt.slots import Slots
@@ -57,3 +57,30 @@ def test_pages_lead_to_the_rows_of_the_rank() -> None:
 def test_kernel(fresh: Fresh) -> None:
     pytest.importorskip("triton")
     assert fresh.value(wrong_rows, TRITON_INTERPRET="1") == []
+
+
+def test_a_plan_waits_for_the_copy_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own wrapper, whose pinned memory it would overwrite."""
+    done: list[str] = []
+    names = iter(("first", "other"))
+
+    class Event:
+        def __init__(self) -> None:
+            self.name = next(names)
+
+        def record(self) -> None:
+            done.append(f"record {self.name}")
+
+        def synchronize(self) -> None:
+            done.append(f"wait for {self.name}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    first, other = (type("Wrapper", (), {})() for _ in range(2))
+    for wrapper in (first, other, first):
+        with planned(wrapper, "cuda"):
+            done.append("plan")
+    assert done == [
+        *("plan", "record first"),
+        *("plan", "record other"),
+        *("wait for first", "plan", "record first"),
+    ]

@@ -23,7 +23,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.local_pages import local_rows, summed_on_host
+from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import (
     ShardedAttention,
     folded,
@@ -132,24 +132,25 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             sum(held),
             wrapper._paged_kv_indices_buf if wrapper.is_cuda_graph_enabled else None,
         )
-        planned: dict[str, Any] = {}
+        captured: dict[str, Any] = {}
         if isinstance(wrapper.begin_forward, partial):
             # It leaves the buffers of the captured graph to its caller.
-            planned["global_override_indptr_cpu"] = indptr
+            captured["global_override_indptr_cpu"] = indptr
             indptr = self.kv_indptr[0][: batch + 1]
-        wrapper.begin_forward(
-            indptr,
-            rows,
-            self.host_last_page_len[:batch],
-            self.heads * drafts,
-            self.group_kv_heads,
-            self.head_dim,
-            1,
-            data_type=self.flashinfer_kv_cache_dtype,
-            q_data_type=self.q_dtype,
-            non_blocking=True,
-            **planned,
-        )
+        with planned(wrapper, self.device):
+            wrapper.begin_forward(
+                indptr,
+                rows,
+                self.host_last_page_len[:batch],
+                self.heads * drafts,
+                self.group_kv_heads,
+                self.head_dim,
+                1,
+                data_type=self.flashinfer_kv_cache_dtype,
+                q_data_type=self.q_dtype,
+                non_blocking=True,
+                **captured,
+            )
 
     def _plan_chunk(self, forward_batch: ForwardBatch) -> None:
         """A chunk on itself, and the tokens cached before it."""
@@ -157,14 +158,15 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         queries, cached = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
         qo_indptr = summed_on_host(queries)
         own = self.heads // self.shard.size
-        self.prefill_wrapper_ragged.begin_forward(
-            qo_indptr,
-            qo_indptr,
-            own,
-            self._chunk_kv_heads(own),
-            self.head_dim,
-            q_data_type=self.q_dtype,
-        )
+        with planned(self.prefill_wrapper_ragged, self.device):
+            self.prefill_wrapper_ragged.begin_forward(
+                qo_indptr,
+                qo_indptr,
+                own,
+                self._chunk_kv_heads(own),
+                self.head_dim,
+                q_data_type=self.q_dtype,
+            )
         prefix = prefixed(forward_batch)
         if prefix is None:
             return
@@ -172,19 +174,20 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         held = self.shard.lens(torch.tensor(cached[which])).tolist()
         kv_indptr = summed_on_host(held)
         rows = self.rows(forward_batch.req_pool_indices[which], before[which], sum(held))
-        self.prefill_wrappers_paged[0].begin_forward(
-            summed_on_host(queries[which]),
-            kv_indptr,
-            rows,
-            self.host_last_page_len[: len(held)],
-            self.heads,
-            self.group_kv_heads,
-            self.head_dim,
-            1,
-            q_data_type=self.q_dtype,
-            kv_data_type=self.flashinfer_kv_cache_dtype,
-            non_blocking=True,
-        )
+        with planned(self.prefill_wrappers_paged[0], self.device):
+            self.prefill_wrappers_paged[0].begin_forward(
+                summed_on_host(queries[which]),
+                kv_indptr,
+                rows,
+                self.host_last_page_len[: len(held)],
+                self.heads,
+                self.group_kv_heads,
+                self.head_dim,
+                1,
+                q_data_type=self.q_dtype,
+                kv_data_type=self.flashinfer_kv_cache_dtype,
+                non_blocking=True,
+            )
 
     def rows(self, requests: Tensor, lens: Tensor, total: int, out: Tensor | None = None) -> Tensor:
         """See `local_rows`; the prefix sums are left in `kv_indptr`."""

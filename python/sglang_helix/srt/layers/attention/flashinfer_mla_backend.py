@@ -16,7 +16,7 @@ import torch
 from sglang.srt.layers.attention import flashinfer_mla_backend as upstream
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.local_pages import local_rows, summed_on_host
+from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, lens_on_host, mla_parts
 
 if TYPE_CHECKING:
@@ -78,20 +78,21 @@ class ShardedFlashInferMLAAttnBackend(ShardedAttention, upstream.FlashInferMLAAt
             self.kv_indptr,
             out,
         )
-        wrapper.plan(
-            qo_indptr=summed_on_host([self.drafts] * batch),
-            kv_indptr=summed_on_host(held),
-            kv_indices=rows,
-            kv_len_arr=torch.tensor(held, dtype=torch.int32),
-            num_heads=self.heads,
-            head_dim_ckv=updater.kv_lora_rank,
-            head_dim_kpe=updater.qk_rope_head_dim,
-            page_size=1,
-            causal=False,
-            sm_scale=updater.scaling,
-            q_data_type=updater.q_data_type,
-            kv_data_type=updater.data_type,
-        )
+        with planned(wrapper, rows.device.type):
+            wrapper.plan(
+                qo_indptr=summed_on_host([self.drafts] * batch),
+                kv_indptr=summed_on_host(held),
+                kv_indices=rows,
+                kv_len_arr=torch.tensor(held, dtype=torch.int32),
+                num_heads=self.heads,
+                head_dim_ckv=updater.kv_lora_rank,
+                head_dim_kpe=updater.qk_rope_head_dim,
+                page_size=1,
+                causal=False,
+                sm_scale=updater.scaling,
+                q_data_type=updater.q_data_type,
+                kv_data_type=updater.data_type,
+            )
         self.forward_metadata = upstream.PrefillMetadata(wrapper, False)
 
     def forward_extend(
