@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.expected import check, prompt
+from srt.expected import check_all, prompt
 from srt.fresh import Fresh
 from srt.models.serving import serve
 
@@ -21,19 +21,37 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-def test_drafts_of_mla(ready: Fresh, tmp_path: Path) -> None:
-    """As below, of MLA and without an interpreter."""
-    checkpoint = make_checkpoint("deepseek_v2", tmp_path / "mla", num_hidden_layers=2)
+@pytest.mark.parametrize(
+    ("processes", "backend", "page", "breadth"),
+    [("ready", "torch_native", 1, 4), ("kernels", "flashmla", 64, 1)],
+    ids=["torch_native", "flashmla"],
+)
+def test_drafts_of_mla(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    processes: str,
+    backend: str,
+    page: int,
+    breadth: int,
+) -> None:
+    """As below, of MLA and without an interpreter; FlashMLA's kernels are stand-ins.
+
+    In pages of several tokens SGLang verifies trees by FlashInfer alone.
+    """
+    # FlashMLA's prefill has kernels for the widths of real models.
+    widths = {"qk_nope_head_dim": 128, "v_head_dim": 128}
+    checkpoint = make_checkpoint("deepseek_v2", tmp_path / "mla", num_hidden_layers=2, **widths)
     flags = (
-        *("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs", "--page-size", "1"),
+        *("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs", "--page-size", str(page)),
+        *("--attention-backend", backend, "--cuda-graph-backend-decode", "disabled"),
         *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6"),
-        *("--speculative-ngram-max-bfs-breadth", "4", "--speculative-ngram-capacity", "10000"),
+        *("--speculative-ngram-max-bfs-breadth", str(breadth)),
+        *("--speculative-ngram-capacity", "10000"),
     )
     batches = [*([prompt(length)] for length in LENGTHS), [prompt(length) for length in LENGTHS]]
-    for report in serve(ready, checkpoint, 2, flags, batches, NEW_TOKENS):
-        for prompts, answers in zip(batches, report.answers, strict=True):
-            for tokens, answer in zip(prompts, answers, strict=True):
-                check(checkpoint, tokens, answer, NEW_TOKENS)
+    fresh: Fresh = request.getfixturevalue(processes)
+    for report in serve(fresh, checkpoint, 2, flags, batches, NEW_TOKENS):
+        check_all(checkpoint, batches, report.answers, NEW_TOKENS)
         assert all(answer.drafts[0] > NEW_TOKENS // 2 for answer in report.answers[-1])
 
 
@@ -51,8 +69,6 @@ def test_drafts_from_earlier_answers(interpreted: Fresh, tmp_path: Path) -> None
     prompts = [prompt(length) for length in LENGTHS]
     batches = [*([tokens] for tokens in prompts), prompts[:1], prompts[1:]]
     for report in serve(interpreted, checkpoint, 2, flags, batches, NEW_TOKENS):
-        for asked, answers in zip(batches, report.answers, strict=True):
-            for tokens, answer in zip(asked, answers, strict=True):
-                check(checkpoint, tokens, answer, NEW_TOKENS)
+        check_all(checkpoint, batches, report.answers, NEW_TOKENS)
         for answer in itertools.chain(*report.answers[-2:]):
             assert answer.drafts[0] > NEW_TOKENS // 2
