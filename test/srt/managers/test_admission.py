@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 from unittest.mock import MagicMock
 
 import pytest
@@ -17,7 +18,10 @@ from srt.rank import published
 
 
 class Case(NamedTuple):
-    """A request alone in a pool of whole widened pages."""
+    """A request alone in a pool of whole widened pages.
+
+    ahead: tokens that a decode step allocates beyond a request's own, drafts among them.
+    """
 
     page: int
     ranks: int
@@ -26,6 +30,7 @@ class Case(NamedTuple):
     asked: int
     chunk: int | None
     prefix_cache: bool
+    ahead: int = 2
 
 
 def cases() -> list[Case]:
@@ -41,6 +46,11 @@ def cases() -> list[Case]:
                 (None, widened, 2 * widened + 1),
                 (True, False),
             )
+        ]
+        found += [
+            Case(page, ranks, pages, length, asked, None, True, ahead=16)
+            for length in range(1, pages * widened + 2)
+            for asked in (1, 1 << 30)
         ]
     return found
 
@@ -76,6 +86,7 @@ def _wrong(case: Case) -> str:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import PrefillAdder
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache import allocation_sizing
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     widened = case.page * case.ranks
@@ -97,10 +108,18 @@ def _wrong(case: Case) -> str:
     sampling = SamplingParams(max_new_tokens=case.asked, ignore_eos=True)
     sampling.normalize(None)
     req = Req("0", "", array("q", range(case.length)), sampling)
-    Scheduler.init_req_max_new_tokens(scheduler, req)
+    ahead = mock.patch.object(
+        allocation_sizing, "get_alloc_reserve_per_decode", return_value=case.ahead
+    )
+    with ahead:
+        Scheduler.init_req_max_new_tokens(scheduler, req)
     if case.length >= scheduler.max_req_input_len:
         return ""  # refused by SGLang's check of the length, which comes next
-    new_tokens = min(case.asked, held - 2 - case.length)
+    new_tokens = min(case.asked, held - case.ahead - case.length)
+    if new_tokens < 1:
+        said = getattr(req.to_finish, "message", "")
+        named = all(f" {n} " in said for n in (held, case.ahead)) and f"({case.length} " in said
+        return "" if named else f"no token, and {req.to_finish}"
     if req.to_finish is not None or sampling.max_new_tokens != new_tokens:
         return f"{sampling.max_new_tokens} new tokens, {req.to_finish}"
     while req.prefix_len < case.length:
