@@ -47,15 +47,16 @@ class Server:
 
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
     of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
-    start_timeout: seconds until health before ServerError. progress: report while starting, on
-    stderr or to a function. cold: start the command itself even where servers are forked. nodes:
-    launchers that share the ranks, as on so many hosts; requests go to the first. node_flags: what
-    single nodes are given besides, by their number. A server lives at most as long as the thread
-    that started it.
+    late_env: those that nothing reads at import. start_timeout: seconds until health before
+    ServerError. progress: report while starting, on stderr or to a function. cold: start the
+    command itself even where servers are forked. prelude: Python code that a forked launcher runs
+    before anything else. nodes: launchers that share the ranks, as on so many hosts; requests go to
+    the first. node_flags: what single nodes are given besides, by their number. A server lives at
+    most as long as the thread that started it.
     """
 
     #: Whether this process forks its servers on the CPU platform instead (see `warm`); those with
-    #: further environment variables, which may be read at import, are never forked.
+    #: further environment variables that may be read at import are never forked.
     forks: ClassVar[bool] = False
 
     def __init__(
@@ -64,9 +65,11 @@ class Server:
         *flags: str,
         platform: str | None = PLATFORM_NAME,
         env: Mapping[str, str] | None = None,
+        late_env: Mapping[str, str] | None = None,
         start_timeout: float = 300,
         progress: bool | Callable[[str], None] = True,
         cold: bool = False,
+        prelude: str = "",
         nodes: int = 1,
         node_flags: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
@@ -77,13 +80,16 @@ class Server:
         ]
         self.nodes, self._node_flags = nodes, node_flags or {}
         self._meet_at = f"127.0.0.1:{free_port()}"
-        self.env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        self.env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {}), **(late_env or {})}
         if platform is not None:
             self.env["SGLANG_PLATFORM"] = platform
         self.start_timeout = start_timeout
         self.progress = progress
         self.start_seconds: float | None = None
         self.warm = self.forks and platform == PLATFORM_NAME and not env and not cold
+        self._prelude = prelude
+        if prelude and not self.warm:
+            raise ValueError("prelude: this server is not forked")
         self._processes: list[subprocess.Popen[bytes] | warm.Forked] = []
         self._log_paths: list[Path] = []
 
@@ -126,7 +132,7 @@ class Server:
         self._log_paths.append(Path(name))
         process: subprocess.Popen[bytes] | warm.Forked
         if self.warm:
-            process = warm.source().start(command[3:], self.env, Path(name))
+            process = warm.source().start(command[3:], self.env, Path(name), self._prelude)
         else:
             # A session of its own, so that the whole family can be signalled at once.
             process = subprocess.Popen(

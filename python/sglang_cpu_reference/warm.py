@@ -84,9 +84,15 @@ class Source:
         """Whether it can still fork."""
         return self._process.poll() is None
 
-    def start(self, flags: Sequence[str], env: Mapping[str, str], log: Path) -> Forked:
-        """``python -m sglang.launch_server`` with these flags, in a session of its own."""
-        return Forked(self, self.ask("start", list(flags), dict(env), os.getcwd(), str(log)))
+    def start(
+        self, flags: Sequence[str], env: Mapping[str, str], log: Path, prelude: str = ""
+    ) -> Forked:
+        """``python -m sglang.launch_server`` with these flags, in a session of its own.
+
+        prelude: Python code that the launcher runs first, before its ranks are forked from it.
+        """
+        given = (list(flags), dict(env), os.getcwd(), str(log), prelude)
+        return Forked(self, self.ask("start", *given))
 
     def ask(self, *question: Any) -> Any:
         """What the process answers; raises EOFError when it is gone."""
@@ -129,7 +135,7 @@ def main() -> None:
             return
 
 
-def _launch(flags: list[str], env: dict[str, str], folder: str, log: str) -> None:
+def _launch(flags: list[str], env: dict[str, str], folder: str, log: str, prelude: str) -> None:
     """In a fork: be the launcher."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
@@ -141,6 +147,7 @@ def _launch(flags: list[str], env: dict[str, str], folder: str, log: str) -> Non
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    exec(prelude, {})
     forkserver.fork()
     sys.argv[1:] = flags  # run_module sets the first
     runpy.run_module(_MODULE, run_name="__main__", alter_sys=True)

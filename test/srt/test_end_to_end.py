@@ -59,13 +59,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_checkpoint(family, root / family) for family in FAMILIES}
 
 
-def serve(
-    checkpoint: Path, tp: int, dcp: int, backend: str, *flags: str, **environment: str
-) -> Server:
+def serve(checkpoint: Path, tp: int, dcp: int, backend: str, *flags: str, **options: Any) -> Server:
+    """A server of a layout. options: those of `Server`."""
     layout = ["--tp", str(tp)]
     if dcp > 1:
         layout += ["--dcp-size", str(dcp), "--dcp-comm-backend", backend]
-    return Server(checkpoint, *layout, *flags, env=environment)
+    return Server(checkpoint, *layout, *flags, **options)
 
 
 def abort_midway(server: Server, tokens: list[int]) -> None:

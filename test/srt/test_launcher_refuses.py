@@ -1,10 +1,9 @@
 """The real launcher, with the series broken on purpose somewhere: it says why, and never serves.
 
-A `sitecustomize` module on PYTHONPATH breaks one thing in every Python process of the server, or
-only in its ranks, before SGLang loads any plugin.
+One thing is broken in every process of the server, or only in its ranks, before SGLang loads any
+plugin.
 """
 
-import os
 from pathlib import Path
 
 import pytest
@@ -58,12 +57,10 @@ hook.SUPPORTED_SGLANG = ("0.0.1",)
 )
 def test_nothing_is_served(tmp_path: Path, body: str, reason: str) -> None:
     checkpoint = make_checkpoint("llama", tmp_path / "llama")
-    (tmp_path / "sitecustomize.py").write_text(BREAK.format(body=body))
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     # Ranks without the series die by themselves where upstream refuses DCP on the platform; over a
     # whole cache they would start.
     sharded = () if body == NO_SERIES_IN_THE_RANKS else ("--dcp-size", "2")
-    server = Server(checkpoint, "--tp", "2", *sharded, env={"PYTHONPATH": path})
+    server = Server(checkpoint, "--tp", "2", *sharded, prelude=BREAK.format(body=body))
     with pytest.raises(ServerError, match=r"exited with status [^0]") as refused, server:
         pass
     assert reason in str(refused.value)

@@ -5,18 +5,25 @@ answered from where the tree has a state: at whole pages of the group and chunks
 Every rank checks at idle that no slot of the cache and no state is lost.
 """
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
-from sglang_cpu_reference.server import Server
 from sglang_helix.srt.managers.invariant_checker import check_full_pool
-from srt.expected import check, check_all, prompt
+from srt.expected import check_all, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Report, serve
-from srt.test_end_to_end import everything_is_free
+from srt.models.serving import (
+    Answer,
+    Report,
+    answer,
+    command_line,
+    expect_few_tokens,
+    scheduler_of,
+    serve,
+)
 
 NEW_TOKENS = 4
 ROWS = 256
@@ -149,25 +156,37 @@ def test_a_lost_page_of_the_cache_is_seen_beside_states(lost: int) -> None:
     assert "slots=64" in message
 
 
-@pytest.mark.server
-def test_a_small_pool_retracts_resumes_and_says_what_states_take(checkpoint: Any) -> None:
+def small_pool(
+    rank: int, argv: list[str], prompts: list[list[int]], longer: list[int], new_tokens: int
+) -> tuple[list[Answer], Answer]:
+    """In a rank's process: prompts of which admission expects too little, and one with a prefix."""
+    logging.basicConfig(level=logging.INFO)
+    scheduler = scheduler_of(rank, argv)
+    scheduler.get_init_info()  # says what the pools take
+    expect_few_tokens()
+    answers = answer(scheduler, prompts, new_tokens)
+    answer(scheduler, [FIRST], 1)
+    (again,) = answer(scheduler, [longer], new_tokens)
+    scheduler.flush_cache()
+    scheduler.on_idle()  # with nothing cached
+    return answers, again
+
+
+def test_a_small_pool_retracts_resumes_and_says_what_states_take(
+    ready: Fresh, checkpoint: Any
+) -> None:
     """Eight requests that cannot all be held: some are retracted, and still answer the same."""
     model, new_tokens = checkpoint("qwen3_next", **ONE_HEAD), 48
     flags = ("--max-total-tokens", "128", "--page-size", "1", "--schedule-conservativeness", "0.05")
-    flags += ("--tp", "2", "--dcp-size", "2", "--max-mamba-cache-size", "40")
-    # Admission expects 4 tokens of each request, so all eight are let in.
-    expectation = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
-    with Server(model, *flags, env=expectation) as server:
-        batch = [prompt(20, seed=seed) for seed in range(10, 18)]
-        answers = server.generate_batch(batch, new_tokens)
-        log = server.log()
-        assert "Retract requests" in log
-        assert "Recurrent states: 40 in " in log
-        for tokens, answer in zip(batch, answers, strict=True):
-            check(model, tokens, answer, new_tokens)
-        server.generate(FIRST, 1)
-        longer = FIRST + prompt(5, seed=1)
-        again = server.generate(longer, new_tokens)
+    flags += ("--dcp-size", "2", "--max-mamba-cache-size", "40")
+    prompts = [prompt(20, seed=seed) for seed in range(10, 18)]
+    longer = FIRST + prompt(5, seed=1)
+    given = (command_line(model, 2, *flags), prompts, longer, new_tokens)
+    for outcome in ready.outcomes([(small_pool, rank, *given) for rank in range(2)]):
+        assert outcome.status == 0, outcome.output
+        assert "Recurrent states: 40 in " in outcome.output
+        assert "Retract requests" in outcome.output
+        answers, again = outcome.value
+        assert sum(answered.retractions for answered in answers)
+        check_all(model, [[*prompts, longer]], [[*answers, again]], new_tokens)
         assert again.cached_tokens == 192
-        check(model, longer, again, new_tokens)
-        everything_is_free(server)
