@@ -64,20 +64,23 @@ def test_layout_rows_and_waits(scheduler: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "prefixes", "requests", "mla", "kind"),
+    ("mode", "prefixes", "chunks", "requests", "mla", "kind"),
     [
-        ("EXTEND", [0, 0], 2, False, "none"),
-        ("EXTEND", [0, 5], 2, False, "a2a"),
-        ("EXTEND", [0, 5], 2, True, "gather"),
-        ("DECODE", None, 4, False, "symm"),
-        ("DECODE", None, 5, False, "a2a"),
-        ("IDLE", None, 0, False, "none"),
+        ("EXTEND", [0, 0], [9, 9], 2, False, "none"),
+        # As many tokens as symm takes, and one more, of those that have a prefix or lie between.
+        ("EXTEND", [0, 5, 0, 5, 0], [9, 1, 2, 1, 9], 5, False, "symm"),
+        ("EXTEND", [0, 5, 0, 5, 0], [0, 1, 3, 1, 0], 5, False, "a2a"),
+        ("EXTEND", [0, 5], [1, 1], 2, True, "gather"),
+        ("DECODE", None, None, 4, False, "symm"),
+        ("DECODE", None, None, 5, False, "a2a"),
+        ("IDLE", None, None, 0, False, "none"),
     ],
 )
 def test_batches_are_counted_by_what_they_exchange(
     scheduler: SimpleNamespace,
     mode: str,
     prefixes: list[int] | None,
+    chunks: list[int] | None,
     requests: int,
     mla: bool,
     kind: str,
@@ -86,7 +89,10 @@ def test_batches_are_counted_by_what_they_exchange(
 
     scheduler.tp_worker.model_runner.use_mla_backend = mla
     batch = SimpleNamespace(
-        forward_mode=ForwardMode[mode], prefix_lens=prefixes, batch_size=lambda: requests
+        forward_mode=ForwardMode[mode],
+        prefix_lens=prefixes,
+        extend_lens=chunks,
+        batch_size=lambda: requests,
     )
     scheduler.helix_metrics = Metrics(scheduler)
     metrics_collector.count_batch(None, scheduler, batch, None)

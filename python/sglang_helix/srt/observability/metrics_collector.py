@@ -12,6 +12,7 @@ from typing import Any
 from sglang.srt.runtime_context import get_observability, get_parallel, get_spec
 
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.attention.sharded import with_prefixes
 from sglang_helix.srt.layers.dcp import exchange
 from sglang_helix.srt.managers.invariant_checker import slots_of
 
@@ -97,14 +98,16 @@ class Metrics:
         backend = str(get_parallel().dcp_comm_backend)
         mode = batch.forward_mode
         if mode.is_extend() and not mode.is_target_verify():
-            if not any(batch.prefix_lens or ()):
+            prefix = with_prefixes(batch.prefix_lens or (), batch.extend_lens or ())
+            if prefix is None:
                 return "none"
             if self._scheduler.tp_worker.model_runner.use_mla_backend:
                 return "gather"
-            return "a2a" if backend == "symm" else backend  # fp32 rows
-        if not (mode.is_decode() or mode.is_target_verify()):
+            tokens = prefix.tokens.stop - prefix.tokens.start
+        elif mode.is_decode() or mode.is_target_verify():
+            tokens = batch.batch_size() * (get_spec().speculative_num_draft_tokens or 1)
+        else:
             return "none"
-        tokens = batch.batch_size() * (get_spec().speculative_num_draft_tokens or 1)
         if backend == "symm" and tokens > exchange.largest_prepared(get_parallel().dcp_group):
             return "a2a"
         return backend

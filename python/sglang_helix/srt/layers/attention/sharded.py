@@ -23,7 +23,7 @@ MLA                   the model gathers queries before decode and exchanges afte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -697,22 +697,30 @@ class Prefixed(NamedTuple):
 
 
 def prefixed(forward_batch: ForwardBatch) -> Prefixed | None:
-    """From the first to the last request that has cached tokens: the same on every rank.
+    """The requests of a batch that attend cached tokens: the same on every rank.
 
-    None where no request has any. The number of *local* cached tokens does not count: with a short
+    None where there are none. The number of *local* cached tokens does not count: with a short
     prefix some ranks hold none, and a rank that skipped the exchange would leave its peers waiting
     for ever. All requests where the host does not know.
     """
     lens = forward_batch.extend_prefix_lens_cpu
     if lens is None or forward_batch.forward_mode.is_target_verify():
         return Prefixed(slice(None), slice(None), True)
-    having = [request for request, length in enumerate(lens) if length]
+    return with_prefixes(lens, forward_batch.extend_seq_lens_cpu)
+
+
+def with_prefixes(prefix_lens: Sequence[int], extend_lens: Sequence[int]) -> Prefixed | None:
+    """From the first to the last request that has cached tokens; None where no request has any.
+
+    prefix_lens, extend_lens: cached tokens and queries of each request.
+    """
+    having = [request for request, length in enumerate(prefix_lens) if length]
     if not having:
         return None
     first, end = having[0], having[-1] + 1
-    before, own = sum(forward_batch.extend_seq_lens_cpu[:first]), slice(first, end)
-    queries = sum(forward_batch.extend_seq_lens_cpu[own])
-    return Prefixed(own, slice(before, before + queries), end - first == len(lens))
+    before, own = sum(extend_lens[:first]), slice(first, end)
+    queries = sum(extend_lens[own])
+    return Prefixed(own, slice(before, before + queries), end - first == len(prefix_lens))
 
 
 def fold(q: Tensor, drafts: int, groups: int) -> Tensor:

@@ -35,6 +35,7 @@ _T = TypeVar("_T")
 _INSTEAD = "use --dcp-comm-backend a2a instead of symm"
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own switch, for tests
 _WATCH_INTERVAL = 1.0  # seconds; a waiting program reports several times in it
+_LOOKS = 20  # in an interval, at who waits now
 
 
 class Options(TypedDict, total=False):
@@ -119,11 +120,8 @@ class Watchdog:
     def _watch(self) -> None:
         before = torch.zeros_like(self._status)
         since = torch.full(self._status.shape, time.monotonic(), dtype=torch.float64)
-        while not self._stopped.wait(_WATCH_INTERVAL):
-            words, now = self._status.clone(), time.monotonic()
-            self._status.zero_()
-            for peer in {Stall.read(self._rank, int(word)).peer for word in words[words != 0]}:
-                self.slow_seconds[peer] = self.slow_seconds.get(peer, 0.0) + _WATCH_INTERVAL
+        while (words := self._reported()) is not None:
+            now = time.monotonic()
             # A program that got on reports another epoch, or nothing.
             since = since.masked_fill((words != before) | (words == 0), now)
             oldest = int(since.argmin())
@@ -131,6 +129,21 @@ class Watchdog:
                 self._on_stall(Stall.read(self._rank, int(words[oldest])))
                 return
             before = words
+
+    def _reported(self) -> torch.Tensor | None:
+        """The last report of each program within an interval; None where the thread is to end."""
+        words, look = torch.zeros_like(self._status), _WATCH_INTERVAL / _LOOKS
+        for _ in range(_LOOKS):
+            if self._stopped.wait(look):
+                return None
+            seen = self._status.clone()
+            if not seen.any():
+                continue
+            self._status.zero_()
+            words = torch.where(seen != 0, seen, words)
+            for peer in {Stall.read(self._rank, int(word)).peer for word in seen[seen != 0].unique()}:
+                self.slow_seconds[peer] = self.slow_seconds.get(peer, 0.0) + look
+        return words
 
 
 def abort(stall: Stall) -> None:
