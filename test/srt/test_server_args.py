@@ -384,6 +384,25 @@ def test_a_chunk_holds_a_widened_page(resolved: Resolve, chunk: int, fits: bool)
     assert resolved("Hopper", "llama", tp_size=4, **flags).error == ""
 
 
+@pytest.mark.parametrize(
+    ("machine", "family", "size", "works"),
+    [("Hopper", "llama", 4, [2]), ("Blackwell", "deepseek_v2", 8, [2, 4])],
+)
+def test_attention_replicas_name_the_sizes_that_work(
+    resolved: Resolve, machine: str, family: str, size: int, works: list[int]
+) -> None:
+    """4 ranks each: 8 are not within one, and one shard of two heads is not on them all."""
+    asked = {"tp_size": 8, "attn_dp_size": 2, "attention_backend": "triton"}
+    if family == "deepseek_v2":
+        asked["attention_backend"] = "flashinfer"
+    found = resolved(machine, family, dcp_size=size, **asked)
+    assert "--attn-dp-size 2 is not supported with" in found.error
+    named = " or ".join(map(str, works))
+    assert found.error.endswith(f", or --dcp-size {named} beside --attn-dp-size.")
+    for each in works:
+        assert resolved(machine, family, launched=True, dcp_size=each, **asked).error == ""
+
+
 # Rows of the compatibility table, as a user would ask for them.
 
 UPSTREAM = "SGLang refuses it first"

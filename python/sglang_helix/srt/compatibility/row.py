@@ -36,6 +36,7 @@ class Row:
         its code, tests or docs speaks of it; starts, and crashes or answers wrongly; refuses; or
         has no such thing. Default: MLA for what works, starts for what is refused.
     proof: of `alone`, where SGLang serves or is wrong: its code (below sglang/srt), test or thread.
+    sizes: values of `--dcp-size` with which it is served after all.
     """
 
     feature: str
@@ -46,6 +47,7 @@ class Row:
     given: Given = lambda situation: None
     alone: Alone = ""
     proof: str = ""
+    sizes: Callable[[Situation], list[int]] = lambda situation: []
 
     def in_use(self, situation: Situation) -> bool:
         """Whether the situation has the feature."""
@@ -77,4 +79,6 @@ class Row:
         beside = f"{flag} {size}"
         if own:
             beside = f"SGLang's own --dcp-size, which serves {', '.join(own)} here"
+        if sizes := self.sizes(situation):
+            instead += f", or --dcp-size {' or '.join(map(str, sizes))} beside {self.flag}"
         return f"{subject} is not supported with {beside}: {self.why}. {instead}."

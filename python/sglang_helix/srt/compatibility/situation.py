@@ -76,26 +76,34 @@ class Situation:
         return [count for count in counts if count is not None]
 
     @property
-    def plain_heads_grouped(self) -> bool:
-        """Whether plain TP already gives all ranks of a KVP group the same key-value heads.
-
-        MLA has one latent; each of fewer key-value heads than shards is copied to all of them.
-        """
-        if self.mla:
-            return True
+    def attention_ranks(self) -> int:
+        """Ranks of an attention replica, which divide its heads: SGLang's attention TP size."""
         args = self.args
-        shards = args.tp_size // args.attn_dp_size // args.attn_cp_size // args.dcp_size
-        return bool(shards and shards % self.model.get_total_num_kv_heads() == 0)
+        return int(args.tp_size // args.attn_dp_size // args.attn_cp_size)
+
+    @property
+    def plain_heads_grouped(self) -> bool:
+        """Whether plain TP already gives all ranks of a KVP group the same key-value heads."""
+        return self._grouped_by_plain_tp(self.args.dcp_size)
 
     @property
     def sglang_groups_heads(self) -> bool:
-        """Whether unmodified SGLang gives all ranks of a KVP group the same key-value heads.
+        """Whether unmodified SGLang gives all ranks of a KVP group the same key-value heads."""
+        return self.sglang_groups_heads_of(self.args.dcp_size)
+
+    def sglang_groups_heads_of(self, dcp_size: int) -> bool:
+        """`sglang_groups_heads`, of groups of so many ranks.
 
         Qwen3.5's class shards its heads by group; the others leave them to plain TP.
         """
         from sglang.srt.configs.model_config import is_qwen3_5
 
-        return is_qwen3_5(self.model.hf_config) or self.plain_heads_grouped
+        return is_qwen3_5(self.model.hf_config) or self._grouped_by_plain_tp(dcp_size)
+
+    def _grouped_by_plain_tp(self, dcp_size: int) -> bool:
+        # MLA has one latent; each of fewer key-value heads than shards is copied to all of them.
+        shards = self.attention_ranks // dcp_size
+        return self.mla or bool(shards and shards % self.model.get_total_num_kv_heads() == 0)
 
 
 def situation_of(server_args: Any) -> Situation:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from sglang_helix.srt.compatibility.conditions import flag, more_than_one, on_platform
 from sglang_helix.srt.compatibility.row import WITHOUT, Row
 from sglang_helix.srt.compatibility.situation import Situation
+from sglang_helix.srt.distributed.topology import divisors
 
 
 def _attention_replicas(situation: Situation, *, own: bool) -> object | None:
     args = situation.args
-    shards = args.tp_size // args.attn_dp_size // args.attn_cp_size
-    served = situation.sglang_groups_heads and shards % args.dcp_size == 0
+    served = situation.attention_ranks % args.dcp_size == 0 and situation.sglang_groups_heads
     return args.attn_dp_size if args.attn_dp_size > 1 and served == own else None
+
+
+def _sizes_in_replicas(situation: Situation) -> list[int]:
+    """Every `--dcp-size` that SGLang serves in attention replicas of that many ranks."""
+    sizes = divisors(situation.attention_ranks)[1:]
+    return [size for size in sizes if situation.sglang_groups_heads_of(size)]
 
 
 def _attention_replicas_of_sglang(situation: Situation) -> object | None:
@@ -43,7 +49,8 @@ PARALLEL: tuple[Row, ...] = (
         "attention data parallelism of MLA models and Qwen3.5",
         "--attn-dp-size",
         "own",
-        "groups of a replica: dcp size divides tp size / attn dp size",
+        "groups of a replica: dcp size divides tp size / attn dp size; GQA too, where what is left "
+        "of head shards is a multiple of the key-value heads",
         given=_attention_replicas_of_sglang,
         alone="serves",
         proof="arg_groups/parallel_hook.py",
@@ -52,11 +59,13 @@ PARALLEL: tuple[Row, ...] = (
         "other attention data parallelism",
         "--attn-dp-size",
         "refused",
-        "KVP groups could cross replicas, or their ranks hold different key-value heads",
+        "dcp size does not divide the ranks of a replica, tp size / attn dp size, or leaves fewer "
+        "head shards of them than key-value heads",
         f"Instead, {_ONE_GROUP}",
         _attention_replicas_refused,
         alone="wrong",
         proof="sgl-project/sglang#34355",
+        sizes=_sizes_in_replicas,
     ),
     Row(
         "prefill context parallelism",

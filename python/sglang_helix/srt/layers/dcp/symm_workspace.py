@@ -141,7 +141,9 @@ class Watchdog:
                 continue
             self._status.zero_()
             words = torch.where(seen != 0, seen, words)
-            for peer in {Stall.read(self._rank, int(word)).peer for word in seen[seen != 0].unique()}:
+            for peer in {
+                Stall.read(self._rank, int(word)).peer for word in seen[seen != 0].unique()
+            }:
                 self.slow_seconds[peer] = self.slow_seconds.get(peer, 0.0) + look
         return words
 
