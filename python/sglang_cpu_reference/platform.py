@@ -92,11 +92,9 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             kv_transfer,
             linear_attention,
             stand_ins,
-            transfer_engine,
         )
 
         kv_transfer.install()
         linear_attention.install_in_rank()
         stand_ins.install()
-        transfer_engine.install()
         register_attention_backend("torch_native")(create_torch_native_backend)

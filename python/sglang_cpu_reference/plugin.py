@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_cpu_reference import forkserver, linear_attention, selected, speculative
+from sglang_cpu_reference import (
+    forkserver,
+    linear_attention,
+    selected,
+    speculative,
+    transfer_engine,
+)
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
@@ -40,6 +46,7 @@ def register() -> None:
     HookRegistry.register(_EXPERTS, _experts_of_this_rank, HookType.AROUND)
     linear_attention.install()
     speculative.install()
+    transfer_engine.install()  # a rank makes its engine before it imports what runs models
     collectives_on_cpu_tensors()
 
 

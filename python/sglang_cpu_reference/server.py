@@ -42,7 +42,98 @@ class Generation(NamedTuple):
         return int(self.meta_info["cached_tokens"])
 
 
-class Server:
+class Client:
+    """What asks a server, or a router, that listens at a port of the loopback interface."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        *,
+        top_logprobs: int = 5,
+        **sampling_params: Any,
+    ) -> Generation:
+        """Complete one prompt, text or token ids; greedily and to the full length by default."""
+        return self.generate_batch(
+            [prompt], max_new_tokens, top_logprobs=top_logprobs, **sampling_params
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int,
+        *,
+        top_logprobs: int = 5,
+        **sampling_params: Any,
+    ) -> list[Generation]:
+        """Complete prompts sent in one request; all of them text, or all of them token ids."""
+        key = "text" if isinstance(prompts[0], str) else "input_ids"
+        answers = self.post(
+            "/generate",
+            {
+                key: list(prompts),
+                "sampling_params": {
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "max_new_tokens": max_new_tokens,
+                    **sampling_params,
+                },
+                "return_logprob": True,
+                "top_logprobs_num": top_logprobs,
+            },
+        )
+        return [_generation(answer) for answer in answers]
+
+    def server_info(self) -> dict[str, Any]:
+        """SGLang's resolved arguments and internal state."""
+        return self.get("/server_info")
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache; the server must be idle."""
+        self.post("/flush_cache", None)
+
+    def get(self, path: str, timeout: float = 60) -> Any:
+        """The JSON (or, where it is not JSON, the text) that a GET of the path answers."""
+        return self._request(urllib.request.Request(self._url(path)), timeout)
+
+    def post(self, path: str, body: Any, timeout: float = 600) -> Any:
+        """The JSON (or text) that a POST of the body, as JSON, answers."""
+        request = urllib.request.Request(
+            self._url(path),
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        return self._request(request, timeout)
+
+    def log(self, lines: int | None = None) -> str:
+        """What is shown of the server where it does not answer: nothing is known here."""
+        return ""
+
+    def _url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _request(self, request: urllib.request.Request, timeout: float) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            raise ServerError(
+                f"{request.full_url} answered {error.code}: {error.read().decode()}"
+            ) from error
+        except OSError as error:
+            raise ServerError(
+                f"{request.full_url} did not answer ({error})\n{self.log(40)}"
+            ) from error
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+
+class Server(Client):
     """A server process on a free loopback port, and nothing left of it afterwards.
 
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
@@ -73,7 +164,7 @@ class Server:
         nodes: int = 1,
         node_flags: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
-        self.port = free_port()
+        super().__init__(free_port())
         self.command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)),
             *("--host", "127.0.0.1", "--port", str(self.port), *flags),
@@ -148,66 +239,6 @@ class Server:
         os.close(log)
         self._processes.append(process)
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        max_new_tokens: int,
-        *,
-        top_logprobs: int = 5,
-        **sampling_params: Any,
-    ) -> Generation:
-        """Complete one prompt, text or token ids; greedily and to the full length by default."""
-        return self.generate_batch(
-            [prompt], max_new_tokens, top_logprobs=top_logprobs, **sampling_params
-        )[0]
-
-    def generate_batch(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        max_new_tokens: int,
-        *,
-        top_logprobs: int = 5,
-        **sampling_params: Any,
-    ) -> list[Generation]:
-        """Complete prompts sent in one request; all of them text, or all of them token ids."""
-        key = "text" if isinstance(prompts[0], str) else "input_ids"
-        answers = self.post(
-            "/generate",
-            {
-                key: list(prompts),
-                "sampling_params": {
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "max_new_tokens": max_new_tokens,
-                    **sampling_params,
-                },
-                "return_logprob": True,
-                "top_logprobs_num": top_logprobs,
-            },
-        )
-        return [_generation(answer) for answer in answers]
-
-    def server_info(self) -> dict[str, Any]:
-        """SGLang's resolved arguments and internal state."""
-        return self.get("/server_info")
-
-    def flush_cache(self) -> None:
-        """Empty the prefix cache; the server must be idle."""
-        self.post("/flush_cache", None)
-
-    def get(self, path: str, timeout: float = 60) -> Any:
-        """The JSON (or, where it is not JSON, the text) that a GET of the path answers."""
-        return self._request(urllib.request.Request(self._url(path)), timeout)
-
-    def post(self, path: str, body: Any, timeout: float = 600) -> Any:
-        """The JSON (or text) that a POST of the body, as JSON, answers."""
-        request = urllib.request.Request(
-            self._url(path),
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        return self._request(request, timeout)
-
     @property
     def session(self) -> int:
         """Session of all of the first node's processes, and its launcher's process."""
@@ -225,26 +256,6 @@ class Server:
         """A node's log so far, or its last lines."""
         text = self._log_paths[node].read_text(errors="replace")
         return text if lines is None else "\n".join(text.splitlines()[-lines:])
-
-    def _url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-    def _request(self, request: urllib.request.Request, timeout: float) -> Any:
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError as error:
-            raise ServerError(
-                f"{request.full_url} answered {error.code}: {error.read().decode()}"
-            ) from error
-        except OSError as error:
-            raise ServerError(
-                f"{request.full_url} did not answer ({error})\n{self.log(40)}"
-            ) from error
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
 
     def _wait_until_healthy(self) -> None:
         start = reported = time.monotonic()
