@@ -315,7 +315,7 @@ def make_checkpoint(
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
     tokenizer = _byte_tokenizer()
     tokenizer.save_pretrained(directory)
-    if "vision_config" in config:
+    if "vision_config" in config and not written.get("language_model_only"):
         _processor(tokenizer, config["vision_config"]["patch_size"]).save_pretrained(directory)
     return directory
 

@@ -27,9 +27,17 @@ class Oracle:
     """A checkpoint loaded by transformers, in fp32 on the CPU, with eager attention."""
 
     def __init__(self, checkpoint: Path | str) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+        )
 
-        self.model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        self.model = kind.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         ).eval()
 

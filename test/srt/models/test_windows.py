@@ -5,6 +5,7 @@ cut by owner. The load goes across the window's edge in decode and in chunks, hi
 and comes back after retraction; a rank that is idle checks that no slot of any pool is lost.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,46 @@ OTHERS = {
             "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
         },
     ),
+    "mimo_v2_flash": Family(  # sinks and more key-value heads in windows, short values
+        "mimo_v2_flash",
+        {
+            **COMMON,
+            **ALTERNATING,
+            "head_dim": 48,
+            "v_head_dim": 32,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "rope_parameters": {
+                "full_attention": {**ROPE, "partial_rotary_factor": 0.334},
+                "sliding_attention": {**ROPE, "partial_rotary_factor": 0.334},
+            },
+        },
+        {
+            "rope_parameters": {
+                **ROPE,
+                "full_attention": {**ROPE, "partial_rotary_factor": 0.334},
+                "sliding_attention": {**ROPE, "partial_rotary_factor": 0.334},
+            },
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.334,
+            "layernorm_epsilon": 1e-6,
+            "hybrid_layer_pattern": [0, 1] * 2,
+            "moe_layer_freq": [0, 1] * 2,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_shared_experts": None,
+            "add_swa_attention_sink_bias": True,
+            "add_full_attention_sink_bias": False,
+            "sliding_window_size": WINDOW,
+            "attention_chunk_size": WINDOW,
+            "swa_num_attention_heads": 8,
+            "swa_num_key_value_heads": 4,
+            "swa_head_dim": 48,
+            "swa_v_head_dim": 32,
+        },
+    ),
     "laguna": Family(  # more query heads in windows
         "laguna",
         {
@@ -100,9 +141,76 @@ def test_windows_equal_transformers(ready: Fresh, tmp_path: Path, family: str) -
         assert report.answers[-1][0].cached_tokens > CHUNK
 
 
+# Published with another class for its text, without pictures: SGLang's reads the same weights.
+STEP_3_7 = Family(
+    "step3p7",
+    {
+        "text_config": {
+            **COMMON,
+            **ALTERNATING,
+            "num_sliding_attention_heads": 16,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "share_expert_dim": 64,
+            "moe_router_scaling_factor": 2.0,
+            "rope_theta": [10000.0, 1000.0] * 2,
+            "partial_rotary_factors": [0.5, 1.0] * 2,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+            "mlp_ratio": 2.0,
+        },
+    },
+)
+STEP_3_5 = {
+    **COMMON,
+    **ALTERNATING,
+    "architectures": ["Step3p5ForCausalLM"],
+    "model_type": "step3p5",
+    "torch_dtype": "float32",
+    "num_attention_groups": 2,
+    "attention_other_setting": {"num_attention_heads": 16, "num_attention_groups": 2},
+    "use_head_wise_attn_gate": True,
+    "moe_layers_enum": "1,3",
+    "moe_num_experts": 8,
+    "moe_top_k": 2,
+    "moe_intermediate_size": 64,
+    "share_expert_dim": 64,
+    "moe_router_scaling_factor": 2.0,
+    "use_moe_router_bias": True,
+    "need_fp32_gate": True,
+    "swiglu_limits": [0.0] * 4,
+    "swiglu_limits_shared": [0.0] * 4,
+    "rope_theta": [10000.0, 1000.0] * 2,
+    "partial_rotary_factors": [0.5, 1.0] * 2,
+    "per_layer_config": {},  # transformers derives one that SGLang cannot read
+}
+
+
+def test_step_equals_transformers(kernels: Fresh, tmp_path: Path) -> None:
+    oracle, served = make_checkpoint(STEP_3_7, tmp_path / "3.7"), tmp_path / "3.5"
+    served.mkdir()
+    for file in oracle.iterdir():
+        (served / file.name).symlink_to(file)
+    (served / "config.json").unlink()
+    (served / "config.json").write_text(json.dumps(STEP_3_5))
+    flags = (*FLAGS, "--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
+    flags += ("--max-total-tokens", "256", "--dtype", "float32")
+    for report in serve(kernels, served, 4, flags, BATCHES, NEW_TOKENS):
+        check_all(oracle, BATCHES, report.answers, NEW_TOKENS)
+        assert report.answers[-1][0].cached_tokens > CHUNK
+
+
 CUT_COMMON = {**COMMON, "num_key_value_heads": 1}
 REVERSED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 GEMMA = {**CUT_COMMON, **REVERSED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # Windows in the pool of all layers.
 CUT = {
     # Logits of about 3 are capped in attention, where it shows.
@@ -136,6 +244,22 @@ CUT = {
             "tie_word_embeddings": True,
         },
     ),
+    "exaone_moe": Family(  # K-EXAONE
+        "exaone_moe",
+        {
+            **CUT_COMMON,
+            **REVERSED,
+            **EXPERTS,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+            "head_dim": 16,
+            "rope_parameters": {**ROPE, "rope_theta": 1000000.0},
+        },
+        {"is_moe_layer": [False, True] * 2},
+    ),
+    "afmoe": Family(  # Trinity; its experts are Triton only
+        "afmoe",
+        {**CUT_COMMON, **REVERSED, **EXPERTS, "num_dense_layers": 4, "mup_enabled": True},
+    ),
 }
 
 
@@ -148,6 +272,56 @@ def test_cut_windows_equal_transformers(kernels: Fresh, tmp_path: Path, family: 
     for report in serve(kernels, model, 2, flags, BATCHES, NEW_TOKENS):
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
+
+
+GEMMA_4 = Family(
+    "gemma4",
+    {
+        "text_config": {
+            **COMMON,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_key_value_heads": 2,
+            "num_global_key_value_heads": 1,
+            "global_head_dim": 64,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": COMMON["vocab_size"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": 1000000.0,
+                },
+                "sliding_attention": ROPE,
+            },
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "position_embedding_size": 16,
+            "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+        },
+        "tie_word_embeddings": False,
+    },
+    {"language_model_only": True},
+)
+
+
+def test_gemma4_equals_transformers(interpreted: Fresh, tmp_path: Path) -> None:
+    """Other widths and heads in windows; on Hopper SGLang takes Triton alone for it."""
+    model = make_checkpoint(GEMMA_4, tmp_path)
+    flags = ("--dcp-size", "2", "--dcp-comm-backend", "a2a", "--max-running-requests", "4")
+    flags += ("--attention-backend", "triton", "--chunked-prefill-size", "16")
+    batch = [prompt(length, seed=6) for length in (1, 19)]
+    batches = [batch, batch[1:]]
+    for report in serve(interpreted, model, 2, flags, batches, 3):
+        check_all(model, batches, report.answers, 3)
 
 
 def test_small_pools_retract_and_resume(kernels: Fresh, gpt_oss: Path) -> None:

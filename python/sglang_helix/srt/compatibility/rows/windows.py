@@ -8,10 +8,15 @@ from sglang_helix.srt.compatibility.situation import Situation
 
 # Classes of windows with a pool of their own that are served.
 _POOLED = {
+    "Gemma4ForConditionalGeneration",
     "GptOssForCausalLM",
     "GraniteSWAForCausalLM",
     "LagunaForCausalLM",
     "MellumForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MiMoV2ForCausalLM",
+    "Step3p5ForCausalLM",
+    "Step3p7ForConditionalGeneration",
 }
 
 
@@ -43,7 +48,8 @@ def _windows(given: Given) -> Given:
 
 WINDOWS: tuple[Row, ...] = (
     Row(
-        "sliding windows in a pool of their own (gpt-oss, Granite-SWA, Laguna, Mellum)",
+        "sliding windows in a pool of their own (gpt-oss, Gemma-4, Granite-SWA, Laguna, Mellum, "
+        "MiMo-V2, Step-3.5)",
         "",
         "works",
         "window layers stay as plain TP keeps them, full layers are sharded; answers on a CPU are "
@@ -52,7 +58,8 @@ WINDOWS: tuple[Row, ...] = (
         proof="the allocator of windows does not widen, mem_cache/kv_cache_configurator.py",
     ),
     Row(
-        "sliding windows in the pool of all layers (Gemma-2, Gemma-3, Command-A, Exaone-4)",
+        "sliding windows in the pool of all layers (Afmoe, Command-A, Exaone-4, Gemma-2, Gemma-3, "
+        "K-EXAONE)",
         "",
         "works",
         "each rank attends the window's tokens that it holds, exactly as many keys as the "
