@@ -44,9 +44,11 @@ SEEN: tuple[Seen, ...] = (
         "SGLang's schedulers against `transformers`, and the conformance suite",
     ),
     Seen(
-        *("fa3", "GQA", "one H200", ("graph", "extend", "fp8")),
-        "Llama-shaped `symm` server with an fp8 cache, scales of a checkpoint and without: no "
-        "further from the oracle than one rank",
+        *("fa3", "GQA", "one H200", FEATURES),
+        "Llama-shaped `a2a`, `symm`; with HELIX_FA3_SCHEDULE=1 `a2a` and `symm` of 4; windows cut "
+        "by owner (Gemma-3 `a2a`, Command-A `symm`), Qwen3-Next `a2a`; an fp8 cache with `symm`, "
+        "scales of a checkpoint and without: no further from the oracle than one rank; n-gram "
+        "drafts with `a2a`, verified from graphs",
     ),
     Seen(
         *("fa3", "GQA", "several GPUs", ("graph", "extend")),
@@ -59,6 +61,12 @@ SEEN: tuple[Seen, ...] = (
         *("fa3", "MLA", "CPU", ("graph", "extend", "verify")),
         "SGLang's schedulers against `transformers`, long prefixes un-absorbed at once and in "
         "chunks too, and the conformance suite",
+    ),
+    Seen(
+        *("fa3", "MLA", "one H200", ("graph", "extend", "verify")),
+        "DeepSeek-V2-shaped `symm`; long prefixes un-absorbed in chunks and n-gram drafts verified "
+        "from graphs, `a2a`; MTP with `symm` of 4: right tokens, 42 right drafts where one rank "
+        "had 37",
     ),
     Seen(
         *("fa3", "MLA", "several GPUs", ("graph", "extend")),
@@ -82,7 +90,9 @@ SEEN: tuple[Seen, ...] = (
     Seen(
         *("flashinfer", "GQA", "several GPUs", ("graph", "extend")),
         "two H200s, Llama-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, where prompts "
-        "of one token leave three ranks empty",
+        "of one token leave three ranks empty. Since then 6 of 8 servers whose ranks shared an "
+        "H200 gave wrong tokens behind a continued request: plans overtook each other, which is "
+        "mended and not run on a GPU again",
     ),
     Seen(
         *("flashinfer", "MLA", "CPU", ("extend", "verify")),
@@ -91,7 +101,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("flashinfer", "MLA", "one H200", ("graph", "extend")),
-        "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`; `symm` of 4 ranks, with empty shards",
+        "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`; `symm` of 4 ranks, with empty shards. A prefix "
+        "in chunks gave a token that transformers in bf16 gives too, and fp32 does not",
     ),
     Seen(
         *("flashinfer", "MLA", "several GPUs", ("graph", "extend")),
@@ -105,7 +116,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("flashmla", "MLA", "one H200", ("graph", "extend")),
-        "DeepSeek-V2-shaped `symm` of 2 and of 4 ranks, prompts of one token among them",
+        "DeepSeek-V2-shaped `symm` of 2 and of 4 ranks, prompts of one token among them; long "
+        "prefixes un-absorbed in chunks, `a2a`",
     ),
     Seen(
         *("flashmla", "MLA", "several GPUs", ("graph", "extend")),
@@ -126,7 +138,9 @@ SEEN: tuple[Seen, ...] = (
         *("triton", "GQA", "one H200", FEATURES),
         "Llama-shaped `ag_rs`, `a2a`, `symm`, `--attn-tp-size` 1 of 2 and 2 of "
         "4, and, with splits by multiprocessors, `symm` of 4; an fp8 cache (scale 1) with `a2a` "
-        "and `symm` against one rank; n-gram drafts with `a2a`, without graphs",
+        "and `symm` against one rank; n-gram drafts with `a2a`, without graphs and from graphs; "
+        "EAGLE's chains with `a2a` from graphs; windows cut by owner (Gemma-3 `symm`, Command-A "
+        "`a2a`), Qwen3-Next and Nemotron-H `a2a`",
     ),
     Seen(
         *("triton", "GQA", "several GPUs", ("graph", "extend")),
@@ -139,9 +153,10 @@ SEEN: tuple[Seen, ...] = (
         "few tokens",
     ),
     Seen(
-        *("triton", "MLA", "one H200", ("graph", "extend")),
+        *("triton", "MLA", "one H200", ("graph", "extend", "verify")),
         "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`, `--attn-tp-size` 1 of 2 and "
-        "2 of 4; with splits by multiprocessors, `symm`",
+        "2 of 4; with splits by multiprocessors, `a2a`, `symm` and `symm` of 4; MTP's chains with "
+        "`a2a` from graphs",
     ),
     Seen(
         *("triton", "MLA", "several GPUs", ("graph", "extend")),
