@@ -44,7 +44,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
-        # Seen on a GPU in bf16 alone: until fp8, sinks and capped logits are, only for whoever asks.
+        # Seen on a GPU in bf16 alone, not with fp8, sinks or capped logits: for whoever asks.
         self.schedules = os.environ.get("HELIX_FA3_SCHEDULE") == "1"
         self.group_kv_heads: int = model_runner.model_config.get_num_kv_heads(
             get_parallel().tp_size, self.shard.size
