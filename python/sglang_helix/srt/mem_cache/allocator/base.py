@@ -6,13 +6,7 @@ from typing import Any
 
 
 def max_new_tokens_for_memory(
-    allocator: Any,
-    input_tokens: int,
-    max_new_tokens: int,
-    *,
-    token_capacity: int,
-    sliding_window_size: int | None,
-    chunk_size: int | None,
+    allocator: Any, input_tokens: int, max_new_tokens: int, *, token_capacity: int, **_: Any
 ) -> int:
     """`max_new_tokens`, or as many as the empty pool has slots for behind the prompt.
 
