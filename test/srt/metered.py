@@ -1,0 +1,44 @@
+"""A scheduler with as much as the series' metrics ask of one."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang_helix.srt.layers.dcp import exchange
+from sglang_helix.srt.observability import metrics_collector
+
+GROUP = SimpleNamespace(unique_name="dcp", world_size=2)
+
+
+def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A scheduler of rank 3 of 4, two a group, with a pool of 40 slots and its own registry."""
+    import prometheus_client
+
+    registry = prometheus_client.CollectorRegistry()
+    for name in ("Counter", "Gauge"):
+        made = getattr(prometheus_client, name)
+
+        def make(*args: Any, made: Any = made, **kwargs: Any) -> Any:
+            return made(*args, registry=registry, **kwargs)
+
+        monkeypatch.setattr(prometheus_client, name, make)
+    parallel = SimpleNamespace(
+        tp_size=4, attn_dcp_size=2, tp_rank=3, dcp_comm_backend="symm", dcp_group=GROUP
+    )
+    monkeypatch.setattr(metrics_collector, "get_parallel", lambda: parallel)
+    no_drafts = SimpleNamespace(speculative_num_draft_tokens=None)
+    monkeypatch.setattr(metrics_collector, "get_spec", lambda: no_drafts)
+    kernels = [
+        SimpleNamespace(max_tokens=8, slow_seconds={0: 3.0, -1: 1.0}),
+        SimpleNamespace(max_tokens=4, slow_seconds={0: 1.0}),
+    ]
+    monkeypatch.setattr(exchange, "_prepared", {"dcp": dict(enumerate(kernels))})
+    return SimpleNamespace(
+        registry=registry,
+        metrics_collector=SimpleNamespace(labels={"tp_rank": 3}),
+        token_to_kv_pool_allocator=SimpleNamespace(size=41, page_size=2, available_size=lambda: 20),
+        tree_cache=SimpleNamespace(evictable_size=lambda: 6, protected_size=lambda: 2),
+        is_hybrid_ssm=False,
+        is_hybrid_swa=False,
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(use_mla_backend=False)),
+    )
