@@ -70,13 +70,20 @@ def failures(
 def _outcomes(
     processes: Fresh, model: Path, prefill: Side, decode: Side, call: Any, *args: Any
 ) -> tuple[list[Outcome], list[Outcome]]:
-    port, calls = free_port(), []
+    calls = [(call, *rank, *args) for rank in ranks(model, prefill, decode)]
+    ended = processes.outcomes(calls, _IMPATIENT)
+    return ended[: prefill.tp], ended[prefill.tp :]
+
+
+def ranks(model: Path, prefill: Side, decode: Side) -> list[tuple[int, list[str], int]]:
+    """Of the prefill server's ranks, then the decode server's: the rank there, its arguments, and
+    the port where the servers meet."""
+    found, port = [], free_port()
     for role, side in (("prefill", prefill), ("decode", decode)):
         flags = ("--disaggregation-mode", role, "--disaggregation-bootstrap-port", str(port))
         argv = command_line(model, side.tp, *flags, *side.flags)
-        calls += [(call, rank, argv, port, *args) for rank in range(side.tp)]
-    ended = processes.outcomes(calls, _IMPATIENT)
-    return ended[: prefill.tp], ended[prefill.tp :]
+        found += [(rank, argv, port) for rank in range(side.tp)]
+    return found
 
 
 class _Rank:

@@ -1,8 +1,9 @@
 """Body of a process that imports SGLang from trees and calls functions there; see `exported`.
 
 It reads [(tree, [(function's name, ranks, arguments, ...)])] as a pickle, and writes for each call
-of each tree what it returned on every rank; a call on no rank is a module to import before the
-others. What all trees import is imported once.
+of each tree what it returned on every rank. Ranks are a number of them, or a list of what each is
+called with in place of its own; a call on no rank is a module to import before the others. What all
+trees import is imported once.
 """
 
 import os
@@ -42,7 +43,7 @@ _OTHERS = (
 )
 
 
-def in_tree(tree: Path, calls: list[tuple[str, int, Any]]) -> list[list[Any]]:
+def in_tree(tree: Path, calls: list[tuple[Any, ...]]) -> list[list[Any]]:
     """What each call returned on its ranks, SGLang being a tree's; each in forks of one process."""
     sys.path.insert(0, str(tree))
     for name in PRELOAD:
@@ -55,8 +56,8 @@ def in_tree(tree: Path, calls: list[tuple[str, int, Any]]) -> list[list[Any]]:
             answers.append(import_module(module) and [])
             continue
         call = getattr(import_module(module), function)
-        outcomes = in_forks([(call, rank, *arguments) for rank in range(ranks)], {}, 240)
-        answers.append(outcomes)
+        own = [(rank,) for rank in range(ranks)] if isinstance(ranks, int) else ranks
+        answers.append(in_forks([(call, *first, *arguments) for first in own], {}, 240))
     return answers
 
 

@@ -53,3 +53,17 @@ def run_tests(rank: int, files: list[str]) -> int:
     import pytest
 
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *files]))
+
+
+def served(rank: int, *what: Any) -> Any:
+    """A rank's report, see `srt.models.serving`, and the series' metrics by name and labels."""
+    from prometheus_client import REGISTRY
+    from srt.models.serving import _serve
+
+    report = _serve(rank, *what)
+    samples = [sample for family in REGISTRY.collect() for sample in family.samples]
+    return report, {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for sample in samples
+        if sample.name.startswith("sglang_helix:")
+    }

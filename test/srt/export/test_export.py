@@ -20,6 +20,8 @@ from srt.export.exported import repository
 
 _SRT = Path(export.__file__).parents[1] / "srt"
 _NAMES = re.compile(r"(?<!torch\.ops\.)\bsglang_helix\.\w+")
+# What the plugin is hooked in by, and needs no more in the tree.
+_MACHINERY = re.compile(r"entry_points|SUPPORTED_SGLANG|HookRegistry|_patched")
 
 
 class Exported(NamedTuple):
@@ -163,6 +165,8 @@ def test_modules_name_what_is_in_the_tree(exported: Exported) -> None:
             if path.startswith("benchmark/"):  # names the CPU platform, where there is no GPU
                 continue
             assert not _NAMES.search(text), path
+            if path.startswith("python/sglang/srt/"):
+                assert not _MACHINERY.search(text), path
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang."):
                     module = f"python/{(node.module or '').replace('.', '/')}"

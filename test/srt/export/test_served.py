@@ -11,6 +11,10 @@ from sglang_cpu_reference import drafts
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.export import export
 from sglang_helix.series import SERIES
+from sglang_helix.srt.observability.metrics_collector import BATCHES as BATCHES_BY_EXCHANGE
+from sglang_helix.srt.observability.metrics_collector import LAYOUT
+from srt.disaggregation import pair
+from srt.disaggregation.pair import Side
 from srt.expected import check_all, prompt
 from srt.export.exported import called_in, environment, plugin_alone, repository, tree_at
 from srt.models.serving import command_line
@@ -28,32 +32,52 @@ DRAFTS = (
     *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"),
     *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
 )
-# By patch, that of its own commit first: model, ranks, nodes and flags.
-CASES: dict[str, tuple[tuple[str, int, int, tuple[str, ...]], ...]] = {
+
+
+class Case(NamedTuple):
+    """What is served: a model of that name, on so many ranks.
+
+    prefill: ranks of a prefill server in front, which makes this one its decode server.
+    """
+
+    model: str
+    ranks: int
+    flags: tuple[str, ...] = A2A
+    nodes: int = 1
+    prefill: int = 0
+
+
+# By patch, that of its own commit first.
+CASES: dict[str, tuple[Case, ...]] = {
     "a2a": (
-        ("llama", 2, 1, A2A),
-        ("llama", 4, 1, A2A),
-        ("deepseek_v2", 2, 1, A2A),
-        ("llama", 2, 2, A2A),
+        Case("llama", 2),
+        Case("llama", 4),
+        Case("deepseek_v2", 2),
+        Case("llama", 2, nodes=2),
     ),
-    "qproj": (("deepseek_v2", 2, 1, (*A2A, "--dcp-replicate-q-proj")),),
+    "qproj": (Case("deepseek_v2", 2, (*A2A, "--dcp-replicate-q-proj")),),
     "attn_tp": (
-        ("llama", 2, 1, ("--attn-tp-size", "1")),
-        ("llama", 4, 1, ("--attn-tp-size", "2")),
-        ("deepseek_v2", 2, 1, ("--attn-tp-size", "1")),
+        Case("llama", 2, ("--attn-tp-size", "1")),
+        Case("llama", 4, ("--attn-tp-size", "2")),
+        Case("deepseek_v2", 2, ("--attn-tp-size", "1")),
     ),
     "symm": (),  # a kernel for NVIDIA GPUs: what a CPU says is below
-    "drafts": (("eagle", 2, 1, (*A2A, *DRAFTS)),),
+    "drafts": (Case("eagle", 2, (*A2A, *DRAFTS)),),
+    "disaggregation": (Case("llama", 2, prefill=1),),
+    "metrics": (Case("llama", 2, (*A2A, "--enable-metrics")),),
 }
 EVERY = [(patch, case) for patch, cases in CASES.items() for case in cases]
+EVERY += [("none of them", Case("llama", 2, ()))]
 # Without a flag of the series: what both trees must resolve alike.
 PLAIN = (("llama", ()), ("deepseek_v2", ()), ("llama", ("--dp-size", "2")), ("eagle", DRAFTS))
 SYMM = ("--dcp-size", "2", "--dcp-comm-backend", "symm")
 # Some of the tests that land, those that are quick.
 TESTS = (
+    "distributed/test_topology.py",
     "layers/dcp/test_ownership.py",
+    "layers/dcp/test_symm_workspace.py",
     "mem_cache/test_moves.py",
-    "layers/attention/test_sharded.py",
+    "test_metrics.py",
 )
 IN_A_TREE, PLUGINS_LOADED = "srt.export.in_a_tree", "srt.models.plugins_loaded"
 
@@ -70,15 +94,20 @@ class Ran(NamedTuple):
         return self.commits[SERIES[-1].name]
 
 
-def served(models: dict[str, Path], draft: Path, case: Any) -> tuple[Any, ...]:
-    model, ranks, nodes, flags = case
-    argv = command_line(models[model], ranks, *flags, *SIZES)
+def served(models: dict[str, Path], draft: Path, case: Case) -> tuple[Any, ...]:
+    """The call of a case; see `srt.export.calls`."""
+    model, flags = models[case.model], (*case.flags, *SIZES)
+    if case.prefill:
+        ranks = pair.ranks(model, Side(case.prefill, SIZES), Side(case.ranks, flags))
+        return ("srt.disaggregation.pair:_serve", ranks, BATCHES, NEW_TOKENS)
+    argv = command_line(model, case.ranks, *flags)
     if DRAFTS[0] in flags:
         argv += ["--speculative-draft-model-path", str(draft)]
-    if nodes > 1:
+    if case.nodes > 1:
         port = argv[argv.index("--nccl-port") + 1]
-        argv += ["--nnodes", str(nodes), "--dist-init-addr", f"127.0.0.1:{port}"]
-    return ("srt.models.serving:_serve", ranks, argv, ranks // nodes, BATCHES, NEW_TOKENS)
+        argv += ["--nnodes", str(case.nodes), "--dist-init-addr", f"127.0.0.1:{port}"]
+    function = f"{IN_A_TREE}:served"
+    return (function, case.ranks, argv, case.ranks // case.nodes, BATCHES, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -141,24 +170,42 @@ def test_the_plugin_is_not_installed(ran: Ran) -> None:
     assert not found[1]
 
 
-def check_answers(ran: Ran, case: Any, outcomes: list[Any]) -> None:
-    for status, report, output in outcomes:
+def check_answers(ran: Ran, case: Case, outcomes: list[Any]) -> None:
+    for status, _, output in outcomes:
         assert status == 0, output
-        check_all(ran.models[case[0]], BATCHES, report.answers, NEW_TOKENS)
-        assert report.answers[-1][0].cached_tokens > 20
-        if DRAFTS[0] in case[3]:
-            assert all(answer.drafts[0] for answers in report.answers for answer in answers)
+    answers = [value if case.prefill else value[0].answers for _, value, _ in outcomes]
+    for found in answers[case.prefill :]:
+        check_all(ran.models[case.model], BATCHES, found, NEW_TOKENS)
+    for found in answers[: case.prefill or None]:
+        assert found[-1][0].cached_tokens > 20
+    if DRAFTS[0] in case.flags:
+        assert all(answer.drafts[0] for found in answers for batch in found for answer in batch)
 
 
 @pytest.mark.parametrize(("patch", "case"), EVERY)
-def test_tokens_of_transformers(ran: Ran, patch: str, case: Any) -> None:
+def test_tokens_of_transformers(ran: Ran, patch: str, case: Case) -> None:
     check_answers(ran, case, ran.last[case])
 
 
-@pytest.mark.parametrize("patch", ["a2a", "qproj", "attn_tp"])
+@pytest.mark.parametrize("patch", [patch.name for patch in SERIES[:-1] if CASES[patch.name]])
 def test_each_commit_serves_without_the_later_ones(ran: Ran, patch: str) -> None:
     case = CASES[patch][0]
     check_answers(ran, case, ran.commits[patch][case])
+
+
+def test_metrics_of_every_rank(ran: Ran) -> None:
+    """Of chunks, four have a prefix: of two batches all but the first, of the last its only one."""
+    (case,) = CASES["metrics"]
+    for rank, (_, (_, metrics), _) in enumerate(ran.last[case]):
+        counted = {
+            dict(labels)["exchange"]: value
+            for (name, *labels), value in metrics.items()
+            if name == f"{BATCHES_BY_EXCHANGE}_total"
+        }
+        steps = len(BATCHES) * (NEW_TOKENS - 1)
+        assert counted == {"none": 2, "a2a": 4 + steps}
+        (layout,) = (dict(labels) for name, *labels in metrics if name == LAYOUT)
+        assert (layout["dcp_size"], layout["dcp_rank"]) == ("2", str(rank))
 
 
 def test_symm_is_known_from_its_commit_on(ran: Ran) -> None:
