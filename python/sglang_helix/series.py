@@ -622,7 +622,8 @@ QPROJ = Patch(
             signature="self",
             why="MLA's replicas are made after the pool is sized, so their memory is not counted; "
             "weights that cannot be replicated are skipped with a warning",
-            how="gathers them once the model is loaded, and refuses where they were asked for",
+            how="gathers them once the model is loaded, in memory that is released with the "
+            "weights', and refuses where they were asked for",
             upstream="sgl-project/sglang#21637",
             until="upstream accounts for the replicas and refuses",
         ),

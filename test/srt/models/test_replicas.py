@@ -1,14 +1,24 @@
 """Query projections replicated in each KVP group: which weights, renewed by updates, or refused."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.expected import check, prompt
+from srt.expected import check, expected, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Answer, answer, command_line, scheduler_of
+from srt.models.serving import (
+    Answer,
+    answer,
+    answer_to,
+    command_line,
+    generate_request,
+    scheduler_of,
+    turn,
+)
 
 N, A = 4, 2
 K = N // A
@@ -43,10 +53,11 @@ def wrong_replicas(rank: int, scheduler: Any, checkpoint: Path) -> list[str]:
     return wrong
 
 
-def update(
-    rank: int, argv: list[str], before: Path, after: Path
-) -> tuple[list[Answer], list[Answer]]:
-    """Answers with the weights of the one checkpoint, then with those of the other."""
+def update(rank: int, argv: list[str], before: Path, after: Path) -> list[list[Answer]]:
+    """Answers with the weights of the one checkpoint, then with those of the other, then midway.
+
+    Those that are midway are `released`, between the second and the first checkpoint.
+    """
     scheduler = scheduler_of(rank, argv)
     assert not wrong_replicas(rank, scheduler, before)
     first = answer(scheduler, PROMPTS, NEW_TOKENS)
@@ -55,7 +66,54 @@ def update(
     assert not wrong_replicas(rank, scheduler, after)
     # Captured graphs hold the addresses.
     assert places == [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
-    return first, answer(scheduler, PROMPTS, NEW_TOKENS)
+    second = answer(scheduler, PROMPTS, NEW_TOKENS)
+    midway = released(scheduler, before)
+    assert not wrong_replicas(rank, scheduler, before)
+    assert places == [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
+    return [first, second, midway]
+
+
+def released(scheduler: Any, checkpoint: Path) -> list[Answer]:
+    """Pause at the first token, give all memory back, take it again with new weights, and go on."""
+    from sglang.srt.managers import io_struct as told
+
+    manager = scheduler.weight_updater
+    requests = [generate_request(str(i), tokens, NEW_TOKENS) for i, tokens in enumerate(PROMPTS)]
+    scheduler.process_input_requests(requests)
+    asked = list(scheduler.waiting_queue)
+    while not all(request.output_ids for request in asked):
+        turn(scheduler)
+    scheduler.pause_generation(told.PauseGenerationReqInput(mode="retract"))
+    assert [len(request.output_ids) for request in asked] == [1, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager.memory_saver_adapter, "pause", lambda tag: lose(scheduler, tag))
+        manager.release_memory_occupation(told.ReleaseMemoryOccupationReqInput())
+    resume = told.ResumeMemoryOccupationReqInput
+    manager.resume_memory_occupation(resume(tags=["weights"]))
+    assert from_disk(scheduler, checkpoint)[0]
+    manager.resume_memory_occupation(resume(tags=["kv_cache", "cuda_graph"]))
+    scheduler.continue_generation(told.ContinueGenerationReqInput(torch_empty_cache=False))
+    while not scheduler.is_fully_idle():
+        turn(scheduler)
+    scheduler.on_idle()
+    return [answer_to(request) for request in asked]
+
+
+def lose(scheduler: Any, tag: str) -> None:
+    """What memory holds that was unmapped and mapped again: anything."""
+    runner = scheduler.tp_worker.model_runner
+    if tag == "weights":
+        held = [weight.data for weight in runner.model.parameters()]
+        for _, layer in mla_layers(scheduler):
+            held += [layer.w_kc, layer.w_vc, layer.w_kc_qrep, layer.q_b_proj_qrep_weight]
+    elif tag == "kv_cache":
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        names = ("kv_buffer",) if runner.use_mla_backend else ("k_buffer", "v_buffer")
+        held = [buffer for name in names for buffer in getattr(pool, name)]
+    else:
+        return
+    for tensor in held:
+        tensor.fill_(torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +128,15 @@ def test_weight_update_renews_replicas(
         for seed in (0, 1)
     ]
     argv = command_line(checkpoints[0], N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
-    for answers in ready.ranks(update, N, argv, *checkpoints):
+    for *answers, midway in ready.ranks(update, N, argv, *checkpoints):
         for checkpoint, of_checkpoint in zip(checkpoints, answers, strict=True):
             for tokens, got in zip(PROMPTS, of_checkpoint, strict=True):
                 check(checkpoint, tokens, got, NEW_TOKENS)
+        for tokens, got in zip(PROMPTS, midway, strict=True):
+            first, *rest = got.completion.token_ids
+            assert first == expected(checkpoints[1], tuple(tokens), NEW_TOKENS).token_ids[0]
+            behind = (*tokens, first)
+            assert rest == expected(checkpoints[0], behind, NEW_TOKENS - 1).token_ids
 
 
 def written_in_place(scheduler: Any) -> list[str]:
@@ -161,6 +224,7 @@ def bucket(scheduler: Any, checkpoint: Path, part: str) -> tuple[bool, str]:
 class Updates(NamedTuple):
     """What one rank saw in a life of updates, by the names of the tests below."""
 
+    gathered_in: list[tuple[str, bool]]
     old_after_writing_in_place: list[str]
     refusal: tuple[str, bool]
     bad_path: tuple[bool, str]
@@ -179,6 +243,26 @@ class Updates(NamedTuple):
     old_after_healing: list[str]
 
 
+def regions_of_replicas(runner: Any) -> list[tuple[str, bool]]:
+    """By gathering: the kind of memory that it allocates in, and whether the host has a copy."""
+    from sglang_helix.srt.model_executor import model_runner
+
+    within: list[tuple[str, bool]] = []
+    seen: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def region(tag: str, enable_cpu_backup: bool) -> Iterator[None]:
+        within.append((tag, enable_cpu_backup))
+        yield
+        within.pop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.memory_saver_adapter, "region", region)
+        patch.setattr(model_runner, "replicate_q_proj", lambda *_, **__: seen.extend(within))
+        model_runner.load_model(None, runner)
+    return seen
+
+
 def live(rank: int, argv: list[str], before: Path, after: Path) -> Updates:
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from sglang.srt.runtime_context import get_parallel
@@ -186,7 +270,8 @@ def live(rank: int, argv: list[str], before: Path, after: Path) -> Updates:
     scheduler = scheduler_of(rank, argv)
     runner = scheduler.tp_worker.model_runner
     layers = dict(mla_layers(scheduler))
-    seen: dict[str, Any] = {"old_after_writing_in_place": written_in_place(scheduler)}
+    seen: dict[str, Any] = {"gathered_in": regions_of_replicas(runner)}
+    seen["old_after_writing_in_place"] = written_in_place(scheduler)
     seen["refusal"] = refused(runner.model, layers["model.layers.1.self_attn"])
     from_disk(scheduler, before)
 
@@ -263,8 +348,13 @@ def updates(
         make_checkpoint("deepseek_v2", root / str(seed), seed=seed, num_hidden_layers=2)
         for seed in (0, 1)
     ]
-    argv = command_line(checkpoints[0], N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
+    flags = ("--attn-tp-size", str(A), "--max-total-tokens", "256", "--enable-weights-cpu-backup")
+    argv = command_line(checkpoints[0], N, *flags)
     return checkpoints, ready.ranks(live, N, argv, *checkpoints)
+
+
+def test_memory_of_replicas_is_released_with_the_weights(updates: Any) -> None:
+    assert [seen.gathered_in for seen in updates[1]] == [[("weights", True)]] * N
 
 
 def test_end_of_an_update_in_place_renews_replicas(updates: Any) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.runtime_context import (
     attention_backends,
     get_device,
@@ -36,10 +37,16 @@ from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
 
 
 def load_model(result: None, runner: Any) -> None:
-    """After the weights are loaded and before the pool is sized: gather the replicas."""
+    """After the weights are loaded and before the pool is sized: gather the replicas.
+
+    Their memory is released and resumed with that of the weights.
+    """
     parallel = get_parallel()
     if parallel.dcp_replicate_q_proj and runner.use_mla_backend:
-        replicate_q_proj(runner.model, required=asked_for(runner.server_args))
+        backup = get_exec().features.enable_weights_cpu_backup
+        saver = runner.memory_saver_adapter
+        with saver.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
+            replicate_q_proj(runner.model, required=asked_for(runner.server_args))
 
 
 def prepare_decode(result: None, runner: Any) -> None:
