@@ -324,14 +324,18 @@ def test_gemma4_equals_transformers(interpreted: Fresh, tmp_path: Path) -> None:
         check_all(model, batches, report.answers, 3)
 
 
-def test_small_pools_retract_and_resume(kernels: Fresh, gpt_oss: Path) -> None:
-    """Requests that neither pool can hold at once; chunks are mixed with what decodes."""
+@pytest.mark.parametrize(("family", "ranks"), [("gpt_oss", 4), ("exaone4", 2)])
+def test_small_pools_retract_and_resume(
+    kernels: Fresh, gpt_oss: Path, tmp_path: Path, family: str, ranks: int
+) -> None:
+    """Requests that no pool can hold at once; chunks are mixed with what decodes."""
+    model = make_checkpoint(CUT[family], tmp_path) if family in CUT else gpt_oss
     new_tokens = 36
     prompts = [prompt(20, seed=seed) for seed in range(16, 24)]
     flags = (*FLAGS, "--page-size", "1", "--max-total-tokens", "128", "--enable-mixed-chunk")
     flags += ("--chunked-prefill-size", "33", "--schedule-conservativeness", "0.05")
-    argv = command_line(gpt_oss, 4, *flags)
-    for answers in kernels.ranks(oversubscribed, 4, argv, prompts, new_tokens):
+    argv = command_line(model, ranks, *flags)
+    for answers in kernels.ranks(oversubscribed, ranks, argv, prompts, new_tokens):
         assert sum(answer.retractions for answer in answers)
         for tokens, said in zip(prompts, answers, strict=True):
-            check(gpt_oss, tokens, said, new_tokens)
+            check(model, tokens, said, new_tokens)
