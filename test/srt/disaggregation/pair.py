@@ -36,13 +36,14 @@ class Side(NamedTuple):
 class Failing(NamedTuple):
     """How a decode rank went through failures of its prefill server.
 
-    answers: of a request that went well, one that was aborted as it was written, and one whose
-    prefill server was killed as it wrote. seconds: until the last one ended. free: slots of the
-    pool before the first request and after each of them.
+    answers: of a request that went well; of one that was aborted as it was written; of one whose
+    prefill server was killed as it wrote, and one that waited for that server beside it; of one
+    that came when the server was known to be gone. seconds: from the request, or the two, until
+    each of these four ended and its slots were free. free: slots before the first and after each.
     """
 
     answers: list[Answer]
-    seconds: float
+    seconds: list[float]
     free: list[int]
 
 
@@ -60,7 +61,7 @@ def outcomes(
 def failures(
     processes: Fresh, model: Path, prefill: Side, decode: Side, prompt: Sequence[int], stalls: Path
 ) -> tuple[list[Outcome], list[Outcome]]:
-    """Three requests; the value of each decode rank is its `Failing`.
+    """Five requests; the value of each decode rank is its `Failing`.
 
     stalls: a path at which nothing is; the prefill server makes it when it stalls.
     """
@@ -174,15 +175,15 @@ def _fail(
 
     group, allocator = get_parallel().tp_group, side.scheduler.token_to_kv_pool_allocator
     answers: list[Answer] = []
-    free = [allocator.available_size()]
-    began = 0.0
+    free, seconds = [allocator.available_size()], list[float]()
+    # Of a server that is gone, upstream asks 15 times, once a second.
+    side.scheduler.disagg_decode_prealloc_queue._max_ensure_retries = 2
 
     def script() -> Iterator[None]:
-        nonlocal began
-        for room in (1, 2, 3):
+        for requests in (1, 1, 2, 1):
             began = time.monotonic()
-            side.ask([prompt], 2)
-            if room == 2:
+            side.ask([prompt] * requests, 2)
+            if side.rooms == 2:
                 while not all(group.all_gather_object(stalls.exists())):
                     yield
                 side.scheduler.process_input_requests([AbortReq(rid="2")])
@@ -190,9 +191,10 @@ def _fail(
             while allocator.available_size() < free[0]:
                 yield
             free.append(allocator.available_size())
+            seconds.append(time.monotonic() - began)
 
     side.turn(script())
-    return Failing(answers, time.monotonic() - began, free)
+    return Failing(answers, seconds, free)
 
 
 def _failing_prefill(side: _Rank, prompt: Sequence[int], stalls: Path) -> Iterator[None]:

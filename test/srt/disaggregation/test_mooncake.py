@@ -112,18 +112,22 @@ def test_retracted_requests_are_answered(servers: Fresh, tmp_path: Path, family:
 
 
 def test_failures_in_transfer(servers: Fresh, tmp_path: Path) -> None:
-    """Aborted as it is written, or its prefill server killed: an error, and no slot is lost."""
+    """Aborted as it is written, or its prefill server killed: an error, and no slot is lost.
+
+    Also none of a request that this server never came to, and of one that finds it gone.
+    """
     model = make_checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
     tokens, stalls = prompt(3 * PAGE + 1), tmp_path / "stalls"
     sent, received = failures(servers, model, PLAIN, A2A, tokens, stalls)
     assert sent[0].status == 9, sent[0].output
     for rank in received:
         assert rank.status == 0, rank.output
-        well, aborted, killed = rank.value.answers
+        well, *failed = rank.value.answers
         check(model, tokens, well, 2)
-        for answer in (aborted, killed):
+        for answer in failed:
             assert answer.finish["type"] == "abort"
             assert not answer.completion.token_ids
-        assert "KVTransferError" in killed.finish["message"]
-        assert rank.value.seconds < 30
+        for answer in failed[1:]:
+            assert "KVTransferError" in answer.finish["message"]
+        assert max(rank.value.seconds) < 30
         assert len(set(rank.value.free)) == 1
