@@ -19,7 +19,7 @@ Batches = Sequence[Sequence[Sequence[int]]]
 
 
 #: How soon a decode server takes a prefill server for dead, and its last write for done.
-_IMPATIENT = {
+IMPATIENT = {
     "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
     "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "1",
     "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "5",
@@ -72,7 +72,7 @@ def _outcomes(
     processes: Fresh, model: Path, prefill: Side, decode: Side, call: Any, *args: Any
 ) -> tuple[list[Outcome], list[Outcome]]:
     calls = [(call, *rank, *args) for rank in ranks(model, prefill, decode)]
-    ended = processes.outcomes(calls, _IMPATIENT)
+    ended = processes.outcomes(calls, IMPATIENT)
     return ended[: prefill.tp], ended[prefill.tp :]
 
 
