@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_helix.build import Builder
-from sglang_helix.check import LAYOUT_FLAGS, MACHINES, check, check_layouts
+from sglang_helix.check import (
+    LAYOUT_FLAGS,
+    MACHINES,
+    check,
+    check_layouts,
+    configuration_of,
+    machine_here,
+)
 
 if TYPE_CHECKING:
     from sglang_helix.contract import Contract
@@ -67,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         "--on",
         type=str.capitalize,
         choices=list(MACHINES),
-        help="a machine's GPUs; default: this one's",
+        help="a machine's GPUs; default: this one's, or Hopper where it has none",
     )
     layout = commands.add_parser("layout", help="list every legal layout of a model")
     layout.add_argument(
@@ -84,16 +95,37 @@ def main(argv: list[str] | None = None) -> int:
     cost.add_argument("--gpu", metavar="NAME|TB/S,GB/S,TFLOPS,GIB", help=_GPU_HELP)
     cost.add_argument("--contexts", type=int, nargs="+", default=[8192, 131072, 1048576])
     cost.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], metavar="REQUESTS")
-    cost.add_argument("--weight-dtype", choices=("bf16", "fp8", "fp4"), default="bf16")
+    cost.add_argument(
+        "--weight-dtype", choices=("bf16", "fp8", "fp4"), help="default: as config.json has it"
+    )
     cost.add_argument("--plot", type=Path, metavar="PNG", help="write a PNG; needs matplotlib")
     layout.add_argument(
         "--draft-model-path", help="a draft model's directory; of MTP layers, the model's own"
     )
     options, server = parser.parse_known_args(argv)
+    if server and options.command != "check":
+        parser.error(f"unrecognized arguments: {' '.join(server)}")
+    with _without_sglangs_log():
+        return _run(options, server)
+
+
+@contextmanager
+def _without_sglangs_log() -> Iterator[None]:
+    """What SGLang's modules cannot do on this machine is no part of an answer."""
+    log = logging.getLogger("sglang")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"sglang\.")
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def _run(options: argparse.Namespace, server: list[str]) -> int:
     if options.command == "check":
         return print_verdict(options.model_path, options.tp, server, options.on)
-    if server:
-        parser.error(f"unrecognized arguments: {' '.join(server)}")
     if options.command == "series":
         return print_series(options.why, options.sglang, record=options.record)
     if options.command == "export":
@@ -185,6 +217,9 @@ def print_verdict(paths: list[str], tp_size: int, server: list[str], machine: st
 
     Without a layout among the flags, every one that the model's heads allow on `tp_size` ranks.
     """
+    if machine is None and (machine := machine_here()):
+        named = ", ".join(MACHINES)
+        print(f"this machine has no GPU: as on {machine} (--on: {named})", file=sys.stderr)
     asked = LAYOUT_FLAGS & {flag.partition("=")[0] for flag in server}
     refused = False
     with Builder() as builder:
@@ -202,8 +237,6 @@ def print_verdict(paths: list[str], tp_size: int, server: list[str], machine: st
 
 def print_layouts(options: argparse.Namespace) -> int:
     """Print every legal layout of a model, and its time on a GPU that is given; 1: it cannot."""
-    from sglang.srt.configs.model_config import ModelConfig
-
     from sglang_helix.layout import (
         beside_a_draft,
         draft_shape_of,
@@ -216,7 +249,7 @@ def print_layouts(options: argparse.Namespace) -> int:
 
     draft = options.draft_model_path
     try:
-        model_config = ModelConfig(options.model_path)
+        model_config = configuration_of(options.model_path)
         drafted = draft_shape_of(draft) if draft else None
     except (OSError, ValueError) as problem:
         print(f"--model-path {options.model_path}: {problem}", file=sys.stderr)
@@ -245,7 +278,7 @@ def print_advice(options: argparse.Namespace, model_config: Any) -> int:
             cost.gpu_of(options.gpu),
             kv_memory_gib=options.kv_memory_gib,
             cache_bytes=CACHE_BYTES[options.kv_cache_dtype],
-            weight_element={"bf16": 2, "fp8": 1, "fp4": 0.5}[options.weight_dtype],
+            weight_element=cost.weight_element_of(model_config, options.weight_dtype),
         )
         print("\n" + cost.advice(compared, options.contexts, options.concurrency))
         if options.plot:

@@ -44,15 +44,30 @@ def told_about(machine: str) -> Iterator[None]:
     """Within it SGLang believes to run on such a machine."""
     from unittest import mock
 
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+    from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
     from sglang.srt.runtime_context import override_platform
 
     facts = facts_of(machine)
     capability = mock.patch(
         "torch.cuda.get_device_capability", return_value=facts["device_capability"]
     )
+    # A table that SGLang fills by the machine as it is imported.
+    quantization = mock.patch.dict(QUANTIZATION_METHODS, mxfp4=Mxfp4Config)
     # Some steps set variables for the ranks to come.
-    with mock.patch.dict(os.environ), override_platform(**facts), capability:
+    with mock.patch.dict(os.environ), override_platform(**facts), capability, quantization:
         yield
+
+
+def configuration_of(model_path: str, machine: str | None = None) -> Any:
+    """SGLang's ModelConfig, as on a machine with GPUs: Hopper's where none is named.
+
+    Raises OSError or ValueError where config.json cannot be read.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+
+    with told_about(machine or "Hopper"):
+        return ModelConfig(model_path)
 
 
 class Answer(NamedTuple):
@@ -73,13 +88,11 @@ class Answer(NamedTuple):
 def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> Answer:
     """The verdict of a server's command line, and what it means.
 
-    machine: one of MACHINES; None for this one.
+    machine: one of MACHINES; None for this one, which then needs an accelerator or a platform.
     """
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    if unfit := _no_machine(machine):
-        return unfit
     said = in_a_fork(_answer, list(argv), machine)
     if said is None:
         return Answer("refused", "the process that resolved its arguments ended")
@@ -95,17 +108,17 @@ def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> 
     return answer._replace(meaning=f"{answer.meaning} Its layers are as the series needs them.")
 
 
-def layouts(model_path: str, tp_size: int) -> list[tuple[list[str], float]]:
+def layouts(
+    model_path: str, tp_size: int, machine: str | None = None
+) -> list[tuple[list[str], float]]:
     """The flags of every sharded layout that the heads of a model allow, and its gain in tokens.
 
     Raises OSError or ValueError where the configuration cannot be read.
     """
-    from sglang.srt.configs.model_config import ModelConfig
-
     from sglang_helix.layout import shape_of
     from sglang_helix.srt.distributed.topology import legal_layouts
 
-    shape = shape_of(ModelConfig(model_path))
+    shape = shape_of(configuration_of(model_path, machine))
     found = []
     for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
         if layout.kvp_size > 1:
@@ -123,10 +136,8 @@ def check_layouts(
     machine: str | None = None,
 ) -> Answer:
     """The verdict of a model over all its layouts on N ranks: one that works is enough."""
-    if unfit := _no_machine(machine):
-        return unfit
     try:
-        listed = layouts(model_path, tp_size)
+        listed = layouts(model_path, tp_size, machine)
     except (OSError, ValueError) as unreadable:
         return Answer("refused", str(unreadable))
     if not listed:
@@ -148,13 +159,11 @@ def check_layouts(
     return Answer(best, "; ".join(parts), next((by for _, by, _ in said if by), ""))
 
 
-def _no_machine(machine: str | None) -> Answer | None:
+def machine_here() -> str | None:
+    """Whose GPUs to answer for where no machine is named: this one's, None, or Hopper's."""
     from sglang.srt.platforms import current_platform
 
-    if machine is not None or has_gpu() or current_platform.is_out_of_tree():
-        return None
-    wanted = f"this machine has no GPU: give --on, one of {', '.join(MACHINES)}"
-    return Answer("refused", wanted)
+    return None if has_gpu() or current_platform.is_out_of_tree() else "Hopper"
 
 
 def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str]]:

@@ -286,6 +286,15 @@ def _first(holds: Callable[[int], bool], last: int) -> int | None:
     return high
 
 
+# Bytes of a weight, by SGLang's names of quantizations and by `--weight-dtype`.
+_QUANTIZED = {"fp8": 1, "modelopt_fp8": 1, "fp4": 0.5, "mxfp4": 0.5, "modelopt_fp4": 0.5}
+
+
+def weight_element_of(model_config: Any, weight_dtype: str | None = None) -> float:
+    """Bytes of a weight: as asked for, or as the checkpoint's config.json says."""
+    return _QUANTIZED.get(weight_dtype or model_config.quantization, model_config.dtype.itemsize)
+
+
 def advise(
     model: Model,
     tp_size: int,
@@ -359,10 +368,6 @@ def on_queries(
     return f"to replicate queries is {when} (computed)"
 
 
-# Bytes of a weight, of quantizations whose query projections can be replicated.
-_QUANTIZED = {"fp8": 1}
-
-
 def advice_on_queries(
     layout: Layout, model_config: Any, device: str, exchange: str, replicated: bool
 ) -> list[str]:
@@ -377,7 +382,7 @@ def advice_on_queries(
         model = model_of(model_config)
     except (AttributeError, TypeError, ValueError):  # fields of a class that it was not made for
         return []
-    element = _QUANTIZED.get(model_config.quantization, model_config.dtype.itemsize)
+    element = weight_element_of(model_config)
     here = "replicated" if replicated else "gathered"
     says = on_queries(model, layout, gpu, exchange, element)
     return [f"Queries are {here} (--[no-]dcp-replicate-q-proj); {says}"]

@@ -170,6 +170,25 @@ def test_the_command_advises(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert written or "pip install matplotlib" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [(None, "bf16"), ("fp8", "fp8"), ("modelopt_fp4", "fp4"), ("mxfp4", "fp4")],
+)
+def test_weights_are_those_of_the_configuration(
+    quantization: str | None, dtype: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also of a quantization that SGLang knows where it is imported beside a GPU alone: mxfp4."""
+    entries = json.loads((MODELS / "DeepSeek-V2-Lite/config.json").read_text())
+    entries["quantization_config"] = quantization and {"quant_method": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    command = ["layout", "--model-path", str(tmp_path), "--tp", "4", "--gpu", "h200"]
+    assert main(command) == 0
+    by_configuration = capsys.readouterr()
+    assert not by_configuration.err
+    assert main([*command, "--weight-dtype", dtype]) == 0
+    assert capsys.readouterr() == by_configuration
+
+
 @pytest.mark.parametrize("gpu", ["h300", "4.8,450", "1,2,3,x", "0,1,1,1"])
 def test_a_gpu_that_is_none_is_refused(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["layout", "--model-path", str(MODELS / "Llama-3-8B"), "--tp", "2", "--gpu", gpu]

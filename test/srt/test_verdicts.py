@@ -657,8 +657,17 @@ def test_check_says_the_verdict_by_the_configuration_alone(
     alone = tmp_path / "configuration"
     alone.mkdir()
     (alone / "config.json").write_text((Path(models["llama"]) / "config.json").read_text())
+    mxfp4 = tmp_path / "mxfp4"
+    mxfp4.mkdir()
+    (mxfp4 / "config.json").write_text(
+        json.dumps(
+            json.loads((alone / "config.json").read_text())
+            | {"quantization_config": {"quant_method": "mxfp4"}}
+        )
+    )
     cases = {
-        (str(alone), None): (1, "refused: this machine has no GPU: give --on, one of Ampere"),
+        (str(alone), None, "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
+        (str(mxfp4), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(alone), "Hopper", "--dcp-size", "1"): (0, "whole: no sharded cache"),
         (str(alone), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(alone), "Ampere", "--attn-tp-size", "3"): (1, "refused: --attn-tp-size 3 does not"),
@@ -671,6 +680,9 @@ def test_check_says_the_verdict_by_the_configuration_alone(
         assert outcome.status == 0, outcome.output
         assert outcome.value[0] == status
         assert outcome.value[1].startswith(line)
+    # Whose GPUs it answered for is said where nobody named them.
+    assert "this machine has no GPU: as on Hopper (--on: Ampere, " in outcomes[0].output
+    assert "this machine has no GPU" not in outcomes[1].output
 
 
 def checked_by_layout(models: list[str]) -> tuple[int, list[str]]:
