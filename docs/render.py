@@ -44,7 +44,7 @@ test. Which of it has run on a GPU: [status.md](status.md). What lifting some re
 
 The verdict of a server is one of three:
 
-- **works**: the series serves it, with the tokens of plain TP; the tests say so.
+- **works**: the series serves it, and its test asserts what [README](../README.md) promises.
 - **own**: SGLang's own `--dcp-size` serves it, as if the series were not installed: no hook in the
   ranks, no argument resolved differently. The series has not proven the answers, and a line of the
   log says so. `--attn-tp-size` and `--dcp-comm-backend symm` do not exist there.
@@ -153,10 +153,11 @@ def when_it_pays() -> str:
         """# When a sharded cache pays
 
 Milliseconds from one token to the next, computed for 8 H200s with `symm` and FA3 by the cost
-model of `python -m sglang_helix layout --model-path DIR --tp 8 --gpu h200` (fp8 weights:
-`--weight-dtype fp8`), which takes your contexts, your concurrency and other GPUs, lists `a2a` and
-`ag_rs` too and plots ([as here, DeepSeek-V3](figures/when-it-pays.png), `--plot`). "3 fit":
-the cache holds no more such requests.
+model of `python -m sglang_helix layout --model-path DIR --tp 8 --gpu h200` (with
+`--weight-dtype fp8` where config.json does not say what the weights are), which takes your
+contexts, your concurrency and other GPUs, lists `a2a` and `ag_rs` too and plots
+([as here, DeepSeek-V3](figures/when-it-pays.png), `--plot`). "3 fit": the cache holds no more
+such requests.
 
 The model is fitted to the servers of [benchmarks.md](benchmarks.md) and within 15% of each of its
 rows; `python -m benchmark.dcp fit docs/figures/serve-*.csv` does it again and prints every row
@@ -169,19 +170,48 @@ as many key-value heads as GPUs, which store nothing twice. There plain TP is fa
 """
     ]
     for name, element, says in PAYS:
-        model_config = ModelConfig(str(DOCS / "models" / name))
-        compared = cost.advise(
-            cost.model_of(model_config),
-            8,
-            cost.GPUS["h200"],
-            kv_memory_gib=None,
-            cache_bytes=2,
-            weight_element=element,
-            exchanges=("symm",),
-        )
+        compared = _on_8_h200s(name, element)
         parts.append(f"## {name}, {says} weights, bf16 cache\n")
         parts.append(cost.advice(compared, (8192, 32768, 131072, 524288), (1, 8, 32)) + "\n")
     return "\n".join(parts)
+
+
+def _on_8_h200s(name: str, element: float) -> cost.Advice:
+    return cost.advise(
+        cost.model_of(ModelConfig(str(DOCS / "models" / name))),
+        8,
+        cost.GPUS["h200"],
+        kv_memory_gib=None,
+        cache_bytes=2,
+        weight_element=element,
+        exchanges=("symm",),
+    )
+
+
+def pays_table() -> str:
+    """README's table: plain TP's time per token over the best sharded layout's, on 8 H200s."""
+    contexts, requests = (8192, 32768, 131072, 524288), (1, 8, 32)
+    lines = [
+        "| plain TP's time / sharded | " + " | ".join(map(cost.length, contexts)) + " |",
+        "|---" * (1 + len(contexts)) + "|",
+    ]
+    for name, element, says in PAYS:
+        compared = _on_8_h200s(name, element)
+        plain, *sharded = compared.choices
+        for count in requests:
+            cells = []
+            for context in contexts:
+                held = [one for one in sharded if compared.fits(one, context) >= count]
+                if not held:
+                    cells.append("do not fit")
+                elif compared.fits(plain, context) < count:
+                    cells.append("sharded alone fits")
+                else:
+                    best = min(compared.ms(one, context, count) for one in held)
+                    gain = compared.ms(plain, context, count) / best
+                    cells.append(f"**{gain:.2f}**" if gain > 1 else f"{gain:.2f}")
+            lines.append(f"| {name}, {says} weights, {count} at once | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def speculative() -> str:

@@ -44,8 +44,7 @@ def told_about(machine: str) -> Iterator[None]:
     """Within it SGLang believes to run on such a machine."""
     from unittest import mock
 
-    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
-    from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS, Mxfp4Config
     from sglang.srt.runtime_context import override_platform
 
     facts = facts_of(machine)

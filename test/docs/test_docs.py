@@ -25,6 +25,10 @@ def test_readme_names_the_attention_backends() -> None:
     assert render.backends_sentence() in " ".join((ROOT / "README.md").read_text().split())
 
 
+def test_readme_says_when_it_pays() -> None:
+    assert render.pays_table() in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "path",
     [path for folder in (".", "docs", "benchmark") for path in sorted(ROOT.glob(f"{folder}/*.md"))],
