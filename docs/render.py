@@ -6,6 +6,7 @@ A test compares them with what this would write, so they cannot drift.
 import contextlib
 import io
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Adapter, Attent
 from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen, seen_on_a_gpu
 
 DOCS = Path(__file__).parent
+README = "../README.md"
 ATTENTIONS: tuple[Attention, ...] = ("GQA", "MLA")
 TP_SIZES = (8, 16)
 MEMORY_GIB = 60
@@ -231,15 +233,20 @@ def speculative() -> str:
                 lines.append(
                     f"| {name}, {tp_size} ranks, K = {size} | {plain:,} | {own} | {gains} |"
                 )
-    return between_marks("speculative.md", "from layout.py", lines)
+    return between_marks((DOCS / "speculative.md").read_text(), "from layout.py", "\n".join(lines))
 
 
-def between_marks(page: str, source: str, lines: list[str]) -> str:
-    """A page of docs with these lines where it marks what is rendered."""
+def between_marks(page: str, source: str, rendered: str) -> str:
+    """A page's text with this where it marks what is rendered."""
     first, last = f"<!-- {source} -->\n", "<!-- end -->\n"
-    text = (DOCS / page).read_text()
-    before, after = text.split(first)[0], text.split(last)[1]
-    return before + first + "\n" + "\n".join(lines) + "\n\n" + last + after
+    before, rest = page.split(first)
+    return before + first + "\n" + rendered + "\n\n" + last + rest.split(last, 1)[1]
+
+
+def readme() -> str:
+    """README.md: what stands between its marks is rendered."""
+    text = between_marks((DOCS / README).read_text(), "from cost.py", pays_table())
+    return between_marks(text, "from adapters.py", textwrap.fill(backends_sentence(), 110))
 
 
 def attention_backends() -> str:
@@ -312,7 +319,7 @@ def status() -> str:
             lines.append(f"| `{record.name}` | {kind} | {' | '.join(cells)} |")
     lines += ["", "How:", ""]
     lines += [f"- `{one.backend}` {one.attention}, {one.place}: {one.how}." for one in SEEN]
-    return between_marks("status.md", "from seen.py", lines)
+    return between_marks((DOCS / "status.md").read_text(), "from seen.py", "\n".join(lines))
 
 
 def _majors(majors: tuple[int, ...]) -> str:
@@ -330,6 +337,7 @@ def _listed(names: list[str]) -> str:
 
 
 PAGES = {
+    README: readme,
     "compatibility.md": compatibility,
     "capacity.md": capacity,
     "when-it-pays.md": when_it_pays,

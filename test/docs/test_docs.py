@@ -21,14 +21,6 @@ def test_page_is_current(page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == render.PAGES[page](), "run: python docs/render.py"
 
 
-def test_readme_names_the_attention_backends() -> None:
-    assert render.backends_sentence() in " ".join((ROOT / "README.md").read_text().split())
-
-
-def test_readme_says_when_it_pays() -> None:
-    assert render.pays_table() in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     "path",
     [path for folder in (".", "docs", "benchmark") for path in sorted(ROOT.glob(f"{folder}/*.md"))],

@@ -26,17 +26,6 @@ _FLASHMLA = "sglang_helix.srt.layers.attention.flashmla_backend"
 _TRTLLM_MHA = "sglang_helix.srt.layers.attention.trtllm_mha_backend"
 _TRITON = "sglang_helix.srt.layers.attention.triton_backend"
 _TORCH_NATIVE = "sglang_helix.srt.layers.attention.torch_native_backend"
-_OURS = frozenset(
-    {
-        _FLASHATTENTION,
-        _FLASHINFER,
-        _FLASHINFER_MLA,
-        _FLASHMLA,
-        _TRTLLM_MHA,
-        _TRITON,
-        _TORCH_NATIVE,
-    }
-)
 _SGLANG = "sglang.srt.layers.attention"
 
 
@@ -93,7 +82,7 @@ class Adapter:
         """
         names = self.classes(attention)
         built = names if drafts else names[:1]
-        return next((name for name in built if name.partition(":")[0] in _OURS), None)
+        return next((name for name in built if name.startswith("sglang_helix.")), None)
 
     @property
     def own_file(self) -> str | None:
