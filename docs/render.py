@@ -8,6 +8,7 @@ import io
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from sglang.srt.configs.model_config import ModelConfig
@@ -17,7 +18,15 @@ from sglang_helix.build import Builder, first_line
 from sglang_helix.check import check, layouts
 from sglang_helix.layout import CACHE_BYTES, beside_a_draft, rows, shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Adapter, Attention, serving
-from sglang_helix.srt.layers.attention.seen import FEATURES, PLACES, SEEN, seen, seen_on_a_gpu
+from sglang_helix.srt.layers.attention.seen import (
+    FEATURES,
+    PARTS,
+    PLACES,
+    SEEN,
+    Place,
+    seen,
+    seen_on_a_gpu,
+)
 
 DOCS = Path(__file__).parent
 README = "../README.md"
@@ -302,24 +311,28 @@ def _server(record: Adapter, kind: Attention) -> str:
 
 def status() -> str:
     """docs/status.md: what stands between its marks is rendered, the rest is written there."""
-    names = {"CPU": "CPU stand-in", "graph": "decode graph"}
-    columns = [(place, feature) for place in PLACES for feature in FEATURES]
-    heads = [f"{names.get(where, where)}: {names.get(what, what)}" for where, what in columns]
-    lines = [f"| adapter | | {' | '.join(heads)} |", "|" + "---|" * (2 + len(columns))]
+    lines = ["| what | " + " | ".join(PLACES) + " |", "|---" * (1 + len(PLACES)) + "|"]
     for record in ADAPTERS:
         for kind in filter(record.classes, ATTENTIONS):
-            cells = [
-                "refused"
-                if kind in {"fp8": record.no_fp8, "verify": record.no_drafts}.get(feature, ())
-                else "✓"
-                if feature in seen(record.name, kind, place)
-                else ""
-                for place, feature in columns
-            ]
-            lines.append(f"| `{record.name}` | {kind} | {' | '.join(cells)} |")
+            cells = [", ".join(_seen_features(record, kind, place)) for place in PLACES]
+            lines.append(f"| `{record.name}`, {kind} | {' | '.join(cells)} |")
+    for part in PARTS:
+        cells = ["✓" if part.at(place) else "" for place in PLACES]
+        lines.append(f"| {part.what} | {' | '.join(cells)} |")
     lines += ["", "How:", ""]
-    lines += [f"- `{one.backend}` {one.attention}, {one.place}: {one.how}." for one in SEEN]
+    lines += [f"- `{one.backend}`, {one.attention}, {one.place}: {one.how}." for one in SEEN]
+    for part in PARTS:
+        hows = [f"{place}: {part.at(place)}" for place in PLACES if part.at(place)]
+        lines.append(f"- {part.what}. {'. '.join(hows)}.")
     return between_marks((DOCS / "status.md").read_text(), "from seen.py", "\n".join(lines))
+
+
+def _seen_features(record: Adapter, kind: Attention, place: Place) -> Iterator[str]:
+    for feature in FEATURES:
+        if kind in {"fp8": record.no_fp8, "verify": record.no_drafts}.get(feature, ()):
+            yield f"no {feature}"
+        elif feature in seen(record.name, kind, place):
+            yield f"**{feature}**"
 
 
 def _majors(majors: tuple[int, ...]) -> str:

@@ -1,6 +1,6 @@
-"""What was seen of which attention backend, and where: one record a sighting.
+"""What was seen of which attention backend and of all else, and where: one record a sighting.
 
-From this table follow the matrix of docs/status.md and which adapters are taken by name alone
+From these tables follow the matrix of docs/status.md and which adapters are taken by name alone
 (`Adapter.unseen`). After a run: a record, or a word in one, and `python docs/render.py`.
 
 Importing this module imports neither SGLang nor torch.
@@ -169,6 +169,162 @@ SEEN: tuple[Seen, ...] = (
     Seen(
         *("torch_native", "MLA", "CPU", ("extend", "verify")),
         "whole servers against `transformers`",
+    ),
+)
+
+
+class Part(NamedTuple):
+    """What is no one adapter's, and how it was seen at each place; empty: it was not."""
+
+    what: str
+    cpu: str
+    one: str = ""
+    several: str = ""
+
+    def at(self, place: Place) -> str:
+        """How it was seen there."""
+        return dict(zip(PLACES, self[1:], strict=True))[place]
+
+
+PARTS: tuple[Part, ...] = (
+    Part(
+        "`a2a`, `ag_rs` through SGLang's groups",
+        "gloo, 2 to 8 ranks",
+        "shared by 2, 3 and 4 ranks",
+        "2 and 4 H100s over NVLink, captured; 4 H200s, figures",
+    ),
+    Part(
+        "all_to_all_single over NCCL",
+        "a recording stand-in for the library",
+        "shared by 2 to 8 ranks, NCCL 2.30.7: eager, captured, on a stream of its own, compiled",
+        "in the servers of `a2a`",
+    ),
+    Part(
+        "`symm`, the kernel: protocol, memory, watchdog",
+        "interpreter, model checker of the protocol, sm_90 and sm_100 machine code",
+        "H100 and H200: virtual ranks, a million calls out of step, processes sharing a GPU; "
+        "memcheck and racecheck clean",
+        "2 and 4 H100s over NVLink: a million calls each, out of step; the watchdog",
+    ),
+    Part(
+        "`symm`, from the flag and from attention to the kernel",
+        "flags, refusals, what is prepared and when, routing; Triton's decode and MLA's merge in "
+        "the interpreter, 2 and 4 ranks",
+        "shared by 2 and 4 ranks: results, graphs, splits of GQA and MLA in one launch, a stuck "
+        "peer",
+        "2 and 4 H100s, 2 and 4 H200s: results, graphs, whole servers",
+    ),
+    Part(
+        "combine, pack and `ag_rs`'s rescale (Triton)",
+        "interpreter and plain torch against float64",
+        "tests and figures",
+        "in the servers of `a2a` and `ag_rs`",
+    ),
+    Part(
+        "extend: requests without a prefix left out, one merge in the model's dtype",
+        "conformance suite, schedulers, launches counted; the merge against float64",
+        "tests of the kernels, and the servers above",
+    ),
+    Part(
+        "the probe of every exchange at start-up",
+        "broken exchanges on one rank of 2 and 3, a scheduler that does not start",
+        "every server since 2026-11-29",
+    ),
+    Part(
+        "Triton's splits by multiprocessors, their merge, what is allocated before the pool",
+        "interpreter against float64, sm_90 machine code, unit tests",
+        "in the servers above; GQA's and MLA's decode timed",
+    ),
+    Part(
+        "MLA's long prefixes: at once",
+        "SGLang's schedulers on stand-ins, whole servers",
+        "DeepSeek-V2-shaped servers by FA3, FlashMLA, FlashInfer and Triton",
+        "with FA3 and FlashMLA on two H200s, FlashInfer on four",
+    ),
+    Part(
+        "MLA's long prefixes: in chunks",
+        "SGLang's schedulers on stand-ins, against `transformers`",
+        "by FA3 and FlashMLA, `a2a`; by FlashInfer a token differs that `transformers` in bf16 "
+        "gives too",
+    ),
+    Part(
+        "hierarchical cache: K and V by owner",
+        "whole servers against `transformers`, `direct` transfers; files, a lost page of one rank",
+        "a server, `kernel` transfers, without files: Llama-shaped `symm`, DeepSeek-V2-shaped "
+        "`a2a`",
+    ),
+    Part(
+        "fp8 cache with a checkpoint's scales",
+        "conformance suite, servers",
+        "FA3 with `symm`",
+    ),
+    Part(
+        "hybrid models: Qwen3-Next, Nemotron-H",
+        "SGLang's schedulers against `transformers`, one server; recurrences in plain torch",
+        "`a2a` by Triton, Qwen3-Next by FA3 too",
+    ),
+    Part(
+        "hybrid models: Qwen3.5, Kimi-Linear, Granite-4-H, Falcon-H1, LFM2",
+        "as above",
+    ),
+    Part(
+        "sliding windows in the pool of all layers: Gemma-3, Command-A",
+        "SGLang's schedulers against `transformers`",
+        "by FA3 and Triton, `a2a` and `symm`",
+    ),
+    Part(
+        "sliding windows in the pool of all layers: Afmoe, Exaone-4, Gemma-2, K-EXAONE",
+        "as above",
+    ),
+    Part(
+        "sliding windows in a pool of their own, attention sinks: gpt-oss, Gemma-4, Granite-SWA, "
+        "Laguna, Mellum, MiMo-V2, Step-3.5",
+        "as above; sinks against float64 in every exchange, `symm`'s by the interpreter",
+    ),
+    Part(
+        "drafts: n-grams of GQA and MLA, EAGLE, MTP",
+        "SGLang's schedulers against `transformers`, right drafts counted beside a server without "
+        "sharding; captured verify passes by the conformance suite",
+        "n-grams from graphs by Triton (GQA) and FA3 (GQA, MLA); EAGLE and MTP from graphs by "
+        "Triton, MTP by FA3",
+    ),
+    Part(
+        "drafts: EAGLE3, standalone models",
+        "as above",
+    ),
+    Part(
+        "prefill-decode disaggregation by Mooncake",
+        "both sides as schedulers against `transformers`, over a stand-in for Mooncake's engine: "
+        "plain servers, to decode servers of 2 ranks and of 4 on 2 head shards, between equal "
+        "layouts of 2, Llama- and DeepSeek-V2-shaped; prefixes on both sides, retraction, abort "
+        "and a killed prefill server; rows of K and V in 200 layouts; behind SGLang's router",
+    ),
+    Part(
+        "experts of other ranks (`--ep-size`), memory released and resumed, sessions",
+        "servers, GQA and MLA",
+    ),
+    Part(
+        "pipeline stages, replicas (`--dp-size`), mixed chunks, retraction, structured output, "
+        "weight updates",
+        "servers or SGLang's schedulers",
+    ),
+    Part(
+        "metrics of every rank: rows, exchanged batches, seconds waited",
+        "unit tests, a server of two ranks",
+    ),
+    Part(
+        "several nodes",
+        "two launchers of one host as two nodes, [nodes.md](nodes.md)",
+    ),
+    Part(
+        "commits on SGLang's tree (`export`)",
+        "SGLang's schedulers from that tree, the plugin uninstalled, against `transformers`: "
+        "every patch but `symm`, each without the later ones; drafts, disaggregation, metrics and "
+        "two nodes",
+    ),
+    Part(
+        "all-to-alls of FlashInfer and of torch beside ours in `benchmark.dcp collectives`",
+        "their arguments and layouts, against what both document",
     ),
 )
 
