@@ -284,6 +284,26 @@ LENGTHS = (1, 2, 3, 40, 17, 64)
 BATCHES = ([3, 0, 5, 4], [1, 4], [5, 2, 0])  # of one graph of four requests, padded
 
 
+def with_fp8_probabilities(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """What Triton's decode of a few tokens [t, G, D] in fp8 says in the interpreter: [1, H, D].
+
+    Its probabilities, the highest 1, are fp8 too, and the interpreter's cast, which rounds up
+    without a carry, halves some of them. So they are cast by the interpreter here.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import _convert_float, _ir
+
+    grouped = q.view(keys.shape[1], -1, q.shape[-1])
+    scores = torch.einsum("ghd,tgd->ght", grouped, keys) * scale
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    cast = _convert_float(p.numpy(), tl.float32, tl.float8e4nv, _ir.ROUNDING_MODE.RTNE)
+    held = torch.from_numpy(cast).view(torch.float8_e4m3fn).float()
+    out = torch.einsum("ght,tgd->ghd", held, values) / p.sum(-1, keepdim=True)
+    return out.flatten(0, 1)[None]
+
+
 def replays_on_rank(
     rank: int,
     group: ThreadGroup,
@@ -364,12 +384,13 @@ def replays_on_rank(
                 if lse[row].isfinite().any():
                     wrong.append(f"rank {rank}: request {request} has no tokens, LSE {lse[row]}")
                 continue
+            if backend == "triton" and dtype == torch.float8_e4m3fn:
+                out_ = with_fp8_probabilities(q[row], keys, values, layer.scaling)
+                want = want._replace(out=out_)
             natural = lse[row] * (math.log(2) if adapter(backend).base2 else 1.0)
             error = float((out[row] - want.out[0]).norm() / want.out.norm())
             of_lse = float((natural - want.lse[0]).abs().max())
             allowed = 1e-5 if out.dtype == torch.float32 else 5e-3
-            if backend == "triton" and dtype == torch.float8_e4m3fn:
-                allowed = 0.1  # its probabilities are fp8 too, and the interpreter truncates them
             if not (error < allowed and of_lse < 1e-5):
                 wrong.append(f"rank {rank}, {requests}: {request}: {error:.1e}, LSE {of_lse:.1e}")
     return wrong
@@ -381,7 +402,7 @@ def replay_failures(backend: str, attention: Attention, page: int, dtype: torch.
     heads = Heads(6, 1, 576, 512) if mla else Heads(6, 2, 16, 16)
     given = backend, heads, page, mla, dtype
     found = run_threads(replays_on_rank, 3, *given, **parallel(3))
-    if adapter(backend).windows and not mla and dtype == torch.float32:
+    if adapter(backend).windows and not mla:
         found += run_threads(replays_on_rank, 3, *given, 15, **parallel(3))
     return list(itertools.chain(*found))
 
