@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "glm4": ("glm4", {}),
+    "glm4_moe": ("glm4_moe", {}),
     "deepseek_v2": ("deepseek_v2", {}),
     "deepseek_v2 without q_lora": ("deepseek_v2", {"q_lora_rank": None}),
     "deepseek_v3": ("deepseek_v3", {}),

@@ -244,6 +244,27 @@ CUT = {
             "tie_word_embeddings": True,
         },
     ),
+    # Command-A+, its norms centred: SGLang knows no other, transformers takes rms_norm_eps for a
+    # norm that is not.
+    "cohere2_moe": Family(
+        "cohere2_moe",
+        {
+            **CUT_COMMON,
+            **REVERSED,
+            **EXPERTS,
+            "logit_scale": 0.5,
+            "head_dim": 16,
+            "rms_norm_eps": None,
+            "layer_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "num_shared_experts": 1,
+            "expert_selection_fn": "sigmoid",
+            "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+            "prefix_dense_intermediate_size": 256,
+            "intermediate_size": 64,
+        },
+        {"first_k_dense_replace": 1},
+    ),
     "exaone_moe": Family(  # K-EXAONE
         "exaone_moe",
         {

@@ -58,13 +58,12 @@ WINDOWS: tuple[Row, ...] = (
         proof="the allocator of windows does not widen, mem_cache/kv_cache_configurator.py",
     ),
     Row(
-        "sliding windows in the pool of all layers (Afmoe, Command-A, Exaone-4, Gemma-2, Gemma-3, "
-        "K-EXAONE)",
+        "sliding windows in the pool of all layers (Afmoe, Command-A and A+, Exaone-4, Gemma-2, "
+        "Gemma-3, K-EXAONE)",
         "",
         "works",
         "each rank attends the window's tokens that it holds, exactly as many keys as the "
-        "configuration says (upstream's Triton attends one less at decode, some classes one more); "
-        "not yet seen on a GPU",
+        "configuration says (upstream's Triton attends one less at decode, some classes one more)",
         alone="wrong",
         proof="every rank would count its own tokens back, layers/attention/triton_backend.py",
     ),

@@ -273,7 +273,7 @@ PARTS: tuple[Part, ...] = (
         "by FA3 and Triton, `a2a` and `symm`",
     ),
     Part(
-        "sliding windows in the pool of all layers: Afmoe, Exaone-4, Gemma-2, K-EXAONE",
+        "sliding windows in the pool of all layers: Afmoe, Command-A+, Exaone-4, Gemma-2, K-EXAONE",
         "as above",
     ),
     Part(
