@@ -5,177 +5,30 @@ and over NCCL, eager and captured in a CUDA graph, on one with GPUs. There
 ``pytest -m multi_gpu`` takes the GPUs it finds and skips world sizes that need more, unless
 HELIX_TEST_SHARE_GPUS=1 lets ranks share them.
 
-NCCL's own path also runs without a GPU, on a stand-in for the library that moves the bytes.
+NCCL's own path without a GPU: test_pynccl.py.
 """
 
-import ctypes
 import functools
 import inspect
 import itertools
-import random
 import sys
 import types
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sglang.srt.distributed import parallel_state
 from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
-from sglang.srt.distributed.device_communicators.pynccl_wrapper import (
-    NCCLLibrary,
-    ncclDataTypeEnum,
-)
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang_helix.srt.distributed.all_to_all import check_all_to_all, group_all_to_all_single
 from sglang_helix.srt.distributed.device_communicators import pynccl
 from sglang_helix.srt.distributed.device_communicators.pynccl import pynccl_all_to_all_single
+from srt.distributed.all_to_all_cases import WORLD_SIZES, Buffers, cases
+from srt.distributed.fake_nccl import fake_communicator
 from srt.distributed.ranks import World, collective_backend, run_ranks
-
-#: The sizes every machine tries, and all GPUs of this one.
-WORLD_SIZES = sorted({2, 3, 4, 8} | ({torch.cuda.device_count()} - {0, 1}))
-
-DTYPES = [
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    torch.float64,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.complex64,
-]
-
-POISON = 0xA5
-
-
-class Case(NamedTuple):
-    """One all-to-all: rows[i][j] rows of shape [..., *row] go from rank i to rank j."""
-
-    rows: list[list[int]]
-    row: tuple[int, ...]
-    dtype: torch.dtype
-    explicit: bool  # split sizes are passed, not left to None
-    seed: int
-
-    def send_sizes(self, rank: int) -> list[int]:
-        return self.rows[rank]
-
-    def receive_sizes(self, rank: int) -> list[int]:
-        return [sent[rank] for sent in self.rows]
-
-    def splits(self, rank: int) -> dict[str, list[int]]:
-        if not self.explicit:
-            return {}
-        return {
-            "output_split_sizes": self.receive_sizes(rank),
-            "input_split_sizes": self.send_sizes(rank),
-        }
-
-    def chunks(self, rank: int, salt: int = 0) -> list[torch.Tensor]:
-        """What ``rank`` sends, one tensor per receiver: random bit patterns, NaNs among them."""
-        generator = torch.Generator().manual_seed(hash((self.seed, rank, salt)) % 2**31)
-        chunks = []
-        for rows in self.send_sizes(rank):
-            shape = (rows, *self.row)
-            count = torch.Size(shape).numel() * self.dtype.itemsize
-            data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
-            if self.dtype is torch.bool:
-                data &= 1
-            chunks.append(data.view(self.dtype).view(shape))
-        return chunks
-
-    def expected(self, rank: int, salt: int = 0) -> torch.Tensor:
-        """The definition: chunk i of the output is what rank i sends here."""
-        return torch.cat([self.chunks(peer, salt)[rank] for peer in range(len(self.rows))])
-
-
-def generate_case(rng: random.Random, world_size: int) -> Case:
-    kind = rng.choice(["even", "even, explicit", "uneven", "sparse"])
-    if kind.startswith("even"):
-        rows = [[rng.randint(0, 5)] * world_size] * world_size
-    else:
-        weights = (1, 1) if kind == "uneven" else (5, 1)
-        rows = [
-            [rng.choices((0, rng.randint(1, 6)), weights)[0] for _ in range(world_size)]
-            for _ in range(world_size)
-        ]
-    row = tuple(rng.choice((0, 1, 2, 3, 5, 8)) for _ in range(rng.randint(0, 4)))
-    return Case(rows, row, rng.choice(DTYPES), kind != "even", rng.randrange(2**31))
-
-
-def cases(world_size: int) -> list[Case]:
-    """Every dtype, the corners by hand, and generated ones."""
-    everyone = range(world_size)
-    corners = [
-        [[int(i == 0) * 3 for _ in everyone] for i in everyone],  # one sender
-        [[int(j == 1) * 3 for j in everyone] for _ in everyone],  # one receiver
-        [[int(j == (i + 1) % world_size) for j in everyone] for i in everyone],  # a ring
-        [[int(i == j) * 2 for j in everyone] for i in everyone],  # everyone to itself
-        [[i * world_size + j for j in everyone] for i in everyone],  # all sizes differ
-        [[0 for _ in everyone] for _ in everyone],  # nothing at all
-    ]
-    even = [[2] * world_size] * world_size
-    rng = random.Random(world_size)
-    return [
-        *(Case(even, (3, 5), dtype, False, 1) for dtype in DTYPES),
-        *(Case(rows, (2, 3), torch.bfloat16, True, 2) for rows in corners),
-        Case([[0] * world_size] * world_size, (4, 2), torch.bfloat16, False, 3),
-        Case(even, (0, 4), torch.float32, False, 4),
-        Case(even, (), torch.uint8, False, 5),
-        Case([[100_003] * world_size] * world_size, (), torch.uint8, False, 6),
-        *(generate_case(rng, world_size) for _ in range(40)),
-    ]
-
-
-class Buffers:
-    """Input and output of a rank for a case, each between guards that must stay as they are."""
-
-    def __init__(self, case: Case, rank: int, device: torch.device | str = "cpu") -> None:
-        self.case, self.rank = case, rank
-        self.input, _ = self._guarded(sum(case.send_sizes(rank)), device)
-        self.output, self._output_memory = self._guarded(sum(case.receive_sizes(rank)), device)
-        self.fill()
-
-    def _guarded(self, rows: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = torch.Size((rows, *self.case.row))
-        # An odd number of elements: nothing may rely on the alignment of an allocation.
-        memory = torch.empty(shape.numel() + 14, dtype=self.case.dtype, device=device)
-        return memory[7:-7].view(shape), memory
-
-    def fill(self, salt: int = 0) -> None:
-        """New contents for the input, and an output that no exchange has touched."""
-        self.input.copy_(torch.cat(self.case.chunks(self.rank, salt)))
-        self._output_memory.view(torch.uint8).fill_(POISON)
-
-    def check(self, salt: int = 0) -> None:
-        expected = self.case.expected(self.rank, salt)
-        output, memory = self.output.cpu(), self._output_memory.cpu()
-        assert torch.equal(_bits(output), _bits(expected)), f"{self.case} on rank {self.rank}"
-        assert torch.equal(
-            _bits(self.input.cpu()), _bits(torch.cat(self.case.chunks(self.rank, salt)))
-        )
-        for guard in (memory[:7], memory[-7:]):
-            assert (_bits(guard) == POISON).all(), f"{self.case}: rank {self.rank} wrote outside"
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-# --------------------------------------------------------------------------------------------
-# Validation
-# --------------------------------------------------------------------------------------------
 
 
 def test_bytes_of_every_chunk() -> None:
@@ -229,237 +82,6 @@ def test_refused(
         check_all_to_all(output, input, 0, 2, *splits)
     for words in named:
         assert words in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------
-# NCCL without a GPU: a library that records the calls and moves the bytes
-# --------------------------------------------------------------------------------------------
-
-
-class FakeLibrary:
-    """NCCL as far as an all-to-all sees it, for one rank; calls wait in ``calls``."""
-
-    def __init__(self, version: int, has_all_to_all: bool = True) -> None:
-        self.version = version
-        self.version_queries = 0
-        self.calls: list[tuple[Any, ...]] = []
-        self.fails: str | None = None
-        self.lib = types.SimpleNamespace()
-        if has_all_to_all:
-
-            def all_to_all(*args: Any) -> int:
-                return self._call("alltoall", *args)
-
-            self.lib.ncclAlltoAll = all_to_all
-
-    def ncclGetRawVersion(self) -> int:  # noqa: N802
-        self.version_queries += 1
-        return self.version
-
-    def NCCL_CHECK(self, result: int) -> None:  # noqa: N802
-        if result:
-            raise RuntimeError(f"NCCL error {result}")
-
-    def _call(self, name: str, *args: Any) -> int:
-        self.calls.append((name, *(getattr(arg, "value", arg) for arg in args)))
-        return int(name == self.fails)
-
-    def ncclGroupStart(self) -> None:  # noqa: N802
-        self.NCCL_CHECK(self._call("start"))
-
-    def ncclGroupEnd(self) -> None:  # noqa: N802
-        self.NCCL_CHECK(self._call("end"))
-
-    def ncclSend(self, *args: Any) -> None:  # noqa: N802
-        self.NCCL_CHECK(self._call("send", *args))
-
-    def ncclRecv(self, *args: Any) -> None:  # noqa: N802
-        self.NCCL_CHECK(self._call("recv", *args))
-
-
-COMM, STREAM = 77, 1234
-UINT8 = ncclDataTypeEnum.ncclUint8
-
-
-def fake_communicator(
-    rank: int, world_size: int, library: FakeLibrary | None = None
-) -> PyNcclCommunicator:
-    comm = PyNcclCommunicator.__new__(PyNcclCommunicator)
-    comm.rank, comm.world_size, comm.device = rank, world_size, torch.device("cpu")
-    comm.nccl, comm.comm = library or FakeLibrary(22800), COMM
-    comm.available, comm.disabled = True, False
-    comm._resolve_stream = lambda: types.SimpleNamespace(cuda_stream=STREAM)
-    return comm
-
-
-def deliver(libraries: list[FakeLibrary]) -> None:
-    """Do what NCCL promises for the recorded calls: match sends and receives in order."""
-    in_flight: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    receives = []
-    for rank, library in enumerate(libraries):
-        for name, *args in library.calls:
-            if name == "alltoall":
-                send_at, receive_at, count = args[:3]
-                for peer in range(len(libraries)):
-                    in_flight[rank, peer].append((send_at + peer * count, count))
-                    receives.append((peer, rank, receive_at + peer * count, count))
-            elif name == "send":
-                in_flight[rank, args[3]].append((args[0], args[1]))
-            elif name == "recv":
-                receives.append((args[3], rank, args[0], args[1]))
-    for source, rank, receive_at, count in receives:
-        send_at, sent = in_flight[source, rank].pop(0)
-        assert sent == count
-        ctypes.memmove(receive_at, send_at, count)
-    assert not any(in_flight.values()), "a send nobody received"
-
-
-def exchange_on_fakes(case: Case, version: int) -> list[FakeLibrary]:
-    world_size = len(case.rows)
-    libraries = [FakeLibrary(version) for _ in range(world_size)]
-    buffers = [Buffers(case, rank) for rank in range(world_size)]
-    for rank, (library, memory) in enumerate(zip(libraries, buffers, strict=True)):
-        pynccl_all_to_all_single(
-            fake_communicator(rank, world_size, library),
-            memory.output,
-            memory.input,
-            **case.splits(rank),
-        )
-    deliver(libraries)
-    for memory in buffers:
-        memory.check()
-    return libraries
-
-
-@pytest.mark.parametrize("version", [22707, 22800])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_nccl_delivers(world_size: int, version: int) -> None:
-    for case in cases(world_size):
-        exchange_on_fakes(case, version)
-
-
-@given(st.integers(1, 9), st.randoms(use_true_random=False), st.sampled_from([22707, 22800]))
-@settings(deadline=None, max_examples=200)
-def test_nccl_delivers_generated(world_size: int, rng: random.Random, version: int) -> None:
-    case = generate_case(rng, world_size)
-    for library in exchange_on_fakes(case, version):
-        for name, *args in library.calls:
-            if name in ("send", "recv"):
-                assert args[1] > 0, "an empty chunk was not skipped"
-                assert args[2:3] + args[4:] == [UINT8, COMM, STREAM]
-
-
-def test_even_splits_are_one_nccl_all_to_all() -> None:
-    memory = Buffers(Case([[2, 2], [2, 2]], (3,), torch.float8_e4m3fn, False, 0), 1)
-    comm = fake_communicator(1, 2)
-    for _ in range(3):
-        pynccl_all_to_all_single(comm, memory.output, memory.input)
-    pointers = memory.input.data_ptr(), memory.output.data_ptr()
-    assert comm.nccl.calls == [("alltoall", *pointers, 6, UINT8, COMM, STREAM)] * 3
-    assert comm.nccl.version_queries == 1
-    # What ctypes needs to pass 64-bit pointers and sizes.
-    assert comm.nccl.lib.ncclAlltoAll.argtypes[2] is ctypes.c_size_t
-
-
-@pytest.mark.parametrize("library", [FakeLibrary(22799), FakeLibrary(22800, has_all_to_all=False)])
-def test_even_splits_without_nccl_all_to_all(library: FakeLibrary) -> None:
-    memory = Buffers(Case([[2, 2], [2, 2]], (3,), torch.bfloat16, False, 0), 1)
-    pynccl_all_to_all_single(fake_communicator(1, 2, library), memory.output, memory.input)
-    source, target = memory.input.data_ptr(), memory.output.data_ptr()
-    assert library.calls == [
-        ("start",),
-        ("send", source, 12, UINT8, 0, COMM, STREAM),
-        ("recv", target, 12, UINT8, 0, COMM, STREAM),
-        ("send", source + 12, 12, UINT8, 1, COMM, STREAM),
-        ("recv", target + 12, 12, UINT8, 1, COMM, STREAM),
-        ("end",),
-    ]
-
-
-def test_explicit_splits_are_grouped_and_skip_what_is_empty() -> None:
-    case = Case([[1, 0, 2], [3, 0, 0], [0, 4, 0]], (2,), torch.float32, True, 0)
-    memory, comm = Buffers(case, 0), fake_communicator(0, 3)
-    pynccl_all_to_all_single(comm, memory.output, memory.input, [1, 3, 0], [1, 0, 2])
-    source, target = memory.input.data_ptr(), memory.output.data_ptr()
-    assert comm.nccl.calls == [
-        ("start",),
-        ("send", source, 8, UINT8, 0, COMM, STREAM),
-        ("recv", target, 8, UINT8, 0, COMM, STREAM),
-        ("recv", target + 8, 24, UINT8, 1, COMM, STREAM),
-        ("send", source + 8, 16, UINT8, 2, COMM, STREAM),
-        ("end",),
-    ]
-
-
-def test_explicit_splits_never_mix_with_nccl_all_to_all() -> None:
-    """Rank 0 sees even splits only, rank 1 does not: both have to make the same NCCL calls."""
-    libraries = exchange_on_fakes(Case([[2, 2], [2, 3]], (), torch.uint8, True, 0), 22800)
-    assert [library.calls[0] for library in libraries] == [("start",), ("start",)]
-
-
-def test_nothing_to_exchange_calls_no_collective() -> None:
-    comm = fake_communicator(0, 2)
-    pynccl_all_to_all_single(comm, torch.zeros(0, 4), torch.zeros(0, 4))
-    assert comm.nccl.calls == []
-
-
-@pytest.mark.parametrize("version", [22707, 22800])
-def test_stream_is_passed(version: int) -> None:
-    comm = fake_communicator(0, 2, FakeLibrary(version))
-    stream = types.SimpleNamespace(cuda_stream=99)
-    pynccl_all_to_all_single(comm, torch.zeros(4), torch.ones(4), stream=stream)
-    assert {call[-1] for call in comm.nccl.calls if len(call) > 1} == {99}
-
-
-def test_disabled_communicator_raises() -> None:
-    output, comm = torch.zeros(4), fake_communicator(1, 2)
-    with comm.change_state(enable=False), pytest.raises(RuntimeError, match="rank 1 of 2 is disab"):
-        pynccl_all_to_all_single(comm, output, torch.ones(4))
-    comm.available = False
-    with comm.change_state(enable=True), pytest.raises(RuntimeError, match="is not available"):
-        pynccl_all_to_all_single(comm, output, torch.ones(4))
-    assert comm.nccl.calls == []
-
-
-def test_nccl_refuses_another_device_and_bad_tensors() -> None:
-    comm = fake_communicator(0, 2)
-    comm.device = torch.device("cuda:3")
-    with pytest.raises(ValueError, match=r"input is on cpu .* serves cuda:3"):
-        pynccl_all_to_all_single(comm, torch.zeros(4), torch.ones(4))
-    comm.device = torch.device("cpu")
-    with pytest.raises(ValueError, match="12 rows"):
-        pynccl_all_to_all_single(comm, torch.zeros(12), torch.ones(12), [5, 6], [6, 6])
-    assert comm.nccl.calls == []
-
-
-@pytest.mark.parametrize("fails", ["alltoall", "send", "recv"])
-def test_nccl_errors_are_raised_and_close_the_group(fails: str) -> None:
-    comm = fake_communicator(0, 2, FakeLibrary(22800 if fails == "alltoall" else 22707))
-    comm.nccl.fails = fails
-    with pytest.raises(RuntimeError, match="NCCL error"):
-        pynccl_all_to_all_single(comm, torch.zeros(4), torch.ones(4))
-    names = [call[0] for call in comm.nccl.calls]
-    assert names.count("start") == names.count("end")
-    assert names[-1] == ("alltoall" if fails == "alltoall" else "end")
-
-
-def test_installed_nccl_has_all_to_all() -> None:
-    """The pinned SGLang brings an NCCL that has it, where torch was built for CUDA."""
-    try:
-        library = NCCLLibrary()
-    except (OSError, ValueError) as error:
-        pytest.skip(f"no NCCL to load: {error}")
-    if library.ncclGetRawVersion() < 22800:
-        pytest.skip(f"NCCL {library.ncclGetVersion()} is older than 2.28")
-    function = pynccl._nccl_all_to_all(library)
-    assert function is not None
-    # The same function upstream binds its others from, so the signature has their types.
-    assert function.argtypes[0] is library._funcs["ncclSend"].argtypes[0]
-
-
-# --------------------------------------------------------------------------------------------
-# Several ranks on SGLang's process groups: gloo, or NCCL where there are GPUs
-# --------------------------------------------------------------------------------------------
 
 
 def install() -> None:
@@ -683,11 +305,6 @@ def test_one_rank_copies() -> None:
     on_ranks(exchange_alone, 1)
 
 
-# --------------------------------------------------------------------------------------------
-# torch.compile
-# --------------------------------------------------------------------------------------------
-
-
 def compile_exchange(rank: int, world_size: int) -> None:
     group = build_group(tuple(range(world_size)))
     graphs: list[torch.fx.GraphModule] = []
@@ -743,11 +360,6 @@ def check_op(rank: int, world_size: int) -> None:
 
 def test_op_meets_what_torch_asks_of_operators() -> None:
     on_ranks(check_op, 1)
-
-
-# --------------------------------------------------------------------------------------------
-# Upstream's own callers
-# --------------------------------------------------------------------------------------------
 
 
 def call_lm_head(rank: int, world_size: int) -> None:
