@@ -24,7 +24,7 @@ from scipy.optimize import least_squares
 from sglang_helix import cost
 from sglang_helix.layout import CACHE_BYTES, Shape, rows
 
-from benchmark.dcp.serve import parse_layout
+from benchmark.dcp.layouts import parse_layout
 
 BOUND = 0.15
 # FA3's decode of MLA with 128 heads over 8 x 128K tokens took 500 us on an H200 (measured.json):

@@ -47,287 +47,36 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import random
 import tempfile
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
 from benchmark.dcp import held, made, report
 from benchmark.dcp.kernels import device_name
-from benchmark.dcp.measure import Timing
+from benchmark.dcp.layouts import (
+    COMMS,
+    DID_NOT_START,
+    FAILED,
+    MARK,
+    MEASURED,
+    PREFIXES,
+    Layout,
+    Row,
+    parse_layout,
+)
+from benchmark.dcp.load import Client, Load, RequestError, measure, obstacle
+from benchmark.dcp.serve_report import HEAD, capacity, plot, size, table_line, time_per_token
 
-MARK = "function only"
-MEASURED, DOES_NOT_FIT = "measured", "does not fit"
-DID_NOT_START, FAILED = "did not start", "failed"
-TOO_LONG, TOO_MANY = "beyond --context-length", "beyond --max-running-requests"
-PREFIXES = ("shared", "own", "cold", "made")
-_WARM_UP = made.COMPUTED  # tokens of a prompt
-_SPARE = 6  # tokens that SGLang keeps of its pool beside a prompt
-_COMMS = tuple(BACKENDS)
 _LAUNCHER = "sglang.launch_server"
 _CPU_SERVER = ("--max-total-tokens", "256", "--page-size", "8")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layout at one size; no times where status is not "measured"."""
-
-    layout: str
-    tp_size: int
-    dcp_size: int | None
-    comm: str
-    prefill_decode_interval: int
-    prefix: str
-    context: int
-    concurrency: int
-    status: str
-    tpot_p10_ms: float | None
-    tpot_median_ms: float | None
-    tpot_p90_ms: float | None
-    longest_gap_ms: float | None
-    """Between two tokens of one request: where prefill starves decode, it shows here first."""
-    ttft_median_ms: float | None
-    tokens_per_s: float | None
-    """Output tokens of all requests, from the first request to the last token."""
-    output_tokens: int | None
-    cached_tokens: int | None
-    """Of a prompt, found in the prefix cache; the fewest of all requests."""
-    kv_tokens: int | None
-    """Capacity of the cache, over all ranks that split a sequence."""
-    kv_bytes: int | None
-    """Size of the cache on each rank; only servers with the series say."""
-    needed_tokens: int | None
-    """Of capacity, for all requests with contexts of their own."""
-    mark: str
-    model: str
-    device: str
-
-
-class Layout(NamedTuple):
-    name: str
-    flags: tuple[str, ...]
-
-
-def parse_layout(text: str, tp_size: int) -> Layout:
-    """Flags of a layout by name; raises ValueError with what is allowed."""
-    layout, named, backend = text.partition("@")
-    attention = ("--attention-backend", backend) if named else ()
-    name, *rest = layout.split(":")
-    size, comm = [*rest, "", ""][:2]
-    if size and not size.isdecimal():
-        raise ValueError(f"--layouts {text}: {size!r} is not a number of ranks")
-    if layout == "tp":
-        return Layout(text, attention)
-    if name in _COMMS and len(rest) < 2:
-        sharded = ("--dcp-size", size or str(tp_size), "--dcp-comm-backend", name)
-        return Layout(text, sharded + attention)
-    if name == "attn-tp" and size and len(rest) < 3 and comm in ("", *_COMMS):
-        sharded = ("--attn-tp-size", size, "--dcp-comm-backend", comm or "a2a")
-        return Layout(text, sharded + attention)
-    raise ValueError(
-        f"--layouts {text}: use tp, ag_rs[:K], a2a[:K], symm[:K] or attn-tp:A[:COMM], with "
-        "@BACKEND behind it for an attention backend"
-    )
-
-
-# --- one server ---------------------------------------------------------------------------------
-
-
-class RequestError(RuntimeError):
-    """The server did not answer a request as it was asked to."""
-
-
-class Answer(NamedTuple):
-    sent: float
-    arrivals: list[tuple[float, int]]
-    """When a piece arrived, and the tokens so far."""
-    cached_tokens: int
-    passes: int = 0
-    """That verified drafts, where the server drafts."""
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds before each token but those of the first piece."""
-        return [
-            (after - before) / (count - earlier)
-            for (before, earlier), (after, count) in itertools.pairwise(self.arrivals)
-            for _ in range(count - earlier)
-        ]
-
-
-class Client:
-    """SGLang's HTTP interface, at a base URL."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        self.url, self.timeout = url.rstrip("/"), timeout
-        self.info: dict[str, Any] = json.loads(self._open("/server_info").read())
-
-    @property
-    def unit(self) -> int:
-        """Tokens that the cache gives out together: a page on each rank that splits a sequence."""
-        return int(self.info["page_size"]) * int(self.info.get("dcp_size") or 1)
-
-    @property
-    def kv_tokens(self) -> int:
-        return int(self.info["max_total_num_tokens"])
-
-    @property
-    def kv_bytes(self) -> int | None:
-        return (self.info.get("sglang_helix") or {}).get("kv_bytes")
-
-    @property
-    def most_requests(self) -> int:
-        return int(self.info["internal_states"][0]["effective_max_running_requests_per_dp"])
-
-    def flush_cache(self) -> None:
-        self._open("/flush_cache?timeout=30", {}).read()
-
-    def complete(
-        self, prompt: Sequence[int], new_tokens: int, together: threading.Barrier | None = None
-    ) -> Answer:
-        """Stream a greedy completion of exactly so many tokens; sent when all are ready."""
-        sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": new_tokens}
-        body = {"input_ids": list(prompt), "stream": True, "sampling_params": sampling}
-        request = self._request("/generate", body)
-        if together:
-            together.wait(self.timeout)
-        sent = time.perf_counter()
-        arrivals: list[tuple[float, int]] = []
-        with self._open(request) as stream:
-            for line in stream:
-                now = time.perf_counter()
-                if not line.startswith(b"data: {"):
-                    continue
-                piece = json.loads(line[len(b"data: ") :])
-                if "error" in piece:
-                    raise RequestError(f"the server answered {piece['error']}")
-                meta = piece["meta_info"]
-                reason = meta["finish_reason"] or {}
-                if reason.get("type") == "abort":
-                    raise RequestError(f"the server aborted: {reason.get('message')}")
-                if not arrivals or meta["completion_tokens"] > arrivals[-1][1]:
-                    arrivals.append((now, meta["completion_tokens"]))
-        got = arrivals[-1][1] if arrivals else 0
-        if got != new_tokens:
-            raise RequestError(f"the server sent {got} tokens of {new_tokens}")
-        return Answer(sent, arrivals, meta["cached_tokens"], meta.get("spec_verify_ct") or 0)
-
-    def complete_together(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
-        """One thread per request; all are sent at the same moment."""
-        together = threading.Barrier(len(prompts))
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            running = [pool.submit(self.complete, p, new_tokens, together) for p in prompts]
-            return [request.result() for request in running]
-
-    def _request(self, path: str, body: Any) -> urllib.request.Request:
-        return urllib.request.Request(
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-
-    def _open(self, request: urllib.request.Request | str, body: Any = None) -> Any:
-        if isinstance(request, str):
-            request = self._request(request, body)
-        try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
-            raise RequestError(f"{request.full_url} answered {error.code}: {told}") from error
-        except OSError as error:
-            raise RequestError(f"{request.full_url} did not answer: {error}") from error
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests that are sent together."""
-
-    context: int
-    concurrency: int
-    new_tokens: int
-    prefix: str
-
-    def prompts(self) -> list[list[int]]:
-        """Random bytes; each prompt ends in a token of its own, shared context or not.
-
-        Shorter contexts of the same prefix are beginnings of longer ones.
-        """
-        drawn = [
-            random.Random(seed).choices(range(256), k=self.context - 1)
-            for seed in range(1 if self.prefix == "shared" else self.concurrency)
-        ]
-        return [[*drawn[i % len(drawn)], i % 256] for i in range(self.concurrency)]
-
-    def needed_tokens(self, unit: int) -> int:
-        """Capacity for contexts of their own, in whole units of the cache.
-
-        One unit more for each: SGLang admits a request only while so much would stay free.
-        """
-        return self.concurrency * (-(-(self.context + self.new_tokens) // unit) + 1) * unit
-
-
-def obstacle(client: Client, load: Load) -> str | None:
-    """Why a load says nothing about the server's speed, or None."""
-    if (
-        load.needed_tokens(client.unit) > client.kv_tokens
-        or load.context >= client.kv_tokens - _SPARE
-    ):
-        return DOES_NOT_FIT
-    if load.context >= client.info["max_req_input_len"]:
-        return TOO_LONG
-    if load.concurrency > client.most_requests:
-        return TOO_MANY
-    return None
-
-
-def measure(client: Client, load: Load) -> dict[str, Any]:
-    """Make the contexts, send the load, and return the figures of a Row."""
-    prompts = load.prompts()
-    # What a batch of this size compiles or connects at its first time.
-    client.complete_together([prompt[:_WARM_UP] for prompt in prompts], 4)
-    if load.prefix == "cold":
-        client.flush_cache()
-    elif load.prefix != "made":
-        for prompt in prompts[:1] if load.prefix == "shared" else prompts:
-            client.complete(prompt, 1)
-    answers = client.complete_together(prompts, load.new_tokens)
-    if not ran_together(answers):
-        print(f"{size(load.context)}, {load.concurrency} requests: they did not decode together")
-    gaps = Timing([1e3 * gap for answer in answers for gap in answer.gaps])
-    first, last = min(a.sent for a in answers), max(a.arrivals[-1][0] for a in answers)
-    tokens = sum(answer.arrivals[-1][1] for answer in answers)
-    if passes := sum(answer.passes for answer in answers):
-        each = (tokens - len(answers)) / passes  # a prompt's own pass brings the first
-        print(f"{size(load.context)}, {load.concurrency} requests: {each:.2f} tokens a verify pass")
-    return {
-        "tpot_p10_ms": gaps.p10,
-        "tpot_median_ms": gaps.median,
-        "tpot_p90_ms": gaps.p90,
-        "longest_gap_ms": max(gaps.samples),
-        "ttft_median_ms": 1e3 * median(a.arrivals[0][0] - a.sent for a in answers),
-        "tokens_per_s": tokens / (last - first),
-        "output_tokens": tokens,
-        "cached_tokens": min(answer.cached_tokens for answer in answers),
-    }
-
-
-def ran_together(answers: Sequence[Answer]) -> bool:
-    """Whether all requests were decoding at some moment: none waited for another's end."""
-    return max(a.arrivals[0][0] for a in answers) < min(a.arrivals[-1][0] for a in answers)
 
 
 def measure_server(client: Client, name: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -390,9 +139,6 @@ _FIGURES = (
     "output_tokens",
     "cached_tokens",
 )
-
-
-# --- servers ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -483,7 +229,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         if options.csv:  # each at once: hours may lie behind it
             report.write_csv(rows, options.csv, Row)
 
-    print(_HEAD, flush=True)
+    print(HEAD, flush=True)
     if options.url:
         try:
             client = Client(options.url, options.timeout)
@@ -546,142 +292,6 @@ def name_of(info: dict[str, Any]) -> str:
     return f"{comm}:{dcp_size}"
 
 
-# --- report -------------------------------------------------------------------------------------
-
-_HEAD = (
-    f"{'layout':<20}{'interval':>9} {'prefix':<7}{'context':>8}{'requests':>9}{'ms/token':>10}"
-    f"{'p10':>9}{'p90':>9}{'longest':>10}{'TTFT ms':>10}{'tokens/s':>10}{'cached':>9}"
-    f"{'KV tokens':>11}{'KV size':>12}"
-)
-
-
-def size(tokens: int) -> str:
-    """262144 -> 256K"""
-    for unit, factor in (("M", 1 << 20), ("K", 1 << 10)):
-        if tokens >= factor and tokens % factor == 0:
-            return f"{tokens // factor}{unit}"
-    return str(tokens)
-
-
-def table_line(row: Row) -> str:
-    where = (
-        f"{row.layout:<20}{row.prefill_decode_interval:>9} {row.prefix:<7}{size(row.context):>8}"
-        f"{row.concurrency:>9}"
-    )
-    if row.status == MEASURED:
-        what = (
-            f"{row.tpot_median_ms:>10.2f}{row.tpot_p10_ms:>9.2f}{row.tpot_p90_ms:>9.2f}"
-            f"{row.longest_gap_ms:>10.2f}"
-            f"{row.ttft_median_ms:>10.1f}{row.tokens_per_s:>10.1f}{row.cached_tokens:>9}"
-        )
-    else:
-        what = f"  {row.status:<65}"
-    tokens = "-" if row.kv_tokens is None else row.kv_tokens
-    return f"{where}{what}{tokens:>11}{_bytes(row.kv_bytes):>12}  {row.mark}".rstrip()
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
-
-
-def time_per_token(rows: Sequence[Row]) -> str:
-    """Contexts against layouts, a table for each concurrency and interval."""
-    lines = []
-    for concurrency, interval in dict.fromkeys(
-        (row.concurrency, row.prefill_decode_interval) for row in rows
-    ):
-        lines.append(
-            f"\nTime per output token in ms, median (p10 to p90), {concurrency} requests, "
-            + (f"--prefill-decode-interval {interval}" if interval else "no prefill interval")
-        )
-        chosen = {
-            (row.context, row.layout): row
-            for row in rows
-            if (row.concurrency, row.prefill_decode_interval) == (concurrency, interval)
-        }
-        layouts = list(dict.fromkeys(layout for _, layout in chosen))
-        lines.append(f"{'context':<9}" + "".join(f"{layout:>26}" for layout in layouts))
-        for context in sorted({context for context, _ in chosen}):
-            cells = [chosen.get((context, layout)) for layout in layouts]
-            marks = {row.mark for row in cells if row}
-            line = f"{size(context):<9}" + "".join(f"{_cell(row):>26}" for row in cells)
-            lines.append(f"{line}  {' '.join(sorted(marks))}".rstrip())
-    return "\n".join(lines)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None or row.status != MEASURED:
-        return "-" if row is None else row.status
-    return f"{row.tpot_median_ms:.2f} ({row.tpot_p10_ms:.2f} to {row.tpot_p90_ms:.2f})"
-
-
-def capacity(rows: Sequence[Row]) -> str:
-    """What each layout's cache holds, and how many requests of each length fit in it together."""
-    lines = ["\nCapacity of the KV cache"]
-    for layout in dict.fromkeys(row.layout for row in rows if row.kv_tokens is not None):
-        own = [row for row in rows if row.layout == layout and row.kv_tokens is not None]
-        held = {
-            row.context: row.kv_tokens // (row.needed_tokens // row.concurrency)  # type: ignore
-            for row in own
-        }
-        requests = ", ".join(f"{count} of {size(length)}" for length, count in held.items())
-        size_of_rank = f"{_bytes(own[0].kv_bytes)} on each rank"
-        line = f"{layout:<20}{own[0].kv_tokens} tokens, {size_of_rank}; at once: {requests}"
-        lines.append(f"{line}  {own[0].mark}".rstrip())
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[Row], path: Path) -> str:
-    """Time per token and throughput against the context; returns what was done."""
-    plots = report.pyplot()
-    if plots is None:
-        return report.no_plot("serve", path)
-    panels = list(dict.fromkeys(row.concurrency for row in rows))
-    names = list(dict.fromkeys(row.layout for row in rows))
-    colours = plots.get_cmap("tab10")
-    contexts = sorted({row.context for row in rows})
-    figure, axes = plots.subplots(
-        len(panels), 2, figsize=(12, 4.2 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for concurrency, (latency, throughput) in zip(panels, axes, strict=True):
-        panel = [row for row in rows if row.concurrency == concurrency]
-        for name, interval in dict.fromkeys((r.layout, r.prefill_decode_interval) for r in panel):
-            line = [r for r in panel if (r.layout, r.prefill_decode_interval) == (name, interval)]
-            absent = [size(r.context) for r in line if r.status == DOES_NOT_FIT]
-            label = name + (f", interval {interval}" if interval else "")
-            if absent:
-                label += f" ({DOES_NOT_FIT}: {', '.join(absent)})"
-            line = [r for r in line if r.status == MEASURED]
-            style = {
-                "label": label,
-                "color": colours(names.index(name)),
-                "linestyle": "--" if interval else "-",
-                "marker": "o",
-                "markersize": 4,
-            }
-            at = [r.context for r in line]
-            latency.plot(at, [r.tpot_median_ms for r in line], **style)
-            low, high = [r.tpot_p10_ms for r in line], [r.tpot_p90_ms for r in line]
-            latency.fill_between(at, low, high, color=style["color"], alpha=0.15)
-            throughput.plot(at, [r.tokens_per_s for r in line], **style)
-        latency.set(ylabel="ms per output token, p10 to p90")
-        throughput.set(ylabel="output tokens per second")
-        for axis in (latency, throughput):
-            axis.set(
-                xscale="log", xlabel="context", title=f"{concurrency} requests", ylim=(0, None)
-            )
-            axis.set_xlim(contexts[0] / 1.1, contexts[-1] * 1.1)
-            axis.set_xticks(contexts, [size(context) for context in contexts])
-            axis.xaxis.minorticks_off()
-            axis.grid(alpha=0.3)
-        latency.legend(fontsize=7)
-    about = [rows[0].model, rows[0].device, f"{rows[0].prefix} contexts", rows[0].mark]
-    figure.suptitle(", ".join(filter(None, about)))
-    return report.save(figure, path)
-
-
 def main(argv: list[str]) -> int:
     own, server_flags = argv, []
     if "--" in argv:
@@ -731,7 +341,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(own)
     if options.from_csv:
         rows = [row for path in options.from_csv for row in report.read_csv(path, Row)]
-        print("\n".join([_HEAD, *map(table_line, rows)]))
+        print("\n".join([HEAD, *map(table_line, rows)]))
     else:
         options.server_flags = server_flags
         options.cpu = options.cpu or not (gpus or options.url)
@@ -790,7 +400,7 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, gpus:
     )
     options.concurrency = options.concurrency or ([2] if small else [8])
     options.new_tokens = options.new_tokens or (8 if small else 128)
-    layouts = options.layouts or (["tp", "a2a"] if small else ["tp", *_COMMS, "attn-tp:2"])
+    layouts = options.layouts or (["tp", "a2a"] if small else ["tp", *COMMS, "attn-tp:2"])
     try:
         options.layouts = [parse_layout(text, options.tp) for text in layouts]
     except ValueError as error:

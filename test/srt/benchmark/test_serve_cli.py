@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from sglang_cpu_reference.server import Server
 
-from benchmark.dcp import report, serve
-from benchmark.dcp.serve import Answer, Load, Row, parse_layout
+from benchmark.dcp import layouts, load, report, serve
+from benchmark.dcp.layouts import Row, parse_layout
+from benchmark.dcp.load import Answer, Load
 
 ROOT = Path(__file__).parents[3]
 NEW_TOKENS = 8
@@ -51,17 +52,17 @@ def test_layouts(tmp_path: Path) -> None:
     assert [(row.layout, row.context) for row in rows] == [
         (layout, context) for layout in ("tp", "a2a") for context in contexts
     ]
-    measured = {(row.layout, row.context) for row in rows if row.status == serve.MEASURED}
+    measured = {(row.layout, row.context) for row in rows if row.status == layouts.MEASURED}
     assert measured == {("tp", FITS), ("a2a", FITS), ("a2a", FITS_SHARDED)}
     for row in rows:
         assert (row.concurrency, row.prefix, row.device) == (2, "made", "CPU")
         assert row.prefill_decode_interval == 2  # as the server itself says
-        if row.status == serve.MEASURED:
+        if row.status == layouts.MEASURED:
             check_figures(row)
             # What fills units of the cache was found there.
             assert row.cached_tokens == (row.context - 1) // (8 * row.dcp_size) * (8 * row.dcp_size)
         else:
-            assert row.status == serve.DOES_NOT_FIT
+            assert row.status == layouts.DOES_NOT_FIT
             assert row.tpot_median_ms is None
             assert row.tokens_per_s is None
             assert row.needed_tokens > row.kv_tokens
@@ -77,8 +78,8 @@ def test_layouts(tmp_path: Path) -> None:
     for said in (ran.stdout, again.stdout):
         lines = [line for line in said.splitlines() if line.split()[:1] in LINE_STARTS]
         assert len(lines) == len(rows) + len(contexts) + 2  # figures, time per token, capacity
-        assert all(line.endswith(serve.MARK) for line in lines)
-        assert said.count(serve.DOES_NOT_FIT) == 6
+        assert all(line.endswith(layouts.MARK) for line in lines)
+        assert said.count(layouts.DOES_NOT_FIT) == 6
     assert "put into the prefix cache without being computed" in ran.stdout
 
 
@@ -107,20 +108,20 @@ def test_a_running_server(tmp_path: Path) -> None:
         ]  # fmt: skip
         for row in found:
             assert (row.layout, row.comm, row.dcp_size, row.tp_size) == ("a2a:2", "a2a", 2, 2)
-            assert (row.mark, row.prefix) == (serve.MARK, prefix)
+            assert (row.mark, row.prefix) == (layouts.MARK, prefix)
         for row in found[:2]:
             check_figures(row)
             # One prefill served all requests, but for what does not fill a unit of the cache.
             assert row.cached_tokens == (0 if prefix == "cold" else (FITS - 1) // 16 * 16)
-        assert {row.status for row in found[2:]} == {serve.DOES_NOT_FIT}
+        assert {row.status for row in found[2:]} == {layouts.DOES_NOT_FIT}
 
 
 def test_gaps_between_tokens() -> None:
     answer = Answer(1.0, [(2.0, 1), (2.5, 2), (3.5, 4)], 0)
     assert answer.gaps == [0.5, 0.5, 0.5]
     waits = Answer(1.0, [(4.0, 1), (5.0, 2)], 0)
-    assert not serve.ran_together([answer, waits])
-    assert serve.ran_together([answer, Answer(1.0, [(3.0, 1), (5.0, 2)], 0)])
+    assert not load.ran_together([answer, waits])
+    assert load.ran_together([answer, Answer(1.0, [(3.0, 1), (5.0, 2)], 0)])
 
 
 def test_what_drafts_bring_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,14 +131,14 @@ def test_what_drafts_bring_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
         Answer(1.0, [(2.0, 1), (3.0, 11)], 0, passes=5),
     ]
     client = SimpleNamespace(complete_together=lambda *_: answers, flush_cache=lambda: None)
-    serve.measure(client, Load(20, 2, 9, "cold"))  # type: ignore[arg-type]
+    load.measure(client, Load(20, 2, 9, "cold"))  # type: ignore[arg-type]
     assert "20, 2 requests: 2.00 tokens a verify pass" in capsys.readouterr().out
     answers = [answer._replace(passes=0) for answer in answers]
-    serve.measure(client, Load(20, 2, 9, "cold"))  # type: ignore[arg-type]
+    load.measure(client, Load(20, 2, 9, "cold"))  # type: ignore[arg-type]
     assert "verify pass" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("prefix", serve.PREFIXES)
+@pytest.mark.parametrize("prefix", layouts.PREFIXES)
 def test_prompts(prefix: str) -> None:
     shorter, longer = (Load(n, 3, NEW_TOKENS, prefix).prompts() for n in (20, 50))
     assert [len(prompt) for prompt in shorter] == [20] * 3
@@ -148,7 +149,7 @@ def test_prompts(prefix: str) -> None:
 
 def test_capacity_is_counted_for_contexts_of_their_own() -> None:
     # 20 + 8 tokens are two units of 16, and one stays free: 3 requests of 48 tokens.
-    for prefix in serve.PREFIXES:
+    for prefix in layouts.PREFIXES:
         assert Load(20, 3, NEW_TOKENS, prefix).needed_tokens(16) == 144
 
 
