@@ -388,6 +388,7 @@ def sharded(stage: Stage, name: str) -> Call:
     """What an adapter's decode does between the store and the exchange."""
     from sglang_helix.srt.layers.attention.adapters import adapter
     from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+    from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
     from sglang_helix.srt.layers.dcp.partial import Splits
 
     attention: Any = stage.p.heads.attention
@@ -406,7 +407,7 @@ def sharded(stage: Stage, name: str) -> Call:
 
     def call(number: int) -> torch.Tensor:
         partial = backend.partial_decode(queries, stage.layers[number], stage.batch)
-        return partial.merged(q.dtype)[0] if isinstance(partial, Splits) else partial[0]
+        return combine_splits(partial, q.dtype)[0] if isinstance(partial, Splits) else partial[0]
 
     return call
 

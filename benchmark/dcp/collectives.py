@@ -134,6 +134,7 @@ class Bench:
         self.rank, self.ranks, self.options = rank, ranks, options
         self.symmetric = symmetric
         self.said: set[str] = set()
+        self.kept: list[Any] = []
         nccl = options.device == "cuda"
         local_rank = rank % torch.cuda.device_count() if nccl else rank
         backend = "nccl" if nccl else "gloo"
@@ -200,20 +201,23 @@ class Bench:
     def candidates(self, shape: str, heads: int, head_dim: int) -> list[Candidate]:
         if self.symmetric:
             return self.symmetric_candidates(heads // self.ranks, head_dim)
-        from sglang_helix.srt.layers.dcp.exchange import BACKENDS
+        from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
+        from sglang_helix.srt.layers.dcp.partial import Partial
 
-        def helix(exchange: Any, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-            return exchange(x, lse, self.ours)[0]
+        def helix(exchange: Exchanger, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+            return exchange(Partial(x, lse)).out
 
-        symm = self.prepare_symm(heads, head_dim)
+        exchangers = {name: Exchanger(name, self.ours) for name in BACKENDS}
+        self.kept.append(exchangers)
+        symm = self.prepare_symm(exchangers["symm"], heads, head_dim)
         ours = [
             Candidate(
                 f"{report.OURS} {name}",
                 self.ours,
-                partial(helix, backend.exchange),
-                most=symm if backend.prepare else None,
+                partial(helix, exchanger),
+                most=symm if exchanger.backend.kernel else None,
             )
-            for name, backend in BACKENDS.items()
+            for name, exchanger in exchangers.items()
         ]
         return [*ours, *sglang_candidates(shape, self.peers)]
 
@@ -235,19 +239,16 @@ class Bench:
                 found += built
         return found
 
-    def prepare_symm(self, heads: int, head_dim: int) -> int:
+    def prepare_symm(self, symm: Any, heads: int, head_dim: int) -> int:
         """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
 
-        Its workspaces stay until the process ends.
+        Its workspaces stay until the process ends: `kept` has it.
         """
         if self.device.type != "cuda":
             self.not_measured(SYMM, "it needs GPUs with access to each other's memory")
             return 0
-        from sglang_helix.srt.layers.dcp.exchange import prepare_symm
-
         try:
-            kernel = prepare_symm(
-                self.ours,
+            symm.prepare(
                 max_tokens=max(self.options.batch),
                 num_heads=heads,
                 head_dim=head_dim,
@@ -257,7 +258,7 @@ class Bench:
         except RuntimeError as error:  # on every rank
             self.not_measured(SYMM, str(error))
             return 0
-        return kernel.max_tokens
+        return symm.largest_prepared
 
     def measure(self, p: Problem, candidates: list[Candidate]) -> list[Row]:
         x, lse, want = self.partials(p)
@@ -436,9 +437,9 @@ def torch_candidates(
 ) -> list[Candidate]:
     """Our rows of output and LSE, read by torch's `all_to_all_nd` where the ranks packed them."""
     import torch.distributed._symmetric_memory as symm_mem
-    from sglang_helix.srt.layers.dcp import lse_combine
+    from sglang_helix.srt.layers.dcp import lse_combine, packed_rows
 
-    ranks, row = group.world_size, lse_combine.packed_row_bytes(head_dim, DTYPE)
+    ranks, row = group.world_size, packed_rows.packed_row_bytes(head_dim, DTYPE)
     symm_mem.set_backend("NCCL")
     buffer = symm_mem.empty(ranks * batch * owned * row, dtype=torch.uint8, device=device)
     symm_mem.rendezvous(buffer, group.device_group)

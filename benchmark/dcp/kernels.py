@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang_helix.srt.layers.dcp import exchange
-from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, packed_row_bytes, unpack
+from sglang_helix.srt.layers.dcp.lse_combine import combine, pack
+from sglang_helix.srt.layers.dcp.packed_rows import packed_row_bytes, unpack
 
 from benchmark.dcp import measure, report
 
@@ -153,13 +154,13 @@ def layer_cases(p: Problem, peers: Peers) -> Cases:
     # SGLang's GQA path does so, and repeated runs must not wear the numbers down.
     group = StandIn(torch.stack([lse, *[lse - 30] * (p.ranks - 1)]))
 
-    def helix(reduce: exchange.Exchange, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    def helix(reduce: exchange.Collective, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         return reduce(x, lse, group)[0]
 
     for name, expected in wants.items():
         yield (
             f"helix {name}",
-            Case(partial(helix, exchange.BACKENDS[name].exchange), (x, lse), expected),
+            Case(partial(helix, exchange.BACKENDS[name].collective), (x, lse), expected),
         )
 
     if sglang := peers.sglang_comm:
@@ -326,13 +327,14 @@ class StandIn:
 
 def one_kernel(p: Problem) -> Callable[..., torch.Tensor]:
     """The one-kernel exchange of [N * B, H, D] with all ranks on this device."""
-    from sglang_helix.srt.layers.dcp import symm, symm_workspace
+    from sglang_helix.srt.layers.dcp import symm_launch, symm_layout, symm_workspace
+    from sglang_helix.srt.layers.dcp.partial import Partial
 
-    layout = symm.Layout(p.ranks, p.heads, p.head_dim, DTYPE, p.batch)
+    layout = symm_layout.Layout(p.ranks, p.heads, p.head_dim, DTYPE, p.batch)
     workspace = symm_workspace.one_device(layout, p.device)
 
     def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        return symm.exchange(workspace, (x, lse)).out
+        return symm_launch.exchange(workspace, Partial(x, lse)).out
 
     return run
 

@@ -170,7 +170,7 @@ def _wire_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
     """Bytes a rank sends to its KVP group for one decoded token in one layer."""
     from torch import bfloat16
 
-    from sglang_helix.srt.layers.dcp.lse_combine import packed_row_bytes
+    from sglang_helix.srt.layers.dcp.packed_rows import packed_row_bytes
 
     peers = layout.kvp_size - 1
     own = shape.query_heads // layout.tp_size

@@ -776,7 +776,10 @@ SYMM = Patch(
             until="upstream has a one-kernel exchange",
         ),
     ),
-    modules=(f"{_SRT}.layers.dcp.symm", f"{_SRT}.layers.dcp.symm_workspace"),
+    modules=tuple(
+        f"{_SRT}.layers.dcp.{name}"
+        for name in ("symm", "symm_launch", "symm_layout", "symm_workspace")
+    ),
 )
 
 DRAFTS = Patch(

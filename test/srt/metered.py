@@ -4,10 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang_helix.srt.layers.dcp import exchange
+from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.observability import metrics_collector
-
-GROUP = SimpleNamespace(unique_name="dcp", world_size=2)
 
 
 def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -22,8 +20,10 @@ def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             return made(*args, registry=registry, **kwargs)
 
         monkeypatch.setattr(prometheus_client, name, make)
+    group = SimpleNamespace(unique_name="dcp", world_size=2)
+    group.exchanger = Exchanger("symm", group)
     parallel = SimpleNamespace(
-        tp_size=4, attn_dcp_size=2, tp_rank=3, dcp_comm_backend="symm", dcp_group=GROUP
+        tp_size=4, attn_dcp_size=2, tp_rank=3, dcp_comm_backend="symm", dcp_group=group
     )
     monkeypatch.setattr(metrics_collector, "get_parallel", lambda: parallel)
     no_drafts = SimpleNamespace(speculative_num_draft_tokens=None)
@@ -32,7 +32,7 @@ def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         SimpleNamespace(max_tokens=8, slow_seconds={0: 3.0, -1: 1.0}),
         SimpleNamespace(max_tokens=4, slow_seconds={0: 1.0}),
     ]
-    monkeypatch.setattr(exchange, "_prepared", {"dcp": dict(enumerate(kernels))})
+    group.exchanger._kernels = dict(enumerate(kernels))
     return SimpleNamespace(
         registry=registry,
         metrics_collector=SimpleNamespace(labels={"tp_rank": 3}),

@@ -12,8 +12,9 @@ ROOT = Path(sglang_helix.__file__).parent
 ATTENTION, DCP, DISTRIBUTED = "srt.layers.attention", "srt.layers.dcp", "srt.distributed"
 
 # What modules may import of these three packages, directly or not.
-COMBINE = {f"{DCP}.lse_combine", f"{DCP}.partial"}
-KERNEL = {f"{DCP}.symm", f"{DCP}.symm_workspace"}
+FORMS = {f"{DCP}.partial", f"{DCP}.packed_rows"}
+COMBINE = FORMS | {f"{DCP}.lse_combine{part}" for part in ("", "_torch", "_triton")}
+KERNEL = {f"{DCP}.symm{part}" for part in ("", "_launch", "_layout", "_workspace")}
 SEAMS: dict[str, set[str]] = {
     # Topology, and the collective that process groups are given.
     f"{DISTRIBUTED}.topology": set(),
@@ -24,9 +25,14 @@ SEAMS: dict[str, set[str]] = {
     f"{DCP}.planner": {f"{DCP}.ownership"},
     f"{ATTENTION}.local_pages": {f"{DCP}.ownership"},
     # Partial results, and the exchange.
-    f"{DCP}.lse_combine": set(),
-    f"{DCP}.partial": COMBINE,
-    f"{DCP}.symm": COMBINE,
+    f"{DCP}.partial": set(),
+    f"{DCP}.packed_rows": set(),
+    f"{DCP}.lse_combine_torch": FORMS,
+    f"{DCP}.lse_combine_triton": FORMS,
+    f"{DCP}.lse_combine": COMBINE,
+    f"{DCP}.symm_layout": FORMS,
+    f"{DCP}.symm": COMBINE | KERNEL,
+    f"{DCP}.symm_launch": COMBINE | KERNEL,
     f"{DCP}.symm_workspace": COMBINE | KERNEL,
     f"{DCP}.exchange": COMBINE | KERNEL,
 }

@@ -25,8 +25,9 @@ from sglang_helix.srt.layers.attention.adapters import ADAPTERS
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.dcp.comm import cp_lse_ag_out_rs_mha, is_mla_dcp_lse_base_on_e
 from sglang_helix.srt.layers.dcp.exchange import a2a, ag_rs
-from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, rescale, unpack
+from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, rescale
 from sglang_helix.srt.layers.dcp.ownership import KVShard
+from sglang_helix.srt.layers.dcp.packed_rows import unpack
 from sglang_helix.srt.layers.linear import heads_shared_by, qkv_parallel_linear_init
 from sglang_helix.srt.mem_cache.memory_pool import mla_set_kv_buffer
 from srt.slots import Slots

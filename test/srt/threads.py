@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
 
 TIMEOUT = 20.0
 
@@ -16,6 +17,8 @@ class ThreadGroup:
 
     A rank that waits alone gets threading.BrokenBarrierError.
     """
+
+    exchanger: Exchanger
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, desk: list[Any]) -> None:
         self.rank_in_group, self.world_size = rank, size
@@ -60,6 +63,8 @@ def run_threads(function: Callable[..., Any], size: int, *args: Any, **parallel:
 
     def call(rank: int) -> Any:
         group = ThreadGroup(rank, size, barrier, desk)
+        if (backend := parallel.get("dcp_comm_backend")) in BACKENDS:
+            group.exchanger = Exchanger(backend, group)
         _this_thread.parallel = SimpleNamespace(
             dcp_group=group,
             dcp_enabled=size > 1,

@@ -150,11 +150,8 @@ def attend(
     allocator.
     """
     # Not imported with this module: it is SGLang's, and hooks are yet to be applied.
-    from sglang_helix.srt.layers.attention.torch_native_backend import (
-        causal,
-        partial_attention,
-        with_sinks,
-    )
+    from sglang_helix.srt.layers.attention.torch_native_backend import causal, partial_attention
+    from sglang_helix.srt.layers.dcp.lse_combine import merge
 
     requests = list(requests)
     out = q.new_full((*q.shape[:2], requests[0].values.shape[-1]), torch.nan, dtype=torch.float32)
@@ -169,9 +166,9 @@ def attend(
             logit_cap=logit_cap,
             visible=causal(len(queries), len(keys), back) if is_causal else visible,
         )
-        out[rows], lse[rows] = with_sinks(partial, sinks), partial.lse
-        if sinks is not None:
-            lse[rows] = torch.logaddexp(partial.lse, sinks.float())
+        out[rows], lse[rows] = merge(
+            partial, None, out_dtype=torch.float32, sinks=sinks, return_lse=True
+        )
     return out, lse
 
 

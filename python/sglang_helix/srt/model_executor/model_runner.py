@@ -30,8 +30,8 @@ from sglang.srt.runtime_context import (
 from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.adapters import adapter
-from sglang_helix.srt.layers.attention.windows import attention_layers, sharded_layers
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, note_layer
+from sglang_helix.srt.layers.attention.windows import sharded_layers
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
 from sglang_helix.srt.layers.dcp.probe import probe
 from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
 
@@ -66,8 +66,7 @@ def prepare_exchange(result: None, runner: Any) -> None:
     """
     parallel, config = get_parallel(), runner.model_config
     name = parallel.dcp_comm_backend
-    backend = BACKENDS.get(name)
-    if backend is None or parallel.attn_dcp_size == 1:
+    if name not in BACKENDS or parallel.attn_dcp_size == 1:
         return
     layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
@@ -77,22 +76,18 @@ def prepare_exchange(result: None, runner: Any) -> None:
         widths = {layer.v_head_dim for layer in sharded_layers(runner.model, config)}
     max_tokens = requests and requests * (drafts or 1)
     num_heads = sharded_heads(config) // layout.attn_tp_size
-    if backend.prepare:
-        for layer in attention_layers(runner.model):
-            layer.register_forward_pre_hook(note_layer)
-        for width in sorted(widths):
-            backend.prepare(
-                parallel.dcp_group,
-                max_tokens=max_tokens,
-                num_heads=num_heads,
-                head_dim=width,
-                dtype=runner.dtype,
-                timeout=get_device().watchdog_timeout,
-            )
+    parallel.dcp_group.exchanger = exchanger = Exchanger(name, parallel.dcp_group)
+    for width in sorted(widths):
+        exchanger.prepare(
+            max_tokens=max_tokens,
+            num_heads=num_heads,
+            head_dim=width,
+            dtype=runner.dtype,
+            timeout=get_device().watchdog_timeout,
+        )
     decode = adapter(attention_backends()[1])
     probe(
-        name,
-        parallel.dcp_group,
+        exchanger,
         parallel.tp_group.cpu_group,
         num_heads=num_heads,
         head_dims=sorted(widths),

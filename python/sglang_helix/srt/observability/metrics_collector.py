@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_observability, get_parallel, get_spec
 
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.sharded import with_prefixes
-from sglang_helix.srt.layers.dcp import exchange
+from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.managers.invariant_checker import slots_of
 
 LAYOUT = "sglang_helix:layout"
@@ -36,6 +36,8 @@ class Metrics:
         parallel = get_parallel()
         layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
         self._scheduler, self._size = scheduler, layout.kvp_size
+        # None where upstream exchanges: fi_a2a.
+        self._exchanger: Exchanger | None = getattr(parallel.dcp_group, "exchanger", None)
         labels = {name: str(value) for name, value in scheduler.metrics_collector.labels.items()}
         names = list(labels)
         shape = {
@@ -84,9 +86,9 @@ class Metrics:
         used = slots["slots"] - slots["free"] - cached
         for state, count in (("used", used), ("cached", cached), ("free", slots["free"])):
             self._rows[state].set(count // self._size)
-        waited = exchange.slow_seconds(get_parallel().dcp_group)
-        for gauge, seconds in zip(self._waits, waited, strict=True):
-            gauge.set(seconds)
+        if self._exchanger:
+            for gauge, seconds in zip(self._waits, self._exchanger.slow_seconds, strict=True):
+                gauge.set(seconds)
 
     def count(self, batch: Any) -> None:
         """Count a batch that was run."""
@@ -108,7 +110,8 @@ class Metrics:
             tokens = batch.batch_size() * (get_spec().speculative_num_draft_tokens or 1)
         else:
             return "none"
-        if backend == "symm" and tokens > exchange.largest_prepared(get_parallel().dcp_group):
+        ours = self._exchanger
+        if ours and ours.backend.kernel and tokens > ours.largest_prepared:
             return "a2a"
         return backend
 

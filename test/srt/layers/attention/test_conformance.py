@@ -22,9 +22,10 @@ from sglang_cpu_reference.stand_ins.kernel import on_the_device
 from sglang_helix.srt.layers.attention import triton_backend
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
 from sglang_helix.srt.layers.attention.seen import seen
-from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
 from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp import comm, planner
+from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
 from srt.fresh import Fresh
@@ -373,7 +374,7 @@ def replays_on_rank(
             parts = q[..., : heads.v_width], q[..., heads.v_width :]
             queries = adapter_.mla_queries(*parts, layer)
         partial = adapter_.partial_decode(queries, layer, batch(requests))
-        out, lse = partial.merged(q.dtype) if isinstance(partial, Splits) else partial
+        out, lse = combine_splits(partial, q.dtype) if isinstance(partial, Splits) else partial
         for row, request in enumerate(requests):
             keys, values = (
                 buffer.float()[seen_rows[request]] * scale

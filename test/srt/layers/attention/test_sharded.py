@@ -14,6 +14,7 @@ import torch
 from sglang.srt.layers.dcp import comm as upstream_comm
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang_helix.helix import SeriesError
 from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.torch_native_backend import ShardedTorchReferenceAttnBackend
 from sglang_helix.srt.layers.attention.windows import Tails
@@ -102,7 +103,7 @@ class LatentPool(Pool):
 
 @pytest.fixture(autouse=True)
 def _ranks_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sharded, planner, comm, upstream_comm):
+    for module in (sharded, planner, upstream_comm):
         monkeypatch.setattr(module, "get_parallel", get_parallel)
     monkeypatch.setattr(planner, "get_attn_backend", lambda: TRANSLATING)
 
@@ -540,7 +541,7 @@ def test_what_no_adapter_computes_is_refused(arguments: dict[str, Any], named: s
 
 def test_an_unknown_exchange_is_no_backend() -> None:
     """fi_a2a is MLA's alone: argument resolution replaces or refuses it for GQA."""
-    with pytest.raises(KeyError):
+    with pytest.raises(SeriesError, match="no fi_a2a exchange was made for the KVP group"):
         run_threads(
             lambda rank, group: backend_of(rank, group, Heads(4, 2, 8, 8), Slots(2, 1, 9), False),
             2,

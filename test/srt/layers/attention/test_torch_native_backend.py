@@ -11,13 +11,13 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpecInputType
 from sglang_helix.srt.layers.attention.torch_native_backend import (
-    Partial,
     TorchReferenceAttnBackend,
     causal,
-    merge,
     partial_attention,
     refuse_unsupported,
 )
+from sglang_helix.srt.layers.dcp.lse_combine import merge
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 pytestmark = pytest.mark.quick
 
@@ -93,14 +93,16 @@ def test_merging_partials_of_any_split_gives_the_whole(
     for mine in (owner, ~owner):
         part = {**problem, "k": problem["k"][mine], "v": problem["v"][mine]}
         halves.append(partial_attention(**{**part, "visible": problem["visible"][:, mine]}))
-    assert_close(merge(*halves), dense(**problem))
+    merged = merge(*halves, out_dtype=torch.float32, return_lse=True)
+    assert_close(merged, dense(**problem))
 
 
 def test_no_keys_give_zero_and_minus_infinity() -> None:
     q, k, v = torch.randn(3, 4, 8), torch.empty(0, 2, 8), torch.empty(0, 2, 6)
     nothing = partial_attention(q, k, v, scale=1.0)
     assert nothing.out.shape == (3, 4, 6)
-    for partial in (nothing, merge(nothing, nothing)):
+    merged = merge(nothing, nothing, out_dtype=torch.float32, return_lse=True)
+    for partial in (nothing, merged):
         assert torch.equal(partial.out, torch.zeros(3, 4, 6))
         assert torch.equal(partial.lse, torch.full((3, 4), -torch.inf))
 

@@ -15,8 +15,8 @@ from sglang.srt.server_args import ServerArgs
 from sglang_helix.srt.layers.attention import triton_backend
 from sglang_helix.srt.layers.attention.kv_splits import Scratch, SplitPlan, Tile
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
-from sglang_helix.srt.layers.dcp import lse_combine
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS
+from sglang_helix.srt.layers.dcp import lse_combine, lse_combine_triton, packed_rows
+from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -273,7 +273,7 @@ def test_launches_of_an_extend(
     heads = OWN * RANKS
     monkeypatch.setattr(lse_combine, "_runs_triton", lambda x: True)
     for name in ("_merge_kernel", "_pack_kernel", "_combine_kernel"):
-        monkeypatch.setattr(lse_combine, name, launches.kernel(name))
+        monkeypatch.setattr(lse_combine_triton, name, launches.kernel(name))
 
     class Group:
         world_size, rank_in_group = RANKS, 1
@@ -284,7 +284,7 @@ def test_launches_of_an_extend(
             return x.new_empty(heads, cached, 32)
 
         def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
-            row = lse_combine.packed_row_bytes(32, torch.bfloat16)
+            row = packed_rows.packed_row_bytes(32, torch.bfloat16)
             assert input.shape == (RANKS, cached, OWN, row)
             launches.names.append("all_to_all")
 
@@ -297,7 +297,7 @@ def test_launches_of_an_extend(
 
     backend.heads, backend.shard, backend.kvp_group = heads, KVShard(RANKS, 1), Group()
     backend.base2, backend.use_mla = False, False
-    backend.exchange = BACKENDS["a2a"].exchange
+    backend.exchanger = Exchanger("a2a", backend.kvp_group)
     backend.extend_attention_fwd = attend
     backend.kv_indptr = torch.zeros(9, dtype=torch.int32)
     backend.nothing_before = torch.zeros_like(backend.kv_indptr)

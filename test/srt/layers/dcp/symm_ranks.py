@@ -6,7 +6,10 @@ import random
 from dataclasses import replace
 
 import torch
-from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, Layout, Reduced, Splits, exchange
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND
+from sglang_helix.srt.layers.dcp.symm_launch import exchange
+from sglang_helix.srt.layers.dcp.symm_layout import Layout
 from sglang_helix.srt.layers.dcp.symm_workspace import one_device
 
 INF = float("inf")
@@ -30,12 +33,14 @@ class Ranks:
             for rank in range(layout.ranks)
         ]
 
-    def __call__(self, x: torch.Tensor, lse: torch.Tensor, **options) -> list[Reduced]:
+    def __call__(self, x: torch.Tensor, lse: torch.Tensor, **options) -> list[Partial]:
         """x [N*B, H, D] and lse [N*B, H], batches of the ranks stacked -> result of each rank."""
         if x.is_cuda:
-            return self.launched((x, lse), **options)
+            return self.launched(Partial(x, lse), **options)
         N = self.layout.ranks
-        partials = list(zip(x.chunk(N), lse.chunk(N), strict=True)) if len(x) else [(x, lse)] * N
+        partials = [Partial(x, lse)] * N
+        if len(x):
+            partials = list(map(Partial, x.chunk(N), lse.chunk(N)))
         return self.separately(partials, **options)
 
     def _sinks_of(self, rank: int, sinks: torch.Tensor) -> torch.Tensor:
@@ -43,18 +48,18 @@ class Ranks:
         own = sinks[[*self.layout.owned_by(rank)]]
         return torch.nn.functional.pad(own, (0, self.layout.owned - len(own)), value=-INF)
 
-    def launched(self, partial: tuple[torch.Tensor, torch.Tensor] | Splits, **options):
+    def launched(self, partial: Partial | Splits, **options):
         """One launch for all ranks."""
         if (sinks := options.get("sinks")) is not None:
             places = [self._sinks_of(rank, sinks) for rank in range(self.layout.ranks)]
             options["sinks"] = torch.cat(places)
         reduced = exchange(self.together, partial, **options)
         return [
-            Reduced(*(None if part is None else self._own(rank, part) for part in reduced))
+            Partial(*(self._own(rank, part) for part in reduced))
             for rank in range(self.layout.ranks)
         ]
 
-    def separately(self, partials: list[tuple[torch.Tensor, torch.Tensor] | Splits], **options):
+    def separately(self, partials: list[Partial | Splits], **options):
         """One launch per rank and phase."""
         results = {}
         sinks = options.pop("sinks", None)

@@ -1,19 +1,17 @@
 """Every exchange against float64, on several ranks and SGLang's own group objects."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.distributed.all_to_all import group_all_to_all_single
-from sglang_helix.srt.layers.dcp import comm
 from sglang_helix.srt.layers.dcp.comm import (
     cp_lse_ag_out_rs_mha,
     cp_lse_ag_out_rs_mla,
     dcp_a2a_lse_reduce,
 )
-from sglang_helix.srt.layers.dcp.exchange import a2a, ag_rs
+from sglang_helix.srt.layers.dcp.exchange import Exchanger, a2a, ag_rs
 from srt.distributed.ranks import collective_backend, run_ranks
 
 COLLECTIVES = {"a2a": a2a, "ag_rs": ag_rs}  # symm: test_symm_exchange.py
@@ -50,7 +48,6 @@ def exact(
 def install() -> None:
     """What the platform and the series hook in a server; the ranks of a test have no plugins."""
     parallel_state.GroupCoordinator.all_to_all_single = group_all_to_all_single
-    comm.get_parallel = lambda: SimpleNamespace(dcp_comm_backend="ag_rs")
     if not torch.cuda.is_available():
         from sglang_cpu_reference.plugin import collectives_on_cpu_tensors
 
@@ -60,6 +57,7 @@ def install() -> None:
 def exchange_on_rank(rank: int, world_size: int, shapes: list[tuple[int, int, int]]) -> list[str]:
     install()
     group = parallel_state.get_world_group()
+    group.exchanger = Exchanger("ag_rs", group)
     wrong = []
     for seed, shape in enumerate(shapes):
         outs, lses = partials(world_size, shape, seed)

@@ -19,13 +19,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sglang_helix.srt.layers.dcp import lse_combine
+from sglang_helix.srt.layers.dcp import lse_combine, packed_rows
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from srt.fresh import Fresh
 from srt.interpreter import passes
 
 from benchmark.dcp import measure
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from sglang_helix.srt.layers.dcp import lse_combine_triton
 INF = math.inf
 EMPTY = (-INF, INF, math.nan)  # what an LSE says where a shard has no token
 BOUND = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -251,7 +254,8 @@ def test_merge_of_two_that_lie_apart(
     want, want_lse = in_float64(shards, logs, base2)
     whole = laid_out(outs[0], [1, 0], 8, 1), laid_out(lses[0][..., None], [1, 0], 1, 1)[..., 0]
     part = laid_out(outs[1][some], [0, 1], 4, 1), lses[1][some]
-    whole, part = ((moved(x, impl.device), lse.to(impl.device)) for x, lse in (whole, part))
+    pairs = (whole, part)
+    whole, part = (Partial(moved(x, impl.device), lse.to(impl.device)) for x, lse in pairs)
     sinks = None if sinks is None else sinks.to(impl.device)
     for dtype in (torch.float32, torch.float16):
         options: Any = {"first": first, "out_dtype": dtype, "base2": base2, "sinks": sinks}
@@ -338,12 +342,8 @@ def test_combine_splits(impl: Implementation, S: int, h: int, D: int, dtype: tor
     lse.masked_fill_(~written[:, None], 99.0)
     indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     x = laid_out(x, [2, 0, 1], 4, 1)  # splits first, as strides allow
-    got, got_lse = lse_combine.combine_splits(
-        *(moved(part, impl.device) for part in (x, lse, indptr, counts)),
-        block,
-        out_dtype=dtype,
-        scale=0.5,
-    )
+    parts = (moved(part, impl.device) for part in (x, lse, indptr, counts))
+    got, got_lse = lse_combine.combine_splits(Splits(*parts, block, v_scale=0.5), dtype)
     assert (got.dtype, got.shape, got_lse.shape) == (dtype, (B, h, D), (B, h))
     assert_close(got, want / 2, BOUND[dtype])
     assert_same_lse(got_lse, want_lse)
@@ -384,7 +384,7 @@ def test_batch_of_nothing(impl: Implementation) -> None:
     assert total.shape == (0, 2)
     send = lse_combine.pack(partials[0], lse[0], 2)
     assert send.shape == (2, 0, 1, 64 * 4 + 16)
-    payload, packed = lse_combine.unpack(send, 64, torch.float32)
+    payload, packed = packed_rows.unpack(send, 64, torch.float32)
     assert payload.shape == (2, 0, 1, 64)
     assert packed.shape == (2, 0, 1)
 
@@ -420,7 +420,7 @@ def test_pack(
     out = moved(laid_out(raw.view(dtype), order, pitch, step), impl.device)
     strided_lse = moved(laid_out(lse[..., None], order, 1, 1)[..., 0], impl.device)
 
-    row = lse_combine.packed_row_bytes(D, dtype)
+    row = packed_rows.packed_row_bytes(D, dtype)
     assert row % 16 == 0
     assert size + 16 <= row < size + 32
     send = None
@@ -440,7 +440,7 @@ def test_pack(
         clean = torch.where(lse[:, heads].isfinite(), lse[:, heads], -INF)
         assert torch.equal(tail[n], clean)
 
-    payload, view = lse_combine.unpack(packed, D, dtype)
+    payload, view = packed_rows.unpack(packed, D, dtype)
     storage = packed.untyped_storage().data_ptr()
     assert payload.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() == storage
     assert torch.equal(view.cpu(), tail)
@@ -475,7 +475,7 @@ def test_sharded_attention_equals_attention(
         sends.append(lse_combine.pack(outs[-1], lses[-1], ranks))
     for rank in range(ranks):
         received = torch.stack([send[rank] for send in sends])
-        partials, lse = lse_combine.unpack(received, D, dtype)
+        partials, lse = packed_rows.unpack(received, D, dtype)
         got = lse_combine.combine(partials, lse, out_dtype=torch.float32)
         heads = slice(rank * H // ranks, (rank + 1) * H // ranks)
         assert_close(got, want[:, heads], BOUND[dtype])
@@ -501,11 +501,29 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ("combine", (X, L), {"out": X[0].int()}, TypeError, "int32"),
     ("combine", (X, L), {"out_dtype": torch.float64}, TypeError, "float64"),
     ("combine", (X, L), {"out": X[0], "out_dtype": torch.half}, TypeError, "float16"),
-    ("merge", ((X[0], L[0]), (X[0], L[0, 1:])), FP32, ValueError, "[1, 2, 4]"),
-    ("merge", ((X[0], L[0]), (X[0, :, 1:], L[0, :, 1:])), FP32, ValueError, "[3, 3, 16]"),
-    ("merge", ((X[0], L[0]), (X[0, 1:], L[0, 1:])), {"first": 2} | FP32, ValueError, "2 queries"),
-    ("merge", ((X[0], L[0]), (X[0], L[0].half())), FP32, TypeError, "float16"),
-    ("merge", ((X[0], L[0]), (X[0], L[0])), {"out_dtype": torch.int8}, TypeError, "int8"),
+    ("merge", (Partial(X[0], L[0]), Partial(X[0], L[0, 1:])), FP32, ValueError, "[1, 2, 4]"),
+    (
+        "merge",
+        (Partial(X[0], L[0]), Partial(X[0, :, 1:], L[0, :, 1:])),
+        FP32,
+        ValueError,
+        "[3, 3, 16]",
+    ),
+    (
+        "merge",
+        (Partial(X[0], L[0]), Partial(X[0, 1:], L[0, 1:])),
+        {"first": 2} | FP32,
+        ValueError,
+        "2 queries",
+    ),
+    ("merge", (Partial(X[0], L[0]), Partial(X[0], L[0].half())), FP32, TypeError, "float16"),
+    (
+        "merge",
+        (Partial(X[0], L[0]), Partial(X[0], L[0])),
+        {"out_dtype": torch.int8},
+        TypeError,
+        "int8",
+    ),
     ("rescale", (X, L, 0), {}, ValueError, "[2, 3, 4, 16]"),
     ("rescale", (X[0].to(torch.float8_e5m2), L, 0), {}, TypeError, "float8_e5m2"),
     ("rescale", (X[0], L[0], 0), {}, ValueError, "[3, 4]"),
@@ -514,11 +532,17 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ("rescale", (X[0], L.to("meta"), 0), {}, ValueError, "meta"),
     ("rescale", (X[0], L, 2), {}, ValueError, "rank is 2"),
     ("rescale", (X[0], L, -1), {}, ValueError, "rank is -1"),
-    ("combine_splits", (X, X[..., 0], P, P, 8), FP32, ValueError, "got 2 and 2"),
-    ("combine_splits", (X, L[:1], P, P, 8), FP32, ValueError, "[1, 3, 4]"),
-    ("combine_splits", (X.half(), L, P, P, 8), FP32, TypeError, "float16"),
-    ("combine_splits", (X, L, P, P, 8), {"out_dtype": torch.double}, TypeError, "float64"),
-    ("combine_splits", (X[0], L, P, P, 8), FP32, ValueError, "[3, 4, 16]"),
+    (
+        "combine_splits",
+        (Splits(X, X[..., 0], P, P, 8), torch.float32),
+        {},
+        ValueError,
+        "got 2 and 2",
+    ),
+    ("combine_splits", (Splits(X, L[:1], P, P, 8), torch.float32), {}, ValueError, "[1, 3, 4]"),
+    ("combine_splits", (Splits(X.half(), L, P, P, 8), torch.float32), {}, TypeError, "float16"),
+    ("combine_splits", (Splits(X, L, P, P, 8), torch.double), {}, TypeError, "float64"),
+    ("combine_splits", (Splits(X[0], L, P, P, 8), torch.float32), {}, ValueError, "[3, 4, 16]"),
     ("pack", (X, L, 2), {}, ValueError, "[2, 3, 4, 16]"),
     ("pack", (X[0], L[0], 3), {}, ValueError, "4 heads"),
     ("pack", (X[0], L[0], 0), {}, ValueError, "0 ranks"),
@@ -539,7 +563,7 @@ def test_errors_name_the_sizes(
     function: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], names: str
 ) -> None:
     with pytest.raises(error, match=re.escape(names)):
-        getattr(lse_combine, function)(*args, **kwargs)
+        getattr(packed_rows if function == "unpack" else lse_combine, function)(*args, **kwargs)
 
 
 def test_imports_and_runs_without_triton() -> None:
@@ -547,7 +571,8 @@ def test_imports_and_runs_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from sglang_helix.srt.layers.dcp import lse_combine as m\n"
         "send = m.pack(torch.ones(2, 4, 8), torch.zeros(2, 4), 2)\n"
-        "out = m.combine(*m.unpack(send, 8, torch.float32))\n"
+        "from sglang_helix.srt.layers.dcp.packed_rows import unpack\n"
+        "out = m.combine(*unpack(send, 8, torch.float32))\n"
         "assert out.shape == (2, 2, 8) and (out == 1).all()\n"
         "scaled, total = m.rescale(torch.ones(2, 4, 8), torch.zeros(2, 2, 4), 1)\n"
         "assert scaled.shape == (4, 2, 8) and (scaled == 0.5).all()"
@@ -563,7 +588,7 @@ def test_imports_and_runs_without_triton() -> None:
 def test_compiles_into_one_graph(device: str) -> None:
     def exchange(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
         send = lse_combine.pack(out, lse, 4)
-        combined = lse_combine.combine(*lse_combine.unpack(send, 64, torch.bfloat16))
+        combined = lse_combine.combine(*packed_rows.unpack(send, 64, torch.bfloat16))
         return combined, *lse_combine.rescale(out, lse[None], 0)
 
     compiled = torch.compile(
@@ -628,25 +653,31 @@ class Recorder:
 def test_kernels_move_vectors(monkeypatch: pytest.MonkeyPatch, D: int, h: int, N: int) -> None:
     """Rows of D+8 elements are no multiple of 16, which is all Triton would find out by itself."""
     out = torch.empty(3, N * h, D, dtype=torch.bfloat16)
-    send = torch.empty(N, 3, h, lse_combine.packed_row_bytes(D, out.dtype), dtype=torch.uint8)
+    send = torch.empty(N, 3, h, packed_rows.packed_row_bytes(D, out.dtype), dtype=torch.uint8)
     scaled = torch.empty(N * h, 3, D)
-    rows = out[:, :h], torch.empty(3, h)
+    rows = Partial(out[:, :h], torch.empty(3, h))
     for name, launch in {
-        "_pack_kernel": lambda: lse_combine._pack_triton(
+        "_pack_kernel": lambda: lse_combine_triton.pack(
             out.view(torch.int16), torch.empty(3, N * h), send
         ),
-        "_combine_kernel": lambda: lse_combine._combine_triton(
-            *lse_combine.unpack(send, D, out.dtype), out[:, :h], None, False, None
+        "_combine_kernel": lambda: lse_combine_triton.combine(
+            *packed_rows.unpack(send, D, out.dtype), out[:, :h], None, False, None
         ),
-        "_rescale_kernel": lambda: lse_combine._rescale_triton(
+        "_rescale_kernel": lambda: lse_combine_triton.rescale(
             out, torch.empty(N, 3, N * h), 1, scaled, torch.empty(3, N * h), False
         ),
-        "_merge_kernel": lambda: lse_combine._merge_triton(
-            rows, (rows[0][1:], rows[1][1:]), 1, torch.empty_like(rows[0]), None, False, None
+        "_merge_kernel": lambda: lse_combine_triton.merge(
+            rows,
+            Partial(rows.out[1:], rows.lse[1:]),
+            1,
+            torch.empty_like(rows[0]),
+            None,
+            False,
+            None,
         ),
     }.items():
-        recorder = Recorder(getattr(lse_combine, name))
-        monkeypatch.setattr(lse_combine, name, recorder)
+        recorder = Recorder(getattr(lse_combine_triton, name))
+        monkeypatch.setattr(lse_combine_triton, name, recorder)
         launch()
         ptx = recorder.ptx()
         scalars = re.findall(r"(?:ld|st)\.global\S*\.b16\b", ptx)
@@ -664,7 +695,7 @@ def test_replays_in_a_cuda_graph() -> None:
     out, lse = torch.randn(5, 16, 512, device="cuda").bfloat16(), torch.randn(5, 16, device="cuda")
 
     def exchange() -> tuple[torch.Tensor, ...]:
-        received = lse_combine.unpack(lse_combine.pack(out, lse, 4), 512, out.dtype)
+        received = packed_rows.unpack(lse_combine.pack(out, lse, 4), 512, out.dtype)
         lses = torch.stack([lse, lse.flip(0)])
         return (
             *lse_combine.combine(*received, return_lse=True),
@@ -688,13 +719,14 @@ def test_replays_in_a_cuda_graph() -> None:
 @needs_triton
 def test_batch_sizes_share_compiled_kernels() -> None:
     def compiled() -> int:
-        kernels = lse_combine._combine_kernel, lse_combine._pack_kernel, lse_combine._rescale_kernel
+        names = "_combine_kernel", "_pack_kernel", "_rescale_kernel"
+        kernels = [getattr(lse_combine_triton, name) for name in names]
         device = torch.cuda.current_device()
         return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
 
     def exchange(B: int) -> None:
         out, lse = torch.randn(B, 16, 64, device="cuda"), torch.randn(B, 16, device="cuda")
-        lse_combine.combine(*lse_combine.unpack(lse_combine.pack(out, lse, 4), 64, out.dtype))
+        lse_combine.combine(*packed_rows.unpack(lse_combine.pack(out, lse, 4), 64, out.dtype))
         for rank in range(2):
             lse_combine.rescale(out, torch.stack([lse, lse]), rank)
 
@@ -719,5 +751,5 @@ def test_launches_of_the_exchanges() -> None:
     out, lse = torch.randn(8, 16, 64, device="cuda").bfloat16(), torch.randn(8, 16, device="cuda")
     for name, count in {"a2a": 3, "ag_rs": 4}.items():
         assert (
-            measure.launches(lambda run=BACKENDS[name].exchange: run(out, lse, group)[0]) == count
+            measure.launches(lambda run=BACKENDS[name].collective: run(out, lse, group)[0]) == count
         )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sglang.srt.distributed import parallel_state
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from sglang_helix.srt.layers.dcp import exchange
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, a2a, ag_rs
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger, a2a, ag_rs
+from sglang_helix.srt.layers.dcp.partial import Partial
 from sglang_helix.srt.layers.dcp.probe import probe
 from srt.distributed.ranks import collective_backend, run_ranks
 from srt.fresh import Fresh
@@ -21,7 +21,7 @@ HEADS, DIMS = 12, (32, 80)
 
 def of_another_rank(out: Any, lse: Any, group: Any, **options: Any) -> Any:
     out, lse = a2a(out, lse, group, **options)
-    return out.roll(1, 1), lse
+    return Partial(out.roll(1, 1), lse)
 
 
 def with_the_other_base(
@@ -32,12 +32,12 @@ def with_the_other_base(
 
 def without_its_lse(out: Any, lse: Any, group: Any, **options: Any) -> Any:
     out, lse = ag_rs(out, lse, group, **options)
-    return out, lse + 0.5
+    return Partial(out, lse + 0.5)
 
 
 def of_empty_shards(out: Any, lse: Any, group: Any, **options: Any) -> Any:
     whole, total = a2a(out, lse, group, **options)
-    return whole.masked_fill((total == -torch.inf)[..., None], torch.nan), total
+    return Partial(whole.masked_fill((total == -torch.inf)[..., None], torch.nan), total)
 
 
 def that_raises(out: Any, lse: Any, group: Any, **options: Any) -> Any:
@@ -59,36 +59,40 @@ def probed(rank: int, world_size: int) -> list[str]:
     backends = ["a2a", "ag_rs"]
     if torch.cuda.is_available():
         backends.append("symm")
+
+    def prepared(name: str) -> Exchanger:
+        exchanger = Exchanger(name, group)
         for width in DIMS:
-            exchange.prepare_symm(
-                group,
+            exchanger.prepare(
                 max_tokens=3,
                 num_heads=HEADS,
                 head_dim=width,
                 dtype=torch.bfloat16,
                 timeout=60.0,
             )
+        return exchanger
 
-    def run(name: str, **options: Any) -> str:
+    def run(exchanger: Exchanger, **options: Any) -> str:
         shape: Any = {"num_heads": HEADS, "head_dims": DIMS, "dtype": torch.bfloat16}
         options = shape | {"base2": False, "splits": True, "max_tokens": 3} | options
         try:
-            probe(name, group, group.cpu_group, **options)
+            probe(exchanger, group.cpu_group, **options)
         except RuntimeError as error:
             return str(error)
         return ""
 
     for name in backends:
+        exchanger = prepared(name)
         for options in ({}, {"base2": True}, {"dtype": torch.float32, "max_tokens": None}):
-            wrong += [f"{name} {options}: {said}" for said in [run(name, **options)] if said]
+            wrong += [f"{name} {options}: {said}" for said in [run(exchanger, **options)] if said]
     right = BACKENDS["ag_rs"]
     for what, exchanges in BROKEN.items():
         for broken in exchanges:
             # A rank that goes its own way still takes part in the collectives of the others.
-            others = right.exchange if broken is without_its_lse else a2a
+            others = right.collective if broken is without_its_lse else a2a
             bad = broken if rank == 1 else others
-            BACKENDS["ag_rs"] = replace(right, exchange=bad)
-            said = run("ag_rs", splits=False)
+            BACKENDS["ag_rs"] = replace(right, collective=bad)
+            said = run(prepared("ag_rs"), splits=False)
             BACKENDS["ag_rs"] = right
             expected = "--dcp-comm-backend ag_rs does not give what attention over all ranks gives"
             told = f"(rank 1: rows of 32 elements in torch.bfloat16: {what}"
@@ -107,7 +111,7 @@ def test_what_is_wrong_on_one_rank_stops_all_by_name(world_size: int) -> None:
 
 def started_broken(rank: int, argv: list[str]) -> None:
     if rank == 1:
-        BACKENDS["a2a"] = replace(BACKENDS["a2a"], exchange=with_the_other_base)
+        BACKENDS["a2a"] = replace(BACKENDS["a2a"], collective=with_the_other_base)
     scheduler_of(rank, argv)
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sglang_helix.srt.layers.dcp import symm
-from sglang_helix.srt.layers.dcp.symm import Layout, Splits
+from sglang_helix.srt.layers.dcp import symm_launch
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.symm_layout import Layout
 from srt.fresh import Fresh
 from srt.interpreter import DEVICE, launches, passes, without_a_gpu
 from srt.layers.dcp.symm_ranks import INF, Ranks, expected, poison, relative_error
@@ -68,7 +69,7 @@ def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> N
         dtype = data.draw(st.sampled_from(list(BOUND)))
         x, lse = partial(layout.ranks, B, layout)
         want, want_lse = expected(x, lse, layout.ranks)
-        results = ranks(x, lse, return_lse=True, out_dtype=dtype)
+        results = ranks(x, lse, out_dtype=dtype)
         for rank, got in enumerate(results):
             own = layout.owned_by(rank)
             heads = slice(own.start, own.stop)
@@ -107,7 +108,7 @@ def test_no_tokens_anywhere_gives_zero_and_minus_infinity() -> None:
     layout = small()
     x = torch.full((6, 6, 128), float("nan"), dtype=layout.wire, device=DEVICE)
     lse = torch.tensor([-INF, INF, float("nan")], device=DEVICE).repeat(6, 2)
-    for got in Ranks(layout, DEVICE)(x, lse, return_lse=True):
+    for got in Ranks(layout, DEVICE)(x, lse):
         assert torch.equal(got.out, torch.zeros_like(got.out))
         assert torch.equal(got.lse, torch.full_like(got.lse, -INF))
 
@@ -138,7 +139,7 @@ def test_what_is_never_sent_may_still_be_an_input(wire: torch.dtype) -> None:
         x.view(torch.uint8)[2, :, 16:32] = 0xFF
         lse.view(torch.uint8).view(8, 4, 4)[4:6] = 0xFF
         want, want_lse = expected(x, lse, 4)
-        for rank, got in enumerate(ranks(x, lse, return_lse=True, out_dtype=torch.float32)):
+        for rank, got in enumerate(ranks(x, lse, out_dtype=torch.float32)):
             own = own_heads(layout, rank)
             torch.testing.assert_close(
                 got.out.double(), want[:, own], rtol=1e-5, atol=1e-5, equal_nan=True
@@ -166,7 +167,7 @@ def test_base_2_lse() -> None:
     sinks = torch.randn(7, device=DEVICE)
     want, want_lse = expected(x, lse, 3, sinks)
     ln_2 = torch.tensor(2.0, dtype=torch.float64).log()
-    options = {"base2": True, "return_lse": True, "sinks": sinks, "out_dtype": torch.float32}
+    options = {"base2": True, "sinks": sinks, "out_dtype": torch.float32}
     for rank, got in enumerate(Ranks(layout, DEVICE)(x, lse / float(ln_2), **options)):
         own = own_heads(layout, rank)
         torch.testing.assert_close(got.out.double(), want[:, own], rtol=1e-5, atol=1e-5)
@@ -180,7 +181,7 @@ def test_sinks_count_once(sink: float) -> None:
     x, lse = partial(3, 2, layout)
     sinks = torch.randn(5, device=DEVICE) + sink
     want, want_lse = expected(x, lse, 3, sinks)
-    options = {"sinks": sinks, "return_lse": True, "out_dtype": torch.float32}
+    options = {"sinks": sinks, "out_dtype": torch.float32}
     for rank, got in enumerate(Ranks(layout, DEVICE)(x, lse, **options)):
         own = own_heads(layout, rank)
         torch.testing.assert_close(got.out.double(), want[:, own], rtol=1e-5, atol=1e-5)
@@ -198,53 +199,12 @@ def test_heads_first() -> None:
 
 
 @launches
-@pytest.mark.parametrize("head_dim", [128, 384])
-def test_fp8_groups(head_dim: int) -> None:
-    layout = small(head_dim=head_dim)
-    x, lse = partial(3, 4, layout)
-    x[0] *= 1e-3
-    want, _ = expected(x, lse, 3)
-    for rank, got in enumerate(Ranks(layout, DEVICE)(x, lse, out_dtype=torch.float8_e4m3fn)):
-        groups = want[:, own_heads(layout, rank)].reshape(4, -1, 128)
-        scales = groups.abs().amax(-1).clamp_min(1e-10) / 448
-        torch.testing.assert_close(got.scales.double(), scales, rtol=1e-5, atol=0.0)
-        restored = got.out.double().reshape(4, -1, 128) * got.scales.double()[..., None]
-        ulp = torch.maximum(groups.abs() / 8, scales[..., None] / 512)  # of e4m3, subnormals too
-        if DEVICE == "cuda":
-            assert ((restored - groups).abs() <= ulp * 0.51).all()
-        else:  # the interpreter truncates, and loses a power of two where rounding would carry
-            carries = torch.frexp(groups / scales[..., None]).mantissa.abs() > 0.96
-            assert ((restored - groups).abs() <= ulp * 1.01).logical_or(carries).all()
-
-
-@launches
-def test_results_land_where_the_caller_wants_them() -> None:
-    layout = small()
-    ranks = Ranks(layout, DEVICE)
-    x, lse = partial(3, 4, layout)
-    want, _ = expected(x, lse, 3)
-    wide = torch.full((12, 4, 256), 7.0, device=DEVICE)
-    scales = torch.empty(2, 12, device=DEVICE).t()
-    B = 12 if x.is_cuda else 4
-    into = wide[:B, 1:3, :128]
-    quantised = torch.empty(B, 2, 128, device=DEVICE, dtype=torch.float8_e4m3fn)
-    last = ranks(x, lse, into=into)[-1].out  # the interpreter's ranks overwrite each other
-    assert last.data_ptr() >= wide.data_ptr()
-    if x.is_cuda:
-        torch.testing.assert_close(last.double(), want[:, 4:], rtol=1e-5, atol=1e-5)
-    assert (wide[:, 0] == 7).all()
-    assert (wide[..., 128:] == 7).all()
-    got = ranks(x, lse, into=quantised, scales=scales[:B])[0]
-    assert got.scales.untyped_storage().data_ptr() == scales.untyped_storage().data_ptr()
-
-
-@launches
 def test_an_empty_batch_launches_nothing_and_epochs_stand_still() -> None:
     layout = small()
     ranks = Ranks(layout, DEVICE)
     before = ranks.together.epochs.clone()
     x = torch.empty(0, 6, 128, dtype=layout.wire, device=DEVICE)
-    got = ranks(x, x.new_empty(0, 6, dtype=torch.float32), return_lse=True)[0]
+    got = ranks(x, x.new_empty(0, 6, dtype=torch.float32))[0]
     assert (got.out.shape, got.lse.shape) == ((0, 2, 128), (0, 2))
     assert torch.equal(ranks.together.epochs, before)
 
@@ -294,9 +254,9 @@ def test_split_kv_partials(wire: torch.dtype, ranks: int, heads: int, head_dim: 
                 torch.cat([s.counts for s in splits]),
                 *splits[0][4:],
             )
-            results = world.launched(together, return_lse=True, out_dtype=torch.float32)
+            results = world.launched(together, out_dtype=torch.float32)
         else:
-            results = world.separately(splits, return_lse=True, out_dtype=torch.float32)
+            results = world.separately(splits, out_dtype=torch.float32)
         bound = {torch.float32: 3e-6, torch.float16: 4e-4, torch.bfloat16: 8e-3}[wire]
         for rank, got in enumerate(results):
             own = own_heads(layout, rank)
@@ -325,13 +285,7 @@ def test_heads_are_cut_into_few_equal_rows(head_dim: int, wire: torch.dtype) -> 
         ({"x": (6, 6, 64)}, "H = 6, D = 128"),
         ({"lse": (6, 5)}, r"lse must be \[6, 6\]"),
         ({"x": (15, 6, 128), "lse": (15, 6)}, "at most 4 tokens.*got 5.*a2a"),
-        ({"into": torch.empty(6, 2, 64)}, r"out must be \[6, 2, 128\]"),
-        ({"into": torch.empty(6, 2, 130)[..., 1:129]}, "16-byte vectors"),
         ({"sinks": torch.empty(5)}, r"sinks must be contiguous \[6\]"),
-        (
-            {"out_dtype": torch.float8_e4m3fn, "scales": torch.empty(6, 3)},
-            r"scales \[6, 2\], got \[6, 3\]",
-        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
@@ -340,18 +294,18 @@ def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     lse = torch.empty(change.pop("lse", (6, 6)))
     workspace = Ranks(layout, "cpu", warps=1).together
     with pytest.raises(ValueError, match=message):
-        symm.exchange(workspace, (x, lse), **change)
+        symm_launch.exchange(workspace, Partial(x, lse), **change)
 
 
 def test_dtypes_that_do_not_fit_are_refused() -> None:
     workspace = Ranks(small(), "cpu", warps=1).together
     x, lse = torch.empty(6, 6, 128, dtype=torch.bfloat16), torch.empty(6, 6)
     with pytest.raises(TypeError, match="bfloat16 with an fp32 lse"):
-        symm.exchange(workspace, (x.half(), lse))
+        symm_launch.exchange(workspace, Partial(x.half(), lse))
     with pytest.raises(TypeError, match="bfloat16 with an fp32 lse"):
-        symm.exchange(workspace, (x, lse.double()))
-    with pytest.raises(TypeError, match="float8_e4m3fn result"):
-        symm.exchange(workspace, (x, lse), scales=lse)
+        symm_launch.exchange(workspace, Partial(x, lse.double()))
+    with pytest.raises(TypeError, match=r"fp32, got torch\.float8_e4m3fn"):
+        symm_launch.exchange(workspace, Partial(x, lse), out_dtype=torch.float8_e4m3fn)
     with pytest.raises(TypeError, match=r"not torch\.float64"):
         small(wire=torch.float64)
     with pytest.raises(ValueError, match=r"whole 16-byte vectors.*a2a"):
@@ -367,18 +321,18 @@ def test_what_every_call_reads_is_worked_out_once(monkeypatch: pytest.MonkeyPatc
         def __getitem__(self, grid: tuple[int, int]) -> Any:
             return lambda *arguments, **constants: calls.append(constants)
 
-    monkeypatch.setattr(symm, "exchange_kernel", Kernel())
-    partial = torch.zeros(2, 128, 512, dtype=torch.bfloat16), torch.zeros(2, 128)
-    first = symm.exchange(workspace, partial, head_major=True)
+    monkeypatch.setattr(symm_launch, "exchange_kernel", Kernel())
+    partial = Partial(torch.zeros(2, 128, 512, dtype=torch.bfloat16), torch.zeros(2, 128))
+    first = symm_launch.exchange(workspace, partial, head_major=True)
     with monkeypatch.context() as patch:
         for name in ("_prepare", "_check_partial", "_vectors"):
-            patch.delattr(symm, name)
-        second = symm.exchange(workspace, partial, head_major=True)
+            patch.delattr(symm_launch, name)
+        second = symm_launch.exchange(workspace, partial, head_major=True)
     assert calls[0] == calls[1]
     assert first.out.stride() == second.out.stride() == (512, 2 * 512, 1)
     # Of another form all is looked at again.
     with pytest.raises(TypeError, match="fp32 lse"):
-        symm.exchange(workspace, (partial[0], partial[1].half()), head_major=True)
+        symm_launch.exchange(workspace, Partial(partial.out, partial.lse.half()), head_major=True)
 
 
 @pytest.mark.parametrize(("splits", "programs"), [(False, 64), (True, 16)])
@@ -396,13 +350,13 @@ def test_a_launch_fills_what_is_resident(
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    monkeypatch.setattr(symm, "exchange_kernel", Kernel())
+    monkeypatch.setattr(symm_launch, "exchange_kernel", Kernel())
     for B in (1, 64):
         x, lse = torch.zeros(B, 128, 512), torch.zeros(B, 128)
         if splits:
             lengths = torch.zeros(B + 1, dtype=torch.int32)
             partial = Splits(x[:, :, None], lse[..., None], lengths, lengths[1:], 32)
         else:
-            partial = x.bfloat16(), lse
-        symm.exchange(workspace, partial)
+            partial = Partial(x.bfloat16(), lse)
+        symm_launch.exchange(workspace, partial)
     assert grids == [(16, 1), (programs, 1)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +17,9 @@ pytest.importorskip("triton")
 
 from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.layers.dcp import comm, symm
-from sglang_helix.srt.layers.dcp.exchange import (
-    BACKENDS,
-    exchange_splits,
-    note_layer,
-    prepare_symm,
-)
-from sglang_helix.srt.layers.dcp.partial import Splits
+from sglang_helix.srt.layers.dcp.exchange import Exchanger
+from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from srt.distributed.ranks import RankError, World, collective_backend, run_ranks
 from srt.layers.dcp.symm_ranks import expected, poison, relative_error
 from srt.layers.dcp.test_exchange import install
@@ -55,8 +50,10 @@ def prepared(width: int, heads: int, dtype: torch.dtype, timeout: float = 60.0) 
     """This rank's group, ready for `symm`."""
     install()
     group = parallel_state.get_world_group()
-    prepare_symm(
-        group,
+    # One for all tests of the process: what peers may still write to is not freed.
+    if not hasattr(group, "exchanger"):
+        group.exchanger = Exchanger("symm", group)
+    group.exchanger.prepare(
         max_tokens=MAX_TOKENS,
         num_heads=heads,
         head_dim=width,
@@ -99,7 +96,8 @@ def exact_on_rank(rank: int, world_size: int) -> list[str]:
             step = Step(group, B, heads, width, dtype, seed=B)
             for base2 in bases:
                 scale = torch.tensor(2.0).log().item() if base2 else 1.0
-                out, lse = BACKENDS["symm"].exchange(step.out, step.lse / scale, group, base2=base2)
+                partial = Partial(step.out, step.lse / scale)
+                out, lse = group.exchanger(partial, base2=base2)
                 error = step.error(out)
                 lse_ok = torch.allclose(lse.cpu().double() * scale, step.want_lse, atol=1e-5)
                 if not (error < BOUND[dtype] and lse_ok and out.dtype == dtype):
@@ -114,7 +112,6 @@ def test_exact(world: World) -> None:
 def heads_first_on_rank(rank: int, world_size: int) -> list[str]:
     width, heads, dtype = 512, 4 * world_size, torch.bfloat16
     group = prepared(width, heads, dtype)
-    comm.get_parallel = lambda: SimpleNamespace(dcp_comm_backend="symm")
     wrong = []
     for B in (1, 5, MAX_TOKENS, MAX_TOKENS + 1):
         step = Step(group, B, heads, width, dtype, seed=B)
@@ -152,7 +149,7 @@ def random_splits(
     out.masked_fill_(~written[:, None, :, None], float("nan"))
     device = group.device
     splits = Splits(*(t.to(device) for t in (out, lse, indptr, counts)), BLOCK)
-    x, total = splits.merged(torch.float32)
+    x, total = combine_splits(splits, torch.float32)
     x, total = (group.all_gather(part, dim=0).cpu() for part in (x, total))
     want, _ = expected(x, total, group.world_size)
     return splits, want.chunk(group.world_size, dim=1)[group.rank_in_group]
@@ -164,14 +161,14 @@ def splits_on_rank(rank: int, world_size: int) -> list[str]:
     wrong = []
     for B in (1, 7, MAX_TOKENS, MAX_TOKENS + 1):
         splits, want = random_splits(group, B, heads, width, seed=B)
-        out, _ = exchange_splits("symm", splits, dtype, group)
+        out, _ = group.exchanger(splits, dtype)
         error = relative_error(out.cpu(), want)
         if not error < BOUND[dtype]:
             wrong.append(f"B={B}: {error:.1e}")
     splits, _ = random_splits(group, 5, heads, width, seed=5)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        exchange_splits("symm", splits, dtype, group)
+        group.exchanger(splits, dtype)
         torch.cuda.synchronize()
     on_device = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA]
     if on_device != ["exchange_kernel"]:
@@ -192,7 +189,7 @@ def graphs_on_rank(rank: int, world_size: int) -> list[str]:
         steps[B] = step = Step(group, B, heads, width, dtype, seed=B)
 
         def forward(step: Step = step) -> list[torch.Tensor]:
-            return [BACKENDS["symm"].exchange(step.out, step.lse, group)[0] for _ in range(layers)]
+            return [group.exchanger(Partial(step.out, step.lse)).out for _ in range(layers)]
 
         for _ in range(2):  # as SGLang's capture does
             torch.cuda.synchronize()
@@ -211,7 +208,7 @@ def graphs_on_rank(rank: int, world_size: int) -> list[str]:
         if rank == turn % world_size:
             time.sleep(0.01)  # out of step
         graphs[B].replay()
-        eager, _ = BACKENDS["symm"].exchange(fresh.out, fresh.lse, group)
+        eager, _ = group.exchanger(Partial(fresh.out, fresh.lse))
         for result in (*outputs[B], eager):
             if not (error := fresh.error(result)) < BOUND[dtype]:
                 wrong.append(f"turn {turn} B={B}: {error:.1e}")
@@ -226,11 +223,11 @@ def stuck_on_rank(rank: int, world_size: int) -> None:
     group = prepared(128, 2 * world_size, torch.bfloat16, timeout=4.0)
     step = Step(group, 2, 2 * world_size, 128, torch.bfloat16, seed=0)
     for _ in range(3):
-        BACKENDS["symm"].exchange(step.out, step.lse, group)
+        group.exchanger(Partial(step.out, step.lse))
     torch.cuda.synchronize()
     if rank == 0:
-        note_layer(SimpleNamespace(layer_id=23), ())
-        BACKENDS["symm"].exchange(step.out, step.lse, group)  # the other rank does not
+        group.exchanger.layer = 23
+        group.exchanger(Partial(step.out, step.lse))  # the other rank does not
     time.sleep(30)
 
 

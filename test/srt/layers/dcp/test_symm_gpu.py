@@ -21,7 +21,9 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import triton
 import triton.language as tl
 from sglang_helix.srt.layers.dcp import symm
-from sglang_helix.srt.layers.dcp.symm import Layout, Workspace, exchange
+from sglang_helix.srt.layers.dcp.partial import Partial
+from sglang_helix.srt.layers.dcp.symm_launch import Workspace, exchange
+from sglang_helix.srt.layers.dcp.symm_layout import Layout
 from sglang_helix.srt.layers.dcp.symm_workspace import Stall, SymmExchange, between_ranks
 from srt.layers.dcp.symm_ranks import Ranks, expected, poison, relative_error
 from torch.autograd import DeviceType
@@ -106,10 +108,9 @@ class OutOfStep:
         """Tensors begin on 16 bytes, so one compiled kernel serves all calls and ranks."""
         _delay[(1,)](self.noise, MOST=20_000, num_warps=1)
         rank, ranks = self.workspace.rank, self.batches.ranks
-        partial = tuple(
-            part[call].chunk(ranks)[rank] for part in (self.batches.xs, self.batches.lses)
-        )
-        exchange(self.workspace, partial, into=self.results[call])
+        parts = self.batches.xs, self.batches.lses
+        partial = Partial(*(part[call].chunk(ranks)[rank] for part in parts))
+        self.results[call] = exchange(self.workspace, partial).out
         self.check(call)
 
     def capture(self) -> None:
@@ -281,7 +282,6 @@ def _inputs(ranks: int, B: int, H: int, D: int, seed: int) -> tuple[torch.Tensor
 
 def _replays_in_processes(rank: int, group: torch.distributed.ProcessGroup) -> float:
     N, H, D = group.size(), 10, 128  # uneven for four ranks
-    symm._LAMPORT_MAX_BYTES = 64 << 10  # so that the largest batch takes flags
     device = torch.device("cuda", torch.cuda.current_device())
     exchanger = SymmExchange(group, 40, H, D, torch.bfloat16, device, timeout=60)
     own = exchanger.layout.owned_by(rank)
@@ -289,12 +289,12 @@ def _replays_in_processes(rank: int, group: torch.distributed.ProcessGroup) -> f
     for B in (1, 7, 40):
         x, lse = _inputs(N, B, H, D, seed=B)
         mine, my_lse = x.chunk(N)[rank], lse.chunk(N)[rank]
-        exchanger.reduce(mine, my_lse)
+        exchanger(Partial(mine, my_lse))
         torch.cuda.synchronize()
         group.barrier().wait()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = [exchanger.reduce(mine, my_lse, layer=layer).out for layer in range(3)]
+            results = [exchanger(Partial(mine, my_lse), layer=layer).out for layer in range(3)]
         for seed in range(5):
             fresh, fresh_lse = _inputs(N, B, H, D, seed=100 * B + seed)
             mine.copy_(fresh.chunk(N)[rank])
@@ -328,10 +328,10 @@ def _one_rank_never_calls(rank: int, group: torch.distributed.ProcessGroup) -> S
     _stuck.append(exchanger)
     x, lse = _inputs(1, 2, 4, 128, seed=rank)
     for _ in range(3):
-        exchanger.reduce(x, lse, layer=17)
+        exchanger(Partial(x, lse), layer=17)
     torch.cuda.synchronize()
     if rank == 0:
-        exchanger.reduce(x, lse, layer=23)  # the other rank does not
+        exchanger(Partial(x, lse), layer=23)  # the other rank does not
         deadline = time.monotonic() + 40
         while not stalls and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.dcp import symm_workspace
-from sglang_helix.srt.layers.dcp.symm import Layout
+from sglang_helix.srt.layers.dcp.symm_layout import Layout
 from sglang_helix.srt.layers.dcp.symm_workspace import (
     Stall,
     SymmExchange,

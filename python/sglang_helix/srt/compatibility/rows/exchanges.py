@@ -13,7 +13,7 @@ def symm(situation: Situation, problem: bool) -> object | None:
 
     asked = situation.args.dcp_comm_backend
     backend = BACKENDS.get(asked)
-    return asked if problem and backend and backend.prepare else None
+    return asked if problem and backend and backend.kernel else None
 
 
 def _fi_a2a(situation: Situation) -> object | None:

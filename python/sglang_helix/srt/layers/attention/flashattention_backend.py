@@ -23,15 +23,15 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
-from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention, mla_parts
+from sglang_helix.srt.layers.attention.sharded import mla_parts
+from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
 from sglang_helix.srt.layers.attention.windows import Tails, windowed
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-    from sglang_helix.srt.layers.dcp.partial import Partial
 
 
 class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend):
@@ -221,7 +221,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             scheduler_metadata=schedule,
             ver=self.fa_impl_ver,
         )
-        return out, self._by_query(lse, q_v)
+        return Partial(out, self._by_query(lse, q_v))
 
     def _ragged(
         self,
@@ -259,7 +259,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
-        return out, self._by_query(lse, q_v)
+        return Partial(out, self._by_query(lse, q_v))
 
     def _drafts(self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
         """Draft tokens over those of their own tree that they see.
@@ -289,7 +289,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
         )
-        return out, self._by_query(lse, q_v)
+        return Partial(out, self._by_query(lse, q_v))
 
     def _by_query(self, lse: Tensor, q_v: Tensor | None) -> Tensor:
         """The LSE as [T, heads]."""

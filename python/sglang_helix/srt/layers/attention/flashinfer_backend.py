@@ -23,20 +23,19 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
+from sglang_helix.srt.layers.attention.drafts import Drafted
 from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import (
     ShardedAttention,
-    folded,
     lens_on_host,
     prefixed,
 )
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-    from sglang_helix.srt.layers.dcp.partial import Partial
 
 
 class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
@@ -215,9 +214,10 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         _refuse(layer)
         if forward_batch.forward_mode.is_target_verify():
             return self.attend_drafts(q, k, v, layer)
-        return self.prefill_wrapper_ragged.forward_return_lse(
+        out, lse = self.prefill_wrapper_ragged.forward_return_lse(
             q.contiguous(), k.contiguous(), v.contiguous(), causal=True, sm_scale=layer.scaling
         )
+        return Partial(out, lse)
 
     def partial_prefix(
         self,
@@ -225,11 +225,11 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         gathered: Tensor | None = None,
-    ) -> Partial:
+    ) -> Partial | Drafted:
         """See `ShardedAttention.partial_prefix`."""
         if forward_batch.forward_mode.is_target_verify():
             decode = partial(self._decoded, layer=layer)
-            return folded(decode, q, self.drafts, self.group_kv_heads)
+            return self.as_heads(decode, q, self.group_kv_heads)
         return self._cached(self.prefill_wrappers_paged[0], q, layer, causal=False)
 
     def _decoded(self, q: Tensor, layer: RadixAttention) -> Partial:
@@ -238,7 +238,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
     def _cached(self, wrapper: Any, q: Tensor, layer: RadixAttention, **causal: bool) -> Partial:
         """Queries over this rank's rows, as the wrapper was planned."""
         _refuse(layer)
-        return wrapper.forward_return_lse(
+        out, lse = wrapper.forward_return_lse(
             q.contiguous(),
             self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
             sm_scale=layer.scaling,
@@ -246,6 +246,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             v_scale=layer.v_scale_float,
             **causal,
         )
+        return Partial(out, lse)
 
 
 def _refuse(layer: RadixAttention) -> None:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, lens_on_host, mla_parts
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-    from sglang_helix.srt.layers.dcp.partial import Partial
 
 
 class ShardedFlashInferMLAAttnBackend(ShardedAttention, upstream.FlashInferMLAAttnBackend):
@@ -137,9 +136,10 @@ class ShardedFlashInferMLAAttnBackend(ShardedAttention, upstream.FlashInferMLAAt
         queries, rope = q
         latent = self.token_to_kv_pool.get_key_buffer(layer.layer_id).to(queries.dtype)
         width = layer.v_head_dim
-        return self.forward_metadata.prefill_wrapper.run(
+        out, lse = self.forward_metadata.prefill_wrapper.run(
             queries, rope, latent[..., :width], latent[..., width:], return_lse=True
         )
+        return Partial(out, lse)
 
 
 def natural_lse(result: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,14 +26,13 @@ from sglang.srt.mem_cache.layout.paged_view import paged_view
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
-from sglang_helix.srt.layers.attention.sharded import ShardedPagedAttention
+from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-    from sglang_helix.srt.layers.dcp.partial import Partial
 
 
 class Schedule(NamedTuple):
@@ -135,7 +134,7 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         lse = lse.mT  # [B, queries, heads]
         if self.is_fp8_kvcache:
             lse = lse.masked_fill(self.pages.empty[:, None, None], -torch.inf)
-        return out.flatten(0, 1), lse.flatten(0, 1)
+        return Partial(out.flatten(0, 1), lse.flatten(0, 1))
 
     def forward_extend(
         self,

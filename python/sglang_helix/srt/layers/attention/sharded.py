@@ -22,29 +22,26 @@ MLA                   the model gathers queries before decode and exchanges afte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.layers.logits_processor import get_in_autotune_dummy_run
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from sglang.srt.speculative.spec_info import SpecInputType
 from torch import Tensor
 
 from sglang_helix.helix import SeriesError
 from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.layers.attention.adapters import record_of
+from sglang_helix.srt.layers.attention.drafts import Drafted, Drafts, fold, unfolded
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.comm import deferred
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, exchange_splits
-from sglang_helix.srt.layers.dcp.lse_combine import combine, merge
+from sglang_helix.srt.layers.dcp.exchange import Exchanger
+from sglang_helix.srt.layers.dcp.lse_combine import combine_splits, merge
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
@@ -54,7 +51,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
-class ShardedAttention(AttentionBackend):
+class ShardedAttention(Drafts):
     """Mixin in front of one of SGLang's attention backends.
 
     Shapes: T tokens of the batch, H query heads of the whole KVP group (H/K of them this rank's
@@ -67,12 +64,6 @@ class ShardedAttention(AttentionBackend):
     upstream_prefill = False
 
     captured_rows: Tensor | None = None
-    # Of a verify pass: drafts of each request, and which of them each one sees, bool
-    # [B * drafts, drafts]. Captured ones are written by SGLang itself.
-    drafts = 0
-    visible: Tensor
-    captured_width = 1  # queries of a request in captured graphs: 1, or the drafts of a verify pass
-    _verify_mask: VerifyMask | None = None
     # Whether the model has window layers, whose pool is whole.
     windows = False
     # Keys that window layers see which share the pool of all layers; 0: the model has none.
@@ -95,9 +86,11 @@ class ShardedAttention(AttentionBackend):
         if self.window % self.shard.size or (self.window and not record_of(type(self)).windows):
             # The loader and the table refuse it first.
             raise SeriesError(f"{type(self).__name__} does not cut windows of {self.window}")
-        # MLA's exchange is in the model, through `layers/dcp/comm.py`; fi_a2a is one of its.
-        self.comm_backend: str = parallel.dcp_comm_backend
-        self.exchange = None if self.mla else BACKENDS[self.comm_backend].exchange
+        # MLA's exchange is in the model, through `layers/dcp/comm.py`. There is none where it is
+        # fi_a2a, which is upstream's and MLA's alone.
+        self.exchanger: Exchanger | None = getattr(self.kvp_group, "exchanger", None)
+        if self.exchanger is None and not self.mla:
+            raise SeriesError(f"no {parallel.dcp_comm_backend} exchange was made for the KVP group")
         # H: the query heads of the whole KVP group.
         self.heads: int = (
             sharded_heads(model_runner.model_config) // parallel.tp_size * self.shard.size
@@ -134,12 +127,13 @@ class ShardedAttention(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         gathered: Tensor | None = None,
-    ) -> Partial:
+    ) -> Partial | Drafted:
         """Queries of a chunk over the tokens cached before it, not causal.
 
         With `gathered` None: q [t, heads, Dk] of the requests that `prefixed` names, over this
         rank's rows of the pool. Otherwise q [T, heads, Dk] of all requests over MLA's gathered
-        prefix [sum of prefix lengths, 1, Dk], request after request, whole.
+        prefix [sum of prefix lengths, 1, Dk], request after request, whole. A verify pass may
+        leave what `as_heads` makes of its drafts.
         """
         raise NotImplementedError
 
@@ -199,14 +193,6 @@ class ShardedAttention(AttentionBackend):
         self.prepare_captured_writes(forward_batch, in_capture)
         self.prepare_captured_drafts(forward_batch, in_capture)
 
-    @property
-    def verify_mask(self) -> VerifyMask | None:
-        """Where SGLang writes which drafts see which; None before graphs are captured.
-
-        Without columns for cached tokens, which every draft sees.
-        """
-        return self._verify_mask
-
     def get_fused_kv_write_buffers(
         self, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> None:
@@ -231,6 +217,7 @@ class ShardedAttention(AttentionBackend):
         """
         if self.windows and windowed(layer):
             return self._window(q, k, v, layer, forward_batch, save_kv_cache, sinks, **kwargs)
+        self._tell_exchange(layer)
         sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
         if q_rope is not None:
@@ -241,20 +228,14 @@ class ShardedAttention(AttentionBackend):
             if not isinstance(partial, Splits):
                 return partial
             # In FlashInfer's autotune pass the model goes on with the output, not exchanged.
-            backend = BACKENDS.get(self.comm_backend)
-            if backend and backend.takes_splits and not get_in_autotune_dummy_run():
+            if self.exchanger and self.exchanger.takes_splits and not get_in_autotune_dummy_run():
                 return deferred(partial, queries)
-            return partial.merged(q.dtype)
+            return combine_splits(partial, q.dtype)
         if save_kv_cache:
             self._store(layer, forward_batch, k, v)
         partial = self.partial_decode(self._group_heads(q, layer), layer, forward_batch)
-        if isinstance(partial, Splits):
-            out, _ = exchange_splits(
-                self.comm_backend, partial, q.dtype, self.kvp_group, sinks=sinks
-            )
-        else:
-            out, _ = self._own_heads(*partial, sinks)
-        return out.flatten(1).to(q.dtype)
+        out, _ = self._own_heads(partial, q.dtype, sinks=sinks)
+        return out.flatten(1)
 
     def forward_extend(
         self,
@@ -276,6 +257,7 @@ class ShardedAttention(AttentionBackend):
         """
         if self.windows and windowed(layer):
             return self._window(q, k, v, layer, forward_batch, save_kv_cache, sinks, **kwargs)
+        self._tell_exchange(layer)
         sinks = self._own_sinks(sinks)
         q_rope, k_rope = _rope_parts(kwargs)
         if self.mla and q_rope is None and self.upstream_prefill:
@@ -293,7 +275,9 @@ class ShardedAttention(AttentionBackend):
             if prefix is not None:
                 metadata = forward_batch.attn_dcp_metadata
                 gathered = metadata.dcp_kv_buffer[: metadata.dcp_extend_prefix_lens_sum]
-                part = self.partial_prefix(queries, layer, forward_batch, gathered)
+                attended = self.partial_prefix(queries, layer, forward_batch, gathered)
+                assert isinstance(attended, Partial)
+                part = attended
             if save_kv_cache:
                 self._store_mla(layer, forward_batch, k, k_rope)
         else:
@@ -310,23 +294,12 @@ class ShardedAttention(AttentionBackend):
             if prefix is not None:
                 first = prefix.tokens.start or 0
                 cached = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)[prefix.tokens]
-                out, lse = self.partial_prefix(
-                    self._group_heads(cached, layer), layer, forward_batch
-                )
-                # On the wire in the model's dtype, as decode's, which is what symm carries.
-                part = self._own_heads(out.to(q.dtype), lse)
+                queries = self._group_heads(cached, layer)
+                part = self._own_heads(self.partial_prefix(queries, layer, forward_batch), q.dtype)
             if save_kv_cache:
                 self._store(layer, forward_batch, k, v)
-        if part is not None:
-            out = merge(
-                current, part, first=first, out_dtype=q.dtype, base2=self.base2, sinks=sinks
-            )
-        elif sinks is not None:
-            whole, lses = (each[None] for each in current)
-            out = combine(whole, lses, out_dtype=q.dtype, base2=self.base2, sinks=sinks)
-        else:
-            out = current[0]
-        return out.flatten(1).to(q.dtype)
+        out = merge(current, part, first=first, out_dtype=q.dtype, base2=self.base2, sinks=sinks)
+        return out.flatten(1)
 
     # What adapters share.
 
@@ -352,63 +325,6 @@ class ShardedAttention(AttentionBackend):
     def local_window(self) -> int:
         """How many of the last `window` tokens of a request this rank holds, at most."""
         return self.window // self.shard.size
-
-    def prepare_drafts(self, forward_batch: ForwardBatch) -> None:
-        """Which drafts see which, in an eager pass that verifies some."""
-        if forward_batch.forward_mode.is_target_verify():
-            self.drafts = forward_batch.spec_info.draft_token_num
-            self.visible = self._visible(forward_batch.spec_info, forward_batch.seq_lens)
-
-    def allocate_captured_drafts(self, max_bs: int, max_num_tokens: int) -> None:
-        """Which drafts see which, for captured verify passes."""
-        self.captured_width = width = max_num_tokens // max_bs
-        if width > 1:
-            mask = torch.ones(max_num_tokens * width, dtype=torch.bool, device=self.device)
-            self._verify_mask = VerifyMask(mask, TreeMaskMode.QLEN_ONLY, max_bs)
-
-    def prepare_captured_drafts(self, forward_batch: ForwardBatch, in_capture: bool) -> None:
-        """Which drafts see which, in the capture or one replay of a verify pass, in place.
-
-        A replay brings the mask of its real requests only.
-        """
-        if self._verify_mask is None or not forward_batch.forward_mode.is_target_verify():
-            return  # or an eager pass, as above
-        width = self.captured_width
-        captured = self._verify_mask.buffer.view(-1, width)
-        if in_capture:
-            self.drafts, self.visible = width, captured[: forward_batch.batch_size * width]
-            return
-        tokens = len(forward_batch.out_cache_loc)
-        seen = self._visible(forward_batch.spec_info, forward_batch.seq_lens[: tokens // width])
-        captured[:tokens].copy_(seen)
-
-    def _visible(self, drafted: Any, cached: Tensor) -> Tensor:
-        """bool [B * drafts, drafts] of requests with so many cached tokens [B]."""
-        drafts = drafted.draft_token_num
-        mask: Tensor = drafted.custom_mask
-        if self._verify_mask is not None and drafted.spec_input_type == SpecInputType.EAGLE_VERIFY:
-            return mask[: len(cached) * drafts**2].view(-1, drafts)
-        return visible_drafts(mask, cached, drafts)
-
-    def attend_drafts(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
-        """The drafts on themselves, for backends whose kernels have no masks, in plain torch.
-
-        q [T, h, Dk], k [T, g, Dk], v [T, g, Dv] -> out fp32 [T, h, Dv], LSE [T, h]. A few small
-        products: T * h * drafts logits.
-        """
-        drafts, groups = self.drafts, k.shape[1]
-        queries = fold(q, drafts, groups).unflatten(1, (groups, -1)).float()
-        keys, values = (part.unflatten(0, (-1, drafts)).transpose(1, 2).float() for part in (k, v))
-        logits = queries @ keys.mT * layer.scaling
-        if layer.logit_cap > 0:
-            logits = layer.logit_cap * torch.tanh(logits / layer.logit_cap)
-        seen = self.visible.view(-1, 1, drafts, 1, drafts)
-        logits = logits.unflatten(2, (drafts, -1)).masked_fill(~seen, -torch.inf).flatten(2, 3)
-        lse = logits.logsumexp(-1)  # finite: each draft sees itself
-        out = torch.exp(logits - lse[..., None]) @ values
-        if self.base2:
-            lse = lse / math.log(2)
-        return unfold(out.flatten(1, 2), drafts, groups), unfold(lse.flatten(1, 2), drafts, groups)
 
     def allocate_captured_writes(self, max_num_tokens: int) -> None:
         """Rows to write that captured graphs read."""
@@ -488,10 +404,41 @@ class ShardedAttention(AttentionBackend):
         own = self.heads // self.shard.size
         return queries[:, own * self.shard.rank : own * (self.shard.rank + 1)]
 
-    def _own_heads(self, out: Tensor, lse: Tensor, sinks: Tensor | None = None) -> Partial:
-        """Exact attention of this rank's own heads, from every rank's partial results."""
-        assert self.exchange is not None
-        return self.exchange(out, lse, self.kvp_group, base2=self.base2, sinks=sinks)
+    def _tell_exchange(self, layer: RadixAttention) -> None:
+        if self.exchanger is not None:
+            self.exchanger.layer = layer.layer_id
+
+    def _own_heads(
+        self,
+        partial: Partial | Splits | Drafted,
+        dtype: torch.dtype,
+        sinks: Tensor | None = None,
+    ) -> Partial:
+        """Exact attention of this rank's own heads, from every rank's partial results.
+
+        On the wire in the model's dtype, which is what symm carries.
+        """
+        assert self.exchanger is not None
+        if not isinstance(partial, Drafted):
+            return self.exchanger(partial, dtype, base2=self.base2, sinks=sinks)
+        drafts, chunks = partial.drafts, partial.chunks
+        if chunks % self.shard.size:  # some chunk has heads of two ranks
+            return self._own_heads(partial.merged(dtype), dtype, sinks)
+        own = self.exchanger(partial.partial, dtype, base2=self.base2, sinks=sinks, drafts=drafts)
+        return unfolded(own, drafts, chunks // self.shard.size)
+
+    def as_heads(
+        self, decode: Callable[[Tensor], Partial | Splits], q: Tensor, kv_heads: int
+    ) -> Drafted:
+        """Drafts q [T, H, Dk] over the cached tokens of their requests, by a kernel of decode.
+
+        It takes them as more heads of one query, in chunks that are of one key-value head and, if
+        one is a multiple of the other, of one rank.
+        """
+        per_group, own = self.heads // kv_heads, self.heads // self.shard.size
+        chunk = own if per_group % own == 0 else per_group
+        chunks = self.heads // chunk
+        return Drafted(decode(fold(q, self.drafts, chunks)), self.drafts, chunks)
 
     def _own_sinks(self, sinks: Tensor | None) -> Tensor | None:
         """The sinks of this rank's own heads, [H/K], of those that the layer projects."""
@@ -505,7 +452,7 @@ class ShardedAttention(AttentionBackend):
             return sinks
         return sinks.chunk(self.shard.size)[self.shard.rank]
 
-    def _own_kv_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    def _own_kv_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The key-value heads that this rank's own query heads attend to.
 
         q [T, h, .], k and v [T, G, .]. Heads come in groups of H / G queries per key-value head;
@@ -529,11 +476,13 @@ class ShardedAttention(AttentionBackend):
 
         The drafts, which every rank has whole, are counted once: by the rank of place 0.
         """
-        out, lse = self.partial_prefix(queries, layer, batch)
+        part = self.partial_prefix(queries, layer, batch)
+        if isinstance(part, Drafted):
+            part = part.merged(k.dtype)
+        current = None
         if self.shard.rank == 0:
             current = self.partial_current(queries, latent, k, layer, batch)
-            return merge((out, lse), current, out_dtype=k.dtype, base2=self.base2, return_lse=True)
-        return out.to(k.dtype), lse
+        return merge(part, current, out_dtype=k.dtype, base2=self.base2, return_lse=True)
 
     def _store(
         self, layer: RadixAttention, forward_batch: ForwardBatch, k: Tensor, v: Tensor
@@ -558,89 +507,6 @@ class ShardedAttention(AttentionBackend):
         )
 
 
-class ShardedPagedAttention(ShardedAttention):
-    """For kernels that read a page table: metadata of its own takes the place of upstream's.
-
-    A batch's: `cu_q` ([B+1] int32) and `max_q`, which queries are whose; `pages`, the tokens of
-    this rank that decode or the queries of a chunk attend, of requests whose queries are
-    `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`. Upstream's
-    are prepared beside them
-    where upstream attends: in the prefill of MLA, and in window layers.
-    """
-
-    pages: LocalPages
-    cu_q: Tensor
-    cu_cached: Tensor
-    cu_prefix: Tensor
-    max_q: int
-
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Prepare one eager forward pass."""
-        self.prepare_writes(forward_batch)
-        self.prepare_drafts(forward_batch)
-        if self.windows:
-            super(ShardedAttention, self).init_forward_metadata(forward_batch)
-        mode, batch = forward_batch.forward_mode, forward_batch.batch_size
-        requests = forward_batch.req_pool_indices
-        lens, longest = forward_batch.seq_lens, _longest(forward_batch.seq_lens_cpu)
-        device = lens.device
-        if mode.is_decode_or_idle():
-            self.cu_q, self.max_q = _steps(batch, 1, device), 1
-        elif mode.is_target_verify():
-            self.max_q = self.drafts
-            self.cu_q = _steps(batch, self.max_q, device)
-        else:
-            if self.mla:
-                super(ShardedAttention, self).init_forward_metadata(forward_batch)
-                self.cu_prefix = summed(forward_batch.extend_prefix_lens)
-            self.cu_q = summed(forward_batch.extend_seq_lens)
-            self.max_q = max(forward_batch.extend_seq_lens_cpu)
-            lens = forward_batch.extend_prefix_lens
-            longest = max(forward_batch.extend_prefix_lens_cpu)
-        self.cu_cached = self.cu_q
-        prefix = None if mode.is_decode_or_idle() else prefixed(forward_batch)
-        if prefix is not None and not prefix.all:
-            which = prefix.requests
-            requests, lens = requests[which], lens[which]
-            self.cu_cached = summed(forward_batch.extend_seq_lens[which])
-        if longest is None:
-            longest = self.max_context_len
-        self.pages = self.allocate_pages(len(lens), longest)
-        self.fill_pages(self.pages, requests, lens)
-
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
-        """Allocate what captured graphs read; filled anew before every replay."""
-        self.allocate_captured_writes(max_num_tokens)
-        self.allocate_captured_drafts(max_bs, max_num_tokens)
-        self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
-        self.captured_cu_q = _steps(max_bs, self.captured_width, self.device)
-        if self.windows:
-            super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
-
-    def init_forward_metadata_out_graph(
-        self, forward_batch: ForwardBatch, in_capture: bool = False
-    ) -> None:
-        """Prepare the capture or one replay of a decode graph, in place."""
-        self.prepare_captured_writes(forward_batch, in_capture)
-        self.prepare_captured_drafts(forward_batch, in_capture)
-        batch = forward_batch.batch_size
-        pages, lens = self.captured_pages.first(batch), forward_batch.seq_lens[:batch]
-        self.fill_pages(pages, forward_batch.req_pool_indices[:batch], lens)
-        if in_capture:
-            self.pages, self.cu_q = pages, self.captured_cu_q[: batch + 1]
-            self.cu_cached, self.max_q = self.cu_q, self.captured_width
-        if self.windows:
-            super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
-
-    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Nothing: see `init_forward_metadata_out_graph`."""
-
-
-def _longest(lens: Tensor | None) -> int | None:
-    """Of lengths on the host; None where it does not know them."""
-    return None if lens is None or not lens.numel() else int(lens.max())
-
-
 def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
     """Cached tokens of each request [B], where a kernel's plan is made: waits for none it can have.
 
@@ -652,11 +518,6 @@ def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
     if forward_batch.seq_lens_cpu is None:
         raise RuntimeError("the backend plans by lengths on the host, and this batch has none")
     return forward_batch.seq_lens_cpu[:batch]
-
-
-def _steps(requests: int, queries: int, device: Any) -> Tensor:
-    """[B+1] int32: every request has so many queries."""
-    return torch.arange(0, requests * queries + 1, queries, dtype=torch.int32, device=device)
 
 
 def summed(lens: Tensor) -> Tensor:
@@ -721,40 +582,3 @@ def with_prefixes(prefix_lens: Sequence[int], extend_lens: Sequence[int]) -> Pre
     before, own = sum(extend_lens[:first]), slice(first, end)
     queries = sum(extend_lens[own])
     return Prefixed(own, slice(before, before + queries), end - first == len(prefix_lens))
-
-
-def fold(q: Tensor, drafts: int, groups: int) -> Tensor:
-    """[B * drafts, H, ...] -> [B, drafts * H, ...]: drafts of a request as more heads of one query.
-
-    groups: key-value heads, H / groups query heads on each. Folded heads stay in groups as large
-    as the drafts make them, so that each still reads its key-value head.
-    """
-    grouped = q.unflatten(1, (groups, -1)).unflatten(0, (-1, drafts))
-    return grouped.transpose(1, 2).flatten(1, 3)
-
-
-def unfold(out: Tensor, drafts: int, groups: int) -> Tensor:
-    """The opposite of `fold`."""
-    return out.unflatten(1, (groups, drafts, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-
-def folded(
-    decode: Callable[[Tensor], Partial | Splits], q: Tensor, drafts: int, groups: int
-) -> Partial:
-    """Drafts q [T, H, Dk] over the cached tokens of their requests, by a kernel of decode."""
-    partial = decode(fold(q, drafts, groups))
-    out, lse = partial.merged(q.dtype) if isinstance(partial, Splits) else partial
-    return unfold(out, drafts, groups), unfold(lse, drafts, groups)
-
-
-def visible_drafts(mask: Tensor, cached: Tensor, drafts: int) -> Tensor:
-    """[B * drafts, drafts] bool: which drafts of its request each draft sees.
-
-    SGLang's mask has a row for each draft, over the cached tokens [B] and then the drafts.
-    """
-    columns = cached + drafts
-    before = drafts * (columns.cumsum(0) - columns)
-    own = torch.arange(drafts, device=columns.device)
-    first = before[:, None] + own * columns[:, None] + cached[:, None]
-    cells = (first[..., None] + own).view(-1, drafts)
-    return mask[cells]

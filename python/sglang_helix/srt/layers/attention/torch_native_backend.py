@@ -10,7 +10,7 @@ attends to the current chunk and to the cached prefix, and a cache whose sequenc
 ranks are the same computation.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -21,17 +21,8 @@ from sglang.srt.speculative.spec_info import SpecInputType
 
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed
 from sglang_helix.srt.layers.attention.windows import Tails, windowed
-
-
-class Partial(NamedTuple):
-    """Attention of T queries over some of their keys.
-
-    out: fp32 [T, Hq, Dv], normalised over these keys alone; 0 where there are none.
-    lse: fp32 [T, Hq], natural log; -inf where there are none.
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor
+from sglang_helix.srt.layers.dcp.lse_combine import merge
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 
 def partial_attention(
@@ -65,14 +56,6 @@ def partial_attention(
     return Partial(out.reshape(T, Hq, Dv), lse.view(T, Hq))
 
 
-def merge(a: Partial, b: Partial) -> Partial:
-    """The partial over the union of two disjoint sets of keys, for the same queries."""
-    lse = torch.logaddexp(a.lse, b.lse)
-    finite = lse.masked_fill(lse.isneginf(), 0.0)
-    a_share, b_share = (torch.exp(p.lse - finite).unsqueeze(-1) for p in (a, b))
-    return Partial(a.out * a_share + b.out * b_share, lse)
-
-
 def causal(queries: int, keys: int, back: int = -1) -> torch.Tensor:
     """bool [queries, keys]: the last query sees every key, each one before it one key less.
 
@@ -80,13 +63,6 @@ def causal(queries: int, keys: int, back: int = -1) -> torch.Tensor:
     """
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     return visible.triu(keys - queries - back) if back > -1 else visible
-
-
-def with_sinks(partial: Partial, sinks: torch.Tensor | None) -> torch.Tensor:
-    """The output beside one key more for each head, of these logits [Hq] and value 0."""
-    if sinks is None:
-        return partial.out
-    return partial.out * torch.sigmoid(partial.lse - sinks.float()).unsqueeze(-1)
 
 
 def chunk_lens(forward_batch: Any) -> tuple[list[int], list[int]]:
@@ -147,7 +123,7 @@ class TorchReferenceAttnBackend(AttentionBackend):
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         slots = [self._rows(layer, slots) for slots in self.decoded_slots(forward_batch)]
         partial = self.rows_partial(q, layer, [1] * len(q), slots, own=True)
-        return with_sinks(partial, sinks).flatten(1).to(q.dtype)
+        return merge(partial, None, out_dtype=q.dtype, sinks=sinks).flatten(1)
 
     def forward_extend(
         self,
@@ -174,10 +150,10 @@ class TorchReferenceAttnBackend(AttentionBackend):
             k, v = (buffer[slots] for buffer in self._buffers(layer))
         partial = self.chunk_partial(q, k, v, layer, forward_batch)
         lens, cached_lens = chunk_lens(forward_batch)
+        prefix = None
         if any(cached_lens):
             prefix = self.cached_partial(q, layer, forward_batch, lens, cached_lens)
-            partial = merge(prefix, partial)
-        return with_sinks(partial, sinks).flatten(1).to(q.dtype)
+        return merge(partial, prefix, out_dtype=q.dtype, sinks=sinks).flatten(1)
 
     def chunk_partial(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from sglang_helix.helix import SeriesError
 from sglang_helix.srt.configs.model_config import sharded_heads
+from sglang_helix.srt.layers.attention.drafts import Drafted
 from sglang_helix.srt.layers.attention.kv_splits import (
     BLOCK,
     GQA,
@@ -42,7 +43,7 @@ from sglang_helix.srt.layers.attention.kv_splits import (
     SplitPlan,
     Tile,
 )
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, folded, prefixed, summed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, summed
 from sglang_helix.srt.layers.attention.windows import (
     Tails,
     attention_layers,
@@ -50,7 +51,7 @@ from sglang_helix.srt.layers.attention.windows import (
     window_of,
     windowed,
 )
-from sglang_helix.srt.layers.dcp.lse_combine import combine
+from sglang_helix.srt.layers.dcp.lse_combine import combine_splits, merge
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
@@ -298,10 +299,8 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             metadata.window_kv_indices,
             metadata.window_num_kv_splits,
         )
-        out, lse = splits.merged(torch.float32 if sinks is not None else q.dtype)
-        if sinks is not None:
-            out = combine(out[None], lse[None], sinks=sinks, out_dtype=q.dtype)
-        return out.flatten(1)
+        whole = combine_splits(splits, q.dtype if sinks is None else torch.float32)
+        return merge(whole, None, out_dtype=q.dtype, sinks=sinks).flatten(1)
 
     def partial_current(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
@@ -353,7 +352,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         gathered: Tensor | None = None,
-    ) -> Partial:
+    ) -> Partial | Drafted:
         """See `ShardedAttention.partial_prefix`."""
         metadata = self.forward_metadata
         prefixes: tuple[Tensor, Tensor] | None = None
@@ -361,7 +360,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         if forward_batch.forward_mode.is_target_verify():
             if self.scratch.plan.tile.fits(q.shape[1] * self.drafts, keys.shape[1]):
                 decode = partial(self.partial_decode, layer=layer, forward_batch=forward_batch)
-                return folded(decode, q, self.drafts, keys.shape[1])
+                return self.as_heads(decode, q, keys.shape[1])
             prefixes = metadata.qo_indptr, metadata.kv_indptr
         if gathered is None:
             indices = metadata.kv_indices
@@ -430,7 +429,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
             sliding_window_size=back,
             identity_kv_indices=indices is None,
         )
-        return out, lse
+        return Partial(out, lse)
 
     def _mask_columns_before(self, metadata: Any) -> Tensor:
         """Where the chunk's own columns of each request's mask start, summed up as an indptr.

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.flashinfer_backend import ShardedFlashInferAttnBackend
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-    from sglang_helix.srt.layers.dcp.partial import Partial
 
 
 class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
@@ -112,4 +111,4 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
             return_lse=True,
             multi_ctas_kv_counter_buffer=self.counters,
         )
-        return out, lse.masked_fill(self.pages.empty[:, None], -torch.inf)
+        return Partial(out, lse.masked_fill(self.pages.empty[:, None], -torch.inf))

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_helix.srt.layers.attention.adapters import adapter
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Group, a2a, ag_rs, exchange_splits
-from sglang_helix.srt.layers.dcp.partial import Splits
+from sglang_helix.srt.layers.dcp.exchange import Exchanger, Group, a2a, ag_rs
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 
 def is_mla_dcp_lse_base_on_e(attention_backend: str) -> bool:
@@ -67,14 +66,13 @@ def cp_lse_ag_out_rs_mla(
     heads first: what the value up-projection reads. `deferred` explains the form in which splits
     come here.
     """
-    name = get_parallel().dcp_comm_backend
+    exchanger: Exchanger = cp_group.exchanger
+    partial: Partial | Splits
     if isinstance(cp_attn_lse, Splits):
-        dtype = cp_attn_out.dtype
-        out, _ = exchange_splits(name, cp_attn_lse, dtype, cp_group, head_major=True)
+        partial, base2 = cp_attn_lse, False
     else:
-        base2 = not is_lse_base_on_e
-        exchange = BACKENDS[name].exchange
-        out, _ = exchange(cp_attn_out, cp_attn_lse, cp_group, base2=base2, head_major=True)
+        partial, base2 = Partial(cp_attn_out, cp_attn_lse), not is_lse_base_on_e
+    out, _ = exchanger(partial, cp_attn_out.dtype, base2=base2, head_major=True)
     return out.transpose(0, 1)
 
 

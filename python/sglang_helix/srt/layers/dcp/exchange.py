@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from sglang_helix.srt.layers.dcp.lse_combine import combine, pack, rescale, unpack
+from sglang_helix.srt.layers.dcp.lse_combine import combine, combine_splits, merge, pack, rescale
+from sglang_helix.srt.layers.dcp.packed_rows import unpack
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 Group = Any
 
 
-class Exchange(Protocol):
-    """One implementation per communication backend; `group` is a GroupCoordinator."""
+class Collective(Protocol):
+    """An exchange by the collectives of a group, which is a GroupCoordinator."""
 
     def __call__(
         self,
@@ -45,12 +46,8 @@ class Exchange(Protocol):
         *,
         base2: bool = False,
         sinks: torch.Tensor | None = None,
-        head_major: bool = False,
     ) -> Partial:
-        """(out [B, H, D], lse [B, H]) -> (out [B, H/K, D] in out's dtype, lse [B, H/K]).
-
-        head_major: lay the output out as [H/K, B, D], where that costs nothing.
-        """
+        """(out [B, H, D], lse [B, H]) -> (out [B, H/K, D] in out's dtype, lse [B, H/K])."""
 
 
 def a2a(
@@ -60,7 +57,6 @@ def a2a(
     *,
     base2: bool = False,
     sinks: torch.Tensor | None = None,
-    head_major: bool = False,
 ) -> Partial:
     """One all-to-all of packed rows (output and LSE together), then a local combine."""
     send = pack(out, lse, group.world_size)
@@ -77,7 +73,6 @@ def ag_rs(
     *,
     base2: bool = False,
     sinks: torch.Tensor | None = None,
-    head_major: bool = False,
 ) -> Partial:
     """All-gather of the LSEs, then a reduce-scatter of the rescaled outputs in fp32."""
     lses = lse.new_empty(group.world_size, *lse.shape)
@@ -87,145 +82,39 @@ def ag_rs(
     reduced = scaled.new_empty(heads, *scaled.shape[1:])
     group.reduce_scatter_tensor(reduced, scaled)
     first = group.rank_in_group * heads
-    own, own_total = reduced.transpose(0, 1), total[:, first : first + heads]
-    if sinks is None:
-        return own.to(out.dtype), own_total
-    return combine(
-        own[None],
-        own_total[None],
-        out_dtype=out.dtype,
-        base2=base2,
-        sinks=sinks,
-        return_lse=True,
-    )
-
-
-def symm(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    group: Group,
-    *,
-    base2: bool = False,
-    sinks: torch.Tensor | None = None,
-    head_major: bool = False,
-) -> Partial:
-    """One kernel over symmetric memory, for what `prepare_symm` has prepared; else `a2a`.
-
-    Batch size and dtype decide, which are the same on every rank.
-    """
-    kernel = _prepared_for(group, len(out), out.shape[1], out.shape[2], out.dtype)
-    if kernel is None:
-        return a2a(out, lse, group, base2=base2, sinks=sinks)
-    reduced = kernel.reduce(
-        out,
-        lse,
-        base2=base2,
-        sinks=sinks,
-        head_major=head_major,
-        return_lse=True,
-        layer=_layer,
-    )
-    assert reduced.lse is not None
-    return reduced.out, reduced.lse
-
-
-def exchange_splits(
-    backend: str,
-    splits: Splits,
-    dtype: torch.dtype,
-    group: Group,
-    *,
-    sinks: torch.Tensor | None = None,
-    head_major: bool = False,
-) -> Partial:
-    """Exchange what has not been reduced over its splits yet: out [B, H/K, D] in dtype, and lse.
-
-    A backend that `takes_splits` reduces a few of them where it sends them; many, and those of the
-    others, are merged first.
-    """
-    B, H, _, D = splits.out.shape
-    taken = splits.few and BACKENDS[backend].takes_splits
-    if taken and (kernel := _prepared_for(group, B, H, D, dtype)):
-        reduced = kernel.reduce_splits(
-            splits, sinks=sinks, head_major=head_major, return_lse=True, layer=_layer
-        )
-        assert reduced.lse is not None
-        return reduced.out, reduced.lse
-    out, lse = splits.merged(dtype)
-    return BACKENDS[backend].exchange(out, lse, group, sinks=sinks, head_major=head_major)
-
-
-# What `symm` needs before its first call.
-
-_prepared: dict[str, dict[tuple[int, int, torch.dtype], SymmExchange]] = {}
-_layer = 0  # of the attention call that is under way
-
-
-def prepare_symm(
-    group: Group,
-    *,
-    max_tokens: int | None,
-    num_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    timeout: float,
-) -> SymmExchange:
-    """Allocate what `symm` exchanges batches of one shape and dtype through, for one stream.
-
-    Collective over the group: every rank calls it at the same point, before any graph is captured.
-    Batches above max_tokens, and above `symm.largest_batch`, go to `a2a`. A second call for the
-    same shape and dtype returns what the first one made, since captured graphs point to it.
-
-    Args:
-        group: GroupCoordinator of the KVP group, on CUDA.
-        max_tokens: the largest batch; None where it is not known.
-        num_heads: H, query heads of the whole group.
-        head_dim: D of the output.
-        dtype: of the partial outputs.
-        timeout: seconds after which an exchange counts as stuck and ends the process.
-
-    Raises:
-        RuntimeError: there is no peer access inside the group; raised on every rank.
-        ValueError: rows of head_dim elements are not whole 16-byte vectors.
-    """
-    from sglang_helix.srt.layers.dcp.symm import largest_batch
-    from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
-
-    shapes = _prepared.setdefault(group.unique_name, {})
-    shape = num_heads, head_dim, dtype
-    if shape not in shapes:
-        most = largest_batch(group.world_size, num_heads, head_dim, dtype)
-        kernel = SymmExchange(
-            group.cpu_group,
-            min(max_tokens or most, most),
-            num_heads,
-            head_dim,
-            dtype,
-            group.device,
-            timeout=timeout,
-        )
-        logger.info(
-            "symm: batches of up to %d tokens of %d heads of %d elements (%s), in %.1f MiB of each "
-            "rank; larger ones and other dtypes go to a2a",
-            kernel.max_tokens,
-            *shape,
-            kernel.layout.nbytes / 2**20,
-        )
-        shapes[shape] = kernel
-    return shapes[shape]
+    own = Partial(reduced.transpose(0, 1), total[:, first : first + heads])
+    return merge(own, None, out_dtype=out.dtype, base2=base2, sinks=sinks, return_lse=True)
 
 
 @dataclass(frozen=True)
 class Backend:
     """One `--dcp-comm-backend`, and what the rest of the series has to know of it."""
 
-    exchange: Exchange
+    collective: Collective
+    """What carries a batch; with a kernel, those that it was not made for."""
     help: str = ""
     """What the flag's help says of it; empty for those that SGLang has itself."""
-    prepare: Callable[..., SymmExchange] | None = None
-    """What every rank calls between its model and its pool, for each shape; see `prepare_symm`."""
-    takes_splits: bool = False
-    """Whether it reduces `Splits` where it sends them."""
+    kernel: Callable[..., SymmExchange] | None = None
+    """What makes its own kernel for batches of one shape and dtype; see `Exchanger.prepare`."""
+
+
+def _symm(
+    group: Group, max_tokens: int | None, shape: tuple[int, int, torch.dtype], timeout: float
+) -> SymmExchange:
+    from sglang_helix.srt.layers.dcp.symm_layout import largest_batch
+    from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
+
+    most = largest_batch(group.world_size, *shape)
+    most = min(max_tokens or most, most)
+    kernel = SymmExchange(group.cpu_group, most, *shape, group.device, timeout=timeout)
+    logger.info(
+        "symm: batches of up to %d tokens of %d heads of %d elements (%s), in %.1f MiB of each "
+        "rank; larger ones and other dtypes go to a2a",
+        kernel.max_tokens,
+        *shape,
+        kernel.layout.nbytes / 2**20,
+    )
+    return kernel
 
 
 # Every backend but fi_a2a, which is upstream's from end to end. The first is the default where
@@ -234,53 +123,148 @@ BACKENDS: dict[str, Backend] = {
     "a2a": Backend(a2a),
     "ag_rs": Backend(ag_rs),
     "symm": Backend(
-        symm,
+        a2a,
         "one kernel over symmetric memory; requires NVIDIA GPUs of one host with peer access to "
         "each other",
-        prepare_symm,
-        takes_splits=True,
+        _symm,
     ),
 }
 
 
-def note_layer(module: Any, args: Any) -> None:
-    """Forward pre-hook of attention modules: the layer that a stuck exchange is reported with.
+class Exchanger:
+    """The exchange of a KVP group, for as long as a server lives; its group has it as `exchanger`.
 
-    Exchanges are called from models and attention backends, not all of which know their layer.
+    All ranks make the same calls in the same order, on one stream at a time.
+
+    Args:
+        backend: one of BACKENDS.
+        group: GroupCoordinator of the KVP group.
     """
-    global _layer
-    _layer = module.layer_id
 
+    layer = -1
+    """Of the attention call that is under way; a stuck exchange is reported with it.
 
-def _prepared_for(
-    group: Group, tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype
-) -> SymmExchange | None:
-    """What exchanges such a batch; None where it goes to `a2a`."""
-    if group.unique_name not in _prepared:
-        raise RuntimeError(f"no symm exchange was prepared for the group {group.unique_name}")
-    kernel = _prepared[group.unique_name].get((num_heads, head_dim, dtype))
-    if kernel is None:
-        _say_once("symm: %d heads of %d elements in %s go to a2a", num_heads, head_dim, dtype)
-    elif tokens > kernel.max_tokens:
-        _say_once("symm: batches of more than %d tokens go to a2a", kernel.max_tokens)
-        return None
-    return kernel
+    Attention says it, since MLA's exchanges are called from its model, which does not. -1: unknown.
+    """
 
+    def __init__(self, backend: str, group: Group) -> None:
+        self.name, self.backend, self.group = backend, BACKENDS[backend], group
+        self._kernels: dict[tuple[int, int, torch.dtype], SymmExchange] = {}
 
-def largest_prepared(group: Group) -> int:
-    """Tokens of the largest batch that everything prepared for a group takes; 0 without any."""
-    kernels = _prepared.get(group.unique_name, {}).values()
-    return min((kernel.max_tokens for kernel in kernels), default=0)
+    def prepare(
+        self,
+        *,
+        max_tokens: int | None,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        timeout: float,
+    ) -> None:
+        """Allocate what a backend's own kernel exchanges batches of one shape and dtype through.
 
+        Collective over the group: every rank calls it at the same point, before any graph is
+        captured. Batches above max_tokens, and above `symm_layout.largest_batch`, go to `a2a`. A
+        second call for the same shape and dtype leaves what the first one made, since captured
+        graphs point to it. Nothing, where the backend has no kernel.
 
-def slow_seconds(group: Group) -> list[float]:
-    """By rank of a group: seconds in which this rank's `symm` waited milliseconds for it."""
-    seconds = [0.0] * group.world_size
-    for kernel in _prepared.get(group.unique_name, {}).values():
-        for peer, more in dict(kernel.slow_seconds).items():
-            if peer >= 0:
-                seconds[peer] += more
-    return seconds
+        Args:
+            max_tokens: the largest batch; None where it is not known.
+            num_heads: H, query heads of the whole group.
+            head_dim: D of the output.
+            dtype: of the partial outputs.
+            timeout: seconds after which an exchange counts as stuck and ends the process.
+
+        Raises:
+            RuntimeError: there is no peer access inside the group; raised on every rank.
+            ValueError: rows of head_dim elements are not whole 16-byte vectors.
+        """
+        shape = num_heads, head_dim, dtype
+        if self.backend.kernel and shape not in self._kernels:
+            kernel = self.backend.kernel(self.group, max_tokens, shape, timeout)
+            self._kernels[shape] = kernel
+
+    def __call__(
+        self,
+        partial: Partial | Splits,
+        dtype: torch.dtype | None = None,
+        *,
+        base2: bool = False,
+        sinks: torch.Tensor | None = None,
+        head_major: bool = False,
+        drafts: int = 1,
+    ) -> Partial:
+        """Partial results of the group's heads [B, H] -> this rank's own heads [B, H/K].
+
+        A few splits are reduced where a kernel sends them; many, and those of other backends, are
+        merged first. Batch size and dtype decide, which are the same on every rank.
+
+        Args:
+            dtype: what travels, and that of the result; by default that of `partial.out`.
+            base2: the LSE, in and out, is a base-2 logarithm; that of splits is natural.
+            sinks: see above.
+            head_major: lay the output out as [H/K, B, D], where that costs nothing.
+            drafts: there are so many for each head and request: see `drafts.Drafted`.
+        """
+        dtype = dtype or partial.out.dtype
+        kernel = self._kernel(partial, dtype, drafts)
+        splits = partial if isinstance(partial, Splits) else None
+        if splits is not None and not (kernel and splits.few):
+            partial = combine_splits(splits, dtype)
+        if kernel:
+            if isinstance(partial, Partial):
+                partial = Partial(partial.out.to(dtype), partial.lse)
+            return kernel(
+                partial,
+                base2=base2,
+                sinks=sinks,
+                head_major=head_major,
+                drafts=drafts,
+                layer=self.layer,
+            )
+        assert isinstance(partial, Partial)
+        collective = self.backend.collective
+        out = partial.out.to(dtype)
+        return collective(out, partial.lse, self.group, base2=base2, sinks=sinks)
+
+    def _kernel(
+        self, partial: Partial | Splits, dtype: torch.dtype, drafts: int
+    ) -> SymmExchange | None:
+        """What exchanges such a batch; None where a collective does."""
+        if not self.backend.kernel:
+            return None
+        if not self._kernels:
+            raise RuntimeError(
+                f"no {self.name} exchange was prepared for the group {self.group.unique_name}"
+            )
+        tokens, heads, head_dim = len(partial.out), partial.out.shape[1], partial.out.shape[-1]
+        tokens, heads = tokens * drafts, heads // drafts
+        kernel = self._kernels.get((heads, head_dim, dtype))
+        if kernel is None:
+            _say_once("symm: %d heads of %d elements in %s go to a2a", heads, head_dim, dtype)
+        elif tokens > kernel.max_tokens:
+            _say_once("symm: batches of more than %d tokens go to a2a", kernel.max_tokens)
+            return None
+        return kernel
+
+    @property
+    def takes_splits(self) -> bool:
+        """Whether splits are reduced where they are sent."""
+        return self.backend.kernel is not None
+
+    @property
+    def largest_prepared(self) -> int:
+        """Tokens of the largest batch that everything prepared takes; 0 without any."""
+        return min((kernel.max_tokens for kernel in self._kernels.values()), default=0)
+
+    @property
+    def slow_seconds(self) -> list[float]:
+        """By rank: seconds in which this rank's kernel waited milliseconds for it."""
+        seconds = [0.0] * self.group.world_size
+        for kernel in self._kernels.values():
+            for peer, more in dict(kernel.slow_seconds).items():
+                if peer >= 0:
+                    seconds[peer] += more
+        return seconds
 
 
 @functools.cache

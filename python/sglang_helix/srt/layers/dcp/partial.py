@@ -2,7 +2,7 @@
 
 `Partial` is what every exchange takes. `Splits` is one step earlier: decoding that cuts a rank's
 tokens into splits leaves one partial result for each, and an exchange that can reduce them on the
-way saves the launch and the memory traffic in between.
+way saves the launch and the memory traffic in between. Otherwise `lse_combine.combine_splits` does.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
-
 # `symm` moves rows of an output in vectors of this size.
 VECTOR_BYTES = 16
 # Splits that are read one after the other, at most: arithmetic from the latency of a load, about
 # half a microsecond, against the 2 of a launch; not measured.
 _FEW = 8
 
-# out [B, H, D], and its LSE [B, H] in fp32.
-Partial = tuple[torch.Tensor, torch.Tensor]
+
+class Partial(NamedTuple):
+    """Attention of B queries over some of their keys."""
+
+    out: torch.Tensor
+    """[B, H, D], normalised over these keys alone; where there are none, anything."""
+    lse: torch.Tensor
+    """[B, H] fp32, log-sum-exp of the logits; -inf, NaN or +inf where there are no keys."""
 
 
 class Splits(NamedTuple):
@@ -53,15 +57,3 @@ class Splits(NamedTuple):
         which captured graphs fix.
         """
         return self.out.shape[2] <= _FEW
-
-    def merged(self, dtype: torch.dtype) -> Partial:
-        """Out [B, H, D] in dtype and lse [B, H]: one launch, whatever the number of splits."""
-        return combine_splits(
-            self.out,
-            self.lse,
-            self.indptr,
-            self.counts,
-            self.block,
-            out_dtype=dtype,
-            scale=self.v_scale,
-        )

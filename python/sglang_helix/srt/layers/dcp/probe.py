@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_helix.helix import SeriesError
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Group, exchange_splits
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger, Group
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,7 @@ _EMPTY = torch.tensor([-torch.inf, torch.nan, torch.inf])
 
 
 def probe(
-    backend: str,
-    group: Group,
+    exchanger: Exchanger,
     everyone: Any,
     *,
     num_heads: int,
@@ -43,8 +42,7 @@ def probe(
     """Compare what a prepared exchange makes of random partials with a reference. Collective.
 
     Args:
-        backend: the `--dcp-comm-backend`.
-        group: GroupCoordinator of the KVP group.
+        exchanger: prepared for such partial outputs.
         everyone: process group on the CPU of all ranks that must hear the verdict.
         num_heads: H, query heads of the whole KVP group.
         head_dims: widths that it was prepared for.
@@ -57,11 +55,11 @@ def probe(
         SeriesError: on every rank, where the results of any are wrong.
     """
     started = time.perf_counter()
-    problems = []
+    problems, backend = [], exchanger.name
     for head_dim in head_dims:
         for form in ("rows", "splits") if splits else ("rows",):
             shape = num_heads, head_dim
-            if found := _compare(backend, group, form, shape, dtype, base2, max_tokens):
+            if found := _compare(exchanger, form, shape, dtype, base2, max_tokens):
                 problems.append(f"{form} of {head_dim} elements in {dtype}: {found}")
     verdicts: list[list[str]] = [[]] * dist.get_world_size(everyone)
     dist.all_gather_object(verdicts, problems, group=everyone)
@@ -83,8 +81,7 @@ def probe(
 
 
 def _compare(
-    backend: str,
-    group: Group,
+    exchanger: Exchanger,
     form: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -92,7 +89,7 @@ def _compare(
     max_tokens: int | None,
 ) -> str:
     """What is wrong with this rank's own heads; empty if nothing is."""
-    base2 = base2 and form == "rows"  # splits are of Triton, natural
+    base2, group = base2 and form == "rows", exchanger.group  # splits are of Triton, natural
     values, lses, lens = _shards(group, shape, 2 if form == "splits" else 1)
     if form == "rows":
         values = values.to(dtype).float()
@@ -106,7 +103,7 @@ def _compare(
         some = slice(first, first + most)
         shards = values[some], lses[some], lens[some]
         try:
-            out, lse = _exchanged(backend, group, form, shards, dtype, base2)
+            out, lse = _exchanged(exchanger, form, shards, dtype, base2)
             outs.append(out.cpu().double())
             out_lses.append(lse.cpu().double() / (_LOG2_E if base2 else 1))
         except Exception as error:  # the others wait for this rank in what comes next
@@ -148,22 +145,21 @@ def _shards(
 
 
 def _exchanged(
-    backend: str,
-    group: Group,
+    exchanger: Exchanger,
     form: str,
     shards: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     dtype: torch.dtype,
     base2: bool,
 ) -> Partial:
     """This rank's own heads, by the exchange."""
-    device, (values, lses, lens) = group.device, shards
+    device, (values, lses, lens) = exchanger.group.device, shards
     if form == "rows":
         out, lse = values[:, :, 0].to(device, dtype), lses[..., 0].to(device)
-        return BACKENDS[backend].exchange(out, lse * _LOG2_E if base2 else lse, group, base2=base2)
+        return exchanger(Partial(out, lse * _LOG2_E if base2 else lse), base2=base2)
     indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(device, torch.int32)
     counts = torch.full(lens.shape, values.shape[2], dtype=torch.int32, device=device)
     splits = Splits(values.to(device), lses.to(device), indptr, counts, _BLOCK)
-    return exchange_splits(backend, splits, dtype, group)
+    return exchanger(splits, dtype)
 
 
 def _gathered(shards: torch.Tensor, group: Group) -> torch.Tensor:
@@ -178,4 +174,5 @@ def _reference(values: torch.Tensor, lses: torch.Tensor) -> Partial:
     some = lses.isfinite()
     total = lses.double().masked_fill(~some, -torch.inf).logsumexp(0)
     weight = (lses.double() - total).exp().masked_fill(~some, 0)
-    return (values.double().masked_fill(~some[..., None], 0) * weight[..., None]).sum(0), total
+    out = values.double().masked_fill(~some[..., None], 0) * weight[..., None]
+    return Partial(out.sum(0), total)

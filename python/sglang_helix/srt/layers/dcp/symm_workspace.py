@@ -1,7 +1,7 @@
 """Symmetric memory for the one-kernel exchange, and the thread that notices when it is stuck.
 
-`symm` holds the kernel and its protocol; here a KVP group meets: it allocates one workspace per
-rank that all ranks can write to, and calls the kernel on it.
+`symm` holds the kernel and its protocol, `symm_launch` calls it; here a KVP group meets, and
+allocates one workspace per rank that all ranks can write to.
 """
 
 from __future__ import annotations
@@ -14,54 +14,24 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from sglang_helix.srt.layers.dcp.partial import Splits
-from sglang_helix.srt.layers.dcp.symm import (
-    Layout,
-    Reduced,
-    Workspace,
-    exchange,
-    resident_warps,
-)
+from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.symm_launch import Workspace, exchange, resident_warps
+from sglang_helix.srt.layers.dcp.symm_layout import Layout
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _INSTEAD = "use --dcp-comm-backend a2a instead of symm"
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own switch, for tests
+_UNKNOWN_LAYER = 0xFFFF
 _WATCH_INTERVAL = 1.0  # seconds; a waiting program reports several times in it
 _LOOKS = 20  # in an interval, at who waits now
-
-
-class Options(TypedDict, total=False):
-    """How `SymmExchange` is to combine and write; none of it costs a launch.
-
-    Attributes:
-        return_lse: also return the LSE of the result.
-        base2: the LSE, in and out, is a base-2 logarithm.
-        head_major: write [h, B, D] (for the MLA value up-projection) and return its [B, h, D] view.
-        out_dtype: bf16, fp16, fp32, or float8_e4m3fn: quantised in groups of 128 elements of a row,
-            with scales. By default the exchange's dtype.
-        into: [B, h, D] tensor to write to, rows of whole 16-byte vectors; None allocates it.
-        scales: fp32 [B, h*D/128] tensor for the scales, any strides; None allocates it.
-        sinks: [h] attention sinks of this rank's own heads, natural logarithm, any float dtype:
-            each adds its exponential to the softmax sum of its head, once.
-        layer: 0 to 65535; named when the exchange is stuck.
-    """
-
-    return_lse: bool
-    base2: bool
-    head_major: bool
-    out_dtype: torch.dtype | None
-    into: torch.Tensor | None
-    scales: torch.Tensor | None
-    sinks: torch.Tensor | None
-    layer: int
 
 
 class Stall(NamedTuple):
@@ -72,6 +42,7 @@ class Stall(NamedTuple):
     peer: int
     """A rank whose rows are missing; -1 where rows are there in part."""
     layer: int
+    """0xFFFF where the exchange was not told."""
     epoch: int
     """Calls that the waiting row has been through, from 1, low 31 bits."""
 
@@ -84,9 +55,10 @@ class Stall(NamedTuple):
         missing = f"rank {self.peer}"
         if self.peer < 0:
             missing = "what is missing of rows that came in part"
+        layer = "a layer" if self.layer == _UNKNOWN_LAYER else f"layer {self.layer}"
         return (
-            f"symm exchange is stuck: rank {self.rank} of the KVP group waits in layer "
-            f"{self.layer}, epoch {self.epoch}, for {missing}"
+            f"symm exchange is stuck: rank {self.rank} of the KVP group waits in {layer}, "
+            f"epoch {self.epoch}, for {missing}"
         )
 
 
@@ -157,7 +129,7 @@ def abort(stall: Stall) -> None:
 class SymmExchange:
     """Partial outputs of a KVP group's heads to each rank's own heads, in one kernel.
 
-    Rank j of K ends with heads [j*h, (j+1)*h), h = ceil(H/K), as `symm.Layout.owned_by` says. All
+    Rank j of K ends with heads [j*h, (j+1)*h), h = ceil(H/K): `symm_layout.Layout.owned_by`. All
     ranks must make the same calls in the same order, and calls on one object must not overlap:
     another stream that runs beside needs another object. Calls may be captured in CUDA graphs and
     launch nothing but the kernel; the first of each kind compiles it, so make it before capturing.
@@ -166,10 +138,10 @@ class SymmExchange:
 
     Args:
         group: the KVP group; a gloo group of the same ranks does.
-        max_tokens: the largest batch. Takes `symm.Layout.nbytes` of memory.
+        max_tokens: the largest batch. Takes `symm_layout.Layout.nbytes` of memory.
         num_heads: H, query heads of a partial output.
         head_dim: D of the output; D * itemsize must be a multiple of 16.
-        dtype: bf16, fp16 or fp32: what travels, and the dtype of ``out`` for `reduce`.
+        dtype: bf16, fp16 or fp32: what travels, and the dtype of outputs.
         device: this rank's GPU.
         timeout: seconds after which an exchange counts as stuck.
         on_stall: called from a thread then; by default logs and aborts the process.
@@ -200,28 +172,26 @@ class SymmExchange:
         """Largest batch."""
         return self.layout.max_tokens
 
-    def reduce(self, out: torch.Tensor, lse: torch.Tensor, **options: Unpack[Options]) -> Reduced:
-        """Exchange and combine partial outputs.
-
-        Args:
-            out: [B, H, D] in the exchange's dtype; any strides, but rows that are not whole 16-byte
-                vectors cost a copy.
-            lse: [B, H] fp32, any strides. -inf, NaN and +inf mean "no token".
-            options: see `Options`.
-
-        Raises:
-            ValueError: a shape does not fit, or B exceeds max_tokens.
-            TypeError: a dtype does not fit.
-        """
-        return exchange(self._workspace, (out, lse), **options)
-
-    def reduce_splits(self, splits: Splits, **options: Unpack[Options]) -> Reduced:
-        """Reduce split-KV partials in fp32, round them once to the exchange's dtype, and exchange.
-
-        Takes the place of the split-KV reduction (stage 2) and `reduce`. Sinks belong here, not in
-        the splits, or every rank would count them. Errors as in `reduce`.
-        """
-        return exchange(self._workspace, splits, **options)
+    def __call__(
+        self,
+        partial: Partial | Splits,
+        *,
+        base2: bool = False,
+        sinks: torch.Tensor | None = None,
+        head_major: bool = False,
+        drafts: int = 1,
+        layer: int = -1,
+    ) -> Partial:
+        """The rank's own heads, see `symm_launch.exchange`; layer: -1 where it is not known."""
+        return exchange(
+            self._workspace,
+            partial,
+            base2=base2,
+            sinks=sinks,
+            head_major=head_major,
+            drafts=drafts,
+            layer=layer & _UNKNOWN_LAYER,
+        )
 
     @property
     def slow_seconds(self) -> dict[int, float]:
@@ -351,7 +321,7 @@ def between_ranks(group: dist.ProcessGroup, layout: Layout, device: torch.device
 def one_device(layout: Layout, device: torch.device, warps: int | None = None) -> Workspace:
     """All ranks of an exchange on one device, for proofs and measurements without a group.
 
-    `symm.exchange` then plays all ranks in one launch and takes their batches stacked:
+    `symm_launch.exchange` then plays all ranks in one launch and takes their batches stacked:
     out [N*B, H, D] and lse [N*B, H] -> [N*B, h, D].
     """
     buffers = torch.empty((layout.ranks, layout.nbytes), dtype=torch.uint8, device=device)
