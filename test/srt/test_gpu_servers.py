@@ -116,6 +116,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cohere2": make_checkpoint(
             CUT["cohere2"], root / "cohere2", hidden_size=512, head_dim=64, sliding_window=64
         ),
+        # Logits that are capped.
+        "gemma2": make_checkpoint(CUT["gemma2"], root / "gemma2", head_dim=64, sliding_window=64),
     }
 
 
@@ -174,7 +176,7 @@ def test_windows_and_sinks(checkpoints: dict[str, Path], layout: str, attention:
 
 
 @pytest.mark.timeout(540)
-@pytest.mark.parametrize("family", ["gemma3", "cohere2"])
+@pytest.mark.parametrize("family", ["gemma3", "cohere2", "gemma2"])
 @pytest.mark.parametrize("layout", ["a2a", "symm"])
 @pytest.mark.parametrize("attention", ["fa3", "triton"])
 def test_windows_cut_by_owner(
@@ -376,18 +378,27 @@ def test_a_draft_model(
 
 @pytest.mark.timeout(1080)
 @pytest.mark.parametrize(
-    ("layout", "attention", "scaled"),
-    [("a2a", "triton", False), *itertools.product(["symm"], ["triton", "fa3"], [False, True])],
+    ("family", "layout", "attention", "scaled"),
+    [
+        ("llama", "a2a", "triton", False),
+        *itertools.product(["llama"], ["symm"], ["triton", "fa3"], [False, True]),
+        ("deepseek_v2", "symm", "flashmla", False),
+    ],
 )
 def test_an_fp8_cache_costs_no_more_than_on_one_rank(
-    checkpoints: dict[str, Path], tmp_path: Path, layout: str, attention: str, scaled: bool
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    family: str,
+    layout: str,
+    attention: str,
+    scaled: bool,
 ) -> None:
     """Quantized keys and values move answers away from the oracle's, as far as on one rank.
 
     Not by the same steps: plain TP attends a chunk with its quantized keys, the series with whole
     ones.
     """
-    checkpoint = checkpoints["llama"]
+    checkpoint = checkpoints[family]
     oracle = Oracle(checkpoint)
     if scaled:
         checkpoint = with_cache_scales(checkpoint, tmp_path / "scaled")
