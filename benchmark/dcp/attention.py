@@ -317,8 +317,10 @@ class Stage:
     def published(self) -> Iterator[None]:
         """The configuration is SGLang's, its rank 0 this process, and the pool's pages its own."""
         from sglang.srt import runtime_context
+        from sglang_helix.srt.layers.dcp.exchange import Exchanger
 
         group = SimpleNamespace(world_size=self.ranks, rank_in_group=0, unique_name="benchmark")
+        group.exchanger = Exchanger("a2a", group)
         with (
             runtime_context.use_context(self.context),
             runtime_context.get_parallel().override(

@@ -156,15 +156,6 @@ def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attentio
 
 
 @pytest.mark.timeout(540)
-@pytest.mark.parametrize("layout", ["a2a", "symm of 4"])
-def test_a_decode_step_scheduled_once(
-    checkpoints: dict[str, Path], layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HELIX_FA3_SCHEDULE", "1")
-    serve_and_compare(checkpoints["llama"], layout, "fa3", "GQA")
-
-
-@pytest.mark.timeout(540)
 @pytest.mark.parametrize("layout", ["ag_rs", "a2a", "symm"])
 @pytest.mark.parametrize(
     "attention", [one.name for one in ADAPTERS if one.windows and not one.off_cuda]

@@ -8,7 +8,6 @@ Scales of a quantized cache are inside the LSE.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,8 +43,6 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
-        # Seen on a GPU in bf16 alone, not with fp8, sinks or capped logits: for whoever asks.
-        self.schedules = os.environ.get("HELIX_FA3_SCHEDULE") == "1"
         self.group_kv_heads: int = model_runner.model_config.get_num_kv_heads(
             get_parallel().tp_size, self.shard.size
         )
@@ -86,10 +83,8 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
 
         By what the call itself would work it out from: the heads of the group, the lengths, and the
         width of the page table, which bounds the splits. None for drafts, which have several
-        queries each, and where it was not asked for.
+        queries each.
         """
-        if not self.schedules:
-            return None
         if self.mla or self.captured_width > 1 or self._get_scheduler_metadata is None:
             return None
         schedule: Tensor = self._get_scheduler_metadata(

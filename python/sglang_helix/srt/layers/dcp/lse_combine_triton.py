@@ -18,19 +18,18 @@ from sglang_helix.srt.layers.dcp.packed_rows import TAIL_BYTES
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit
 def counted(lse):
     """An LSE as it counts: NaN and +inf say that there is no token, as -inf does."""
-    return tl.where((lse != lse) | (lse == float("inf")), _NEG_INF, lse)
+    return tl.where((lse != lse) | (lse == float("inf")), float("-inf"), lse)
 
 
 @triton.jit
 def shift_of(top):
     """What is taken off LSEs of which this is the highest; 0 where there is no token at all."""
-    return tl.where(top == _NEG_INF, 0.0, top)
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
@@ -69,7 +68,7 @@ def merged(lses, parts, sink, BASE2: tl.constexpr):
         lse = counted(lses[n])
         weight = weight_of(lse, shift, BASE2)
         total += weight
-        part = tl.where((lse == _NEG_INF)[:, None], 0.0, parts[n].to(tl.float32))
+        part = tl.where((lse == float("-inf"))[:, None], 0.0, parts[n].to(tl.float32))
         whole += part * weight[:, None]
     whole *= (1.0 / tl.maximum(total, 1.0))[:, None]
     return whole, lse_of(total, shift, BASE2)
@@ -121,12 +120,12 @@ def _combine_splits_kernel(
     for first in tl.range(0, live, SPLITS):
         s = first + tl.arange(0, SPLITS)
         here = s < live
-        lse = tl.load(l_at + s.to(tl.int64) * l_s, mask=here, other=_NEG_INF)
+        lse = tl.load(l_at + s.to(tl.int64) * l_s, mask=here, other=float("-inf"))
         x_row = (s.to(tl.int64) * x_s * X_UNIT)[:, None]
         cells = here[:, None] & (d < D)[None, :]
         x = tl.load(x_at + x_row, mask=cells, other=0.0)
         lse = counted(lse)
-        x = tl.where((lse == _NEG_INF)[:, None], 0.0, x)
+        x = tl.where((lse == float("-inf"))[:, None], 0.0, x)
         above = tl.maximum(top, tl.max(lse, 0))
         shift = shift_of(above)
         weight = weight_of(lse, shift, False)
@@ -184,11 +183,11 @@ def _combine_kernel(
     for n in tl.static_range(N):
         l_at = l_ptr + (l_row + tl.cast(n, tl.int64) * l_n)
         x_at = x_ptr + (x_row + tl.cast(n, tl.int64) * x_n * X_UNIT)[:, None] + d * x_d
-        lse += (tl.load(l_at, mask=row_ok, other=_NEG_INF),)  # type: ignore[assignment]
+        lse += (tl.load(l_at, mask=row_ok, other=float("-inf")),)  # type: ignore[assignment]
         x += (tl.load(x_at, mask=cell_ok, other=0.0),)  # type: ignore[assignment]
     sink = None
     if sink_ptr is not None:
-        sink = sink_of(tl.load(sink_ptr + h, mask=row_ok, other=_NEG_INF), BASE2)
+        sink = sink_of(tl.load(sink_ptr + h, mask=row_ok, other=float("-inf")), BASE2)
     y, total = merged(lse, x, sink, BASE2)
 
     y_row = (b * y_b + h * y_h) * Y_UNIT
@@ -245,11 +244,11 @@ def _merge_kernel(
     a = tl.load(a_at, mask=row_ok[:, None] & (d < D), other=0.0)
     b_at = b_ptr + ((u * b_b + h * b_h) * B_UNIT)[:, None] + d * b_d
     b = tl.load(b_at, mask=part_ok[:, None] & (d < D), other=0.0)
-    la = tl.load(la_ptr + t * la_b + h * la_h, mask=row_ok, other=_NEG_INF)
-    lb = tl.load(lb_ptr + u * lb_b + h * lb_h, mask=part_ok, other=_NEG_INF)
+    la = tl.load(la_ptr + t * la_b + h * la_h, mask=row_ok, other=float("-inf"))
+    lb = tl.load(lb_ptr + u * lb_b + h * lb_h, mask=part_ok, other=float("-inf"))
     sink = None
     if sink_ptr is not None:
-        sink = sink_of(tl.load(sink_ptr + h, mask=row_ok, other=_NEG_INF), BASE2)
+        sink = sink_of(tl.load(sink_ptr + h, mask=row_ok, other=float("-inf")), BASE2)
     y, total = merged((la, lb), (a, b), sink, BASE2)
 
     y_at = y_ptr + row.to(tl.int64)[:, None] * D + d
@@ -298,7 +297,7 @@ def _rescale_kernel(
     lse = ()
     for n in tl.static_range(N):
         l_at = l_ptr + (l_row + tl.cast(n, tl.int64) * l_n)
-        lse += (tl.load(l_at, mask=row_ok, other=_NEG_INF),)  # type: ignore[assignment]
+        lse += (tl.load(l_at, mask=row_ok, other=float("-inf")),)  # type: ignore[assignment]
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     own = top
@@ -314,7 +313,7 @@ def _rescale_kernel(
     y_row = (h * (rows // HEADS) + b) * D
     for start in tl.static_range(0, D, COLS):
         d = start + cols
-        part = tl.where((own == _NEG_INF)[:, None], 0.0, x[start // COLS].to(tl.float32))
+        part = tl.where((own == float("-inf"))[:, None], 0.0, x[start // COLS].to(tl.float32))
         y_at = y_ptr + y_row[:, None] + d
         tl.store(y_at, part * share[:, None], mask=row_ok[:, None] & (d < D))
     tl.store(y_lse_ptr + row, lse_of(total, shift, BASE2), mask=row_ok)
