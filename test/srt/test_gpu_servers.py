@@ -226,7 +226,7 @@ def test_a_long_prefix_of_mla_in_chunks(checkpoints: dict[str, Path], attention:
     clear = 0
     with server:
         # Of two lengths in a batch, so that one prefix ends before the other.
-        batch = [prompt(length) for length in (4 * CHUNK + 3, 3 * CHUNK, 2 * CHUNK + 70)]
+        batch = [prompt(length) for length in (4 * CHUNK + 3, 3 * CHUNK, 2 * CHUNK + 70, 2 * CHUNK)]
         continued = [tokens + prompt(9, seed=1) for tokens in batch]
         for prompts in (batch, continued):
             answers = server.generate_batch(prompts, NEW_TOKENS)

@@ -7,6 +7,7 @@ from sglang_helix.srt.compatibility.row import WITHOUT, Given, Row
 from sglang_helix.srt.compatibility.rows.execution import graph
 from sglang_helix.srt.compatibility.situation import Situation
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS
+from sglang_helix.srt.layers.attention.seen import verified_on_a_gpu
 
 # NEXTN is another name of EAGLE.
 _DRAFT_MODELS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
@@ -64,13 +65,16 @@ def _plan_stream(situation: Situation) -> object | None:
 
 
 def _decode_graph(situation: Situation) -> object | None:
-    """Graphs that nobody asked for by name, or of a backend that captures no verify pass."""
+    """Graphs of a backend that captures no verify pass, or, unless they are asked for by name, of
+    one whose verify passes no GPU has replayed.
+    """
     from sglang.srt.arg_groups.overrides import attention_backends_of
 
     args, attention = situation.args, situation.attention
     capture = {record.name for record in ADAPTERS if attention in record.drafts_in_graphs}
-    named = args.cuda_graph_backend_decode is not None
-    served = named and capture >= {*attention_backends_of(args)}
+    if args.cuda_graph_backend_decode is None:
+        capture = {name for name in capture if verified_on_a_gpu(name, attention)}
+    served = capture >= {*attention_backends_of(args)}
     return None if served else graph(situation, "decode")
 
 
@@ -175,11 +179,12 @@ DRAFTS: tuple[Row, ...] = (
         _drafts(disaggregated),
     ),
     Row(
-        "drafts verified in CUDA graphs, unless these are named",
+        "drafts verified in CUDA graphs of backends that no GPU was seen with, unless named",
         "--cuda-graph-backend-decode",
         "refused",
-        "no GPU has replayed a captured verify pass yet, and trtllm_mha captures none",
-        "Use --cuda-graph-backend-decode disabled with --speculative-algorithm",
+        "no GPU has replayed a verify pass of the attention backend yet, or it captures none",
+        "Use --cuda-graph-backend-decode disabled with --speculative-algorithm, or full where "
+        "docs/speculative.md says that the backend captures them",
         _drafts(_decode_graph),
     ),
 )

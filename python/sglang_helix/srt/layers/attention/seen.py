@@ -45,17 +45,17 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("fa3", "GQA", "one H200", FEATURES),
-        "Llama-shaped `a2a`, `symm`; with HELIX_FA3_SCHEDULE=1 `a2a` and `symm` of 4; windows cut "
-        "by owner (Gemma-3 `a2a`, Command-A `symm`), Qwen3-Next `a2a`; an fp8 cache with `symm`, "
-        "scales of a checkpoint and without: no further from the oracle than one rank; n-gram "
-        "drafts with `a2a`, verified from graphs",
+        "Llama-shaped `a2a`, `symm`, `symm` of 4; gpt-oss `a2a`; windows cut by owner (Gemma-3 "
+        "`a2a`, Command-A `symm`, Gemma-2 `symm` with capped logits), Qwen3-Next `a2a`; an fp8 "
+        "cache with `symm`, scales of a checkpoint and without: no further from the oracle than "
+        "one rank; n-gram drafts with `a2a`, verified from graphs",
     ),
     Seen(
         *("fa3", "GQA", "several GPUs", ("graph", "extend")),
         "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; `symm` of 4 "
-        "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token. "
-        "Four H200s: `symm` of 4; times per token. All without HELIX_FA3_SCHEDULE=1, by which a "
-        "decode step's schedule is worked out once for all layers",
+        "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token, "
+        "with a decode step's schedule for all layers too. Four H200s: `symm` of 4; times per "
+        "token, before that schedule",
     ),
     Seen(
         *("fa3", "MLA", "CPU", ("graph", "extend", "verify")),
@@ -66,7 +66,7 @@ SEEN: tuple[Seen, ...] = (
         *("fa3", "MLA", "one H200", ("graph", "extend", "verify")),
         "DeepSeek-V2-shaped `symm`; long prefixes un-absorbed in chunks and n-gram drafts verified "
         "from graphs, `a2a`; MTP with `symm` of 4: right tokens, 42 right drafts where one rank "
-        "had 37",
+        "had 37, in both of two runs",
     ),
     Seen(
         *("fa3", "MLA", "several GPUs", ("graph", "extend")),
@@ -88,11 +88,15 @@ SEEN: tuple[Seen, ...] = (
         "wrappers on a stand-in for the modules that they compile",
     ),
     Seen(
+        *("flashinfer", "GQA", "one H200", ("graph", "extend", "verify")),
+        "Llama-shaped `a2a`, `symm`, `--attn-tp-size 1` and `symm` of 4, all four at once on the "
+        "GPU, which gave wrong tokens before plans waited for each other's copies; n-gram drafts "
+        "verified from graphs",
+    ),
+    Seen(
         *("flashinfer", "GQA", "several GPUs", ("graph", "extend")),
         "two H200s, Llama-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, where prompts "
-        "of one token leave three ranks empty. Since then 6 of 8 servers whose ranks shared an "
-        "H200 gave wrong tokens behind a continued request: plans overtook each other, which is "
-        "mended and not run on a GPU again",
+        "of one token leave three ranks empty",
     ),
     Seen(
         *("flashinfer", "MLA", "CPU", ("extend", "verify")),
@@ -101,8 +105,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("flashinfer", "MLA", "one H200", ("graph", "extend")),
-        "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`; `symm` of 4 ranks, with empty shards. A prefix "
-        "in chunks gave a token that transformers in bf16 gives too, and fp32 does not",
+        "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`; `symm` of 4 ranks, with empty shards; long "
+        "prefixes un-absorbed in chunks, `a2a`",
     ),
     Seen(
         *("flashinfer", "MLA", "several GPUs", ("graph", "extend")),
@@ -115,9 +119,10 @@ SEEN: tuple[Seen, ...] = (
         "chunks too, and the conformance suite; its prefill by FlashInfer's wrappers",
     ),
     Seen(
-        *("flashmla", "MLA", "one H200", ("graph", "extend")),
+        *("flashmla", "MLA", "one H200", ("graph", "extend", "fp8")),
         "DeepSeek-V2-shaped `symm` of 2 and of 4 ranks, prompts of one token among them; long "
-        "prefixes un-absorbed in chunks, `a2a`",
+        "prefixes un-absorbed in chunks, `a2a`; an fp8 cache with `symm`: no further from the "
+        "oracle than one rank",
     ),
     Seen(
         *("flashmla", "MLA", "several GPUs", ("graph", "extend")),
@@ -212,7 +217,7 @@ PARTS: tuple[Part, ...] = (
         "the interpreter, 2 and 4 ranks",
         "shared by 2 and 4 ranks: results, graphs, splits of GQA and MLA in one launch, a stuck "
         "peer",
-        "2 and 4 H100s, 2 and 4 H200s: results, graphs, whole servers",
+        "2 and 4 H100s, 2 and 4 H200s: results, graphs, whole servers' times",
     ),
     Part(
         "combine, pack and `ag_rs`'s rescale (Triton)",
@@ -244,8 +249,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "MLA's long prefixes: in chunks",
         "SGLang's schedulers on stand-ins, against `transformers`",
-        "by FA3 and FlashMLA, `a2a`; by FlashInfer a token differs that `transformers` in bf16 "
-        "gives too",
+        "by FA3, FlashInfer and FlashMLA, `a2a`",
     ),
     Part(
         "hierarchical cache: K and V by owner",
@@ -268,25 +272,30 @@ PARTS: tuple[Part, ...] = (
         "as above",
     ),
     Part(
-        "sliding windows in the pool of all layers: Gemma-3, Command-A",
+        "sliding windows in the pool of all layers: Gemma-2, Gemma-3, Command-A",
         "SGLang's schedulers against `transformers`",
-        "by FA3 and Triton, `a2a` and `symm`",
+        "by FA3 and Triton, `a2a` and `symm`; Gemma-2 by FA3, `symm`",
     ),
     Part(
-        "sliding windows in the pool of all layers: Afmoe, Command-A+, Exaone-4, Gemma-2, K-EXAONE",
+        "sliding windows in the pool of all layers: Afmoe, Command-A+, Exaone-4, K-EXAONE",
         "as above",
     ),
     Part(
-        "sliding windows in a pool of their own, attention sinks: gpt-oss, Gemma-4, Granite-SWA, "
-        "Laguna, Mellum, MiMo-V2, Step-3.5",
+        "sliding windows in a pool of their own, attention sinks: gpt-oss",
         "as above; sinks against float64 in every exchange, `symm`'s by the interpreter",
+        "`a2a` by FA3",
+    ),
+    Part(
+        "sliding windows in a pool of their own: Gemma-4, Granite-SWA, Laguna, Mellum, MiMo-V2, "
+        "Step-3.5",
+        "as above",
     ),
     Part(
         "drafts: n-grams of GQA and MLA, EAGLE, MTP",
         "SGLang's schedulers against `transformers`, right drafts counted beside a server without "
         "sharding; captured verify passes by the conformance suite",
-        "n-grams from graphs by Triton (GQA) and FA3 (GQA, MLA); EAGLE and MTP from graphs by "
-        "Triton, MTP by FA3",
+        "n-grams from graphs by Triton and FlashInfer (GQA) and FA3 (GQA, MLA); EAGLE and MTP "
+        "from graphs by Triton, MTP by FA3",
     ),
     Part(
         "drafts: EAGLE3, standalone models",
@@ -337,6 +346,11 @@ def seen(backend: str, attention: Attention, place: Place) -> set[Feature]:
         if record[:3] == (backend, attention, place)
         for feature in record.features
     }
+
+
+def verified_on_a_gpu(backend: str, attention: Attention) -> bool:
+    """Whether one has verified drafts from graphs that it captured."""
+    return any("verify" in seen(backend, attention, place) for place in PLACES if place != "CPU")
 
 
 def seen_on_a_gpu(backend: str, attention: Attention) -> bool:
