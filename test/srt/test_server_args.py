@@ -610,6 +610,14 @@ def test_flag_is_refused(resolved: Resolve, feature: str) -> None:
         assert value is True or f"{row.flag} {value} " in asked
 
 
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_mori_carries_latents_alone(resolved: Resolve, mode: str) -> None:
+    """As NIXL does, above; it serves MLA as SGLang has it (test_verdicts.py)."""
+    asked = {"disaggregation_transfer_backend": "mori", "disaggregation_mode": mode}
+    error = resolved("Blackwell", "llama", tp_size=4, dcp_size=2, page_size=16, **asked).error
+    assert "--disaggregation-transfer-backend mori is not supported with --dcp-size 2" in error
+
+
 # Verify passes: what captures them, what does where graphs are named, and what captures none.
 REPLAYED = [("llama", "triton"), ("llama", "fa3"), ("deepseek_v2", "fa3")]
 CAPTURE = [*REPLAYED, ("deepseek_v2", "flashinfer"), ("deepseek_v2", "flashmla")]

@@ -131,6 +131,16 @@ OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         {**NIXL, "disaggregation_mode": "decode", "attention_backend": "flashinfer"},
         (PD,),
     ),
+    "PD prefill by Mori": (
+        "Blackwell",
+        "deepseek_v2",
+        {
+            "disaggregation_transfer_backend": "mori",
+            "disaggregation_mode": "prefill",
+            "attention_backend": "flashinfer",
+        },
+        (PD,),
+    ),
     "MTP": ("Blackwell", "deepseek_v2", {**EAGLE, **CUTEDSL}, (DRAFTS,)),
     "Mooncake": (
         "Blackwell",
