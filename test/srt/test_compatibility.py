@@ -1,8 +1,9 @@
 """The compatibility table: its rows are complete, and a refusal says what, why and what instead.
 
-test_server_args.py starts with every refused row that flags or a model bring. Here are the others:
-rows of the machine, and rows that stand behind a refusal of SGLang's own. Each is asked for by
-itself, on top of the resolved arguments and configuration of a server that starts.
+test_server_args.py and test_refused_models.py start with every refused row that flags or a model
+bring. Here are the others: rows of the machine, and rows that stand behind a refusal of SGLang's
+own. Each is asked for by itself, on top of the resolved arguments and configuration of a server
+that starts.
 """
 
 import os

@@ -29,7 +29,8 @@ from sglang_helix.srt.compatibility.verdict import Verdict, decide, refusals
 from srt.fresh import Fresh
 from srt.model_loader.test_loader import configuration
 from srt.models.test_every_model import BUILT
-from srt.test_server_args import LATENT, SMALL, SPARSE
+from srt.resolved import SMALL
+from srt.test_refused_models import LATENT, SPARSE
 
 HYBRID = (
     "other hybrid linear attention of MLA, of Qwen3.5 and where A is a multiple of KV heads; "
