@@ -22,7 +22,13 @@ from sglang.srt import runtime_context
 from sglang_cpu_reference import stand_ins
 from sglang_helix.srt.layers.attention import adapters, measured
 
-from benchmark.dcp import attention, report
+from benchmark.dcp import (
+    attention,
+    attention_candidates,
+    attention_report,
+    attention_stage,
+    report,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,7 +57,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_and_its_plain_twin_are_right_and_timed(figures: Path) -> None:
-    rows = report.read_csv(figures, attention.Row)
+    rows = report.read_csv(figures, attention_report.Row)
     expected = []
     for heads in attention.QUICK.values():
         of_mla = () if heads.kv else ("flashmla",)
@@ -69,7 +75,7 @@ def test_an_adapter_and_its_plain_twin_are_right_and_timed(figures: Path) -> Non
 class Unstaged:
     """A stage of candidates that need nothing of SGLang's."""
 
-    def __init__(self, cache: attention.Cache, *_: object) -> None:
+    def __init__(self, cache: attention_stage.Cache, *_: object) -> None:
         self.cache = cache
 
     def __enter__(self) -> Unstaged:
@@ -77,13 +83,13 @@ class Unstaged:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def call(self, call: attention.Call, number: int) -> torch.Tensor:
+    def call(self, call: attention_stage.Call, number: int) -> torch.Tensor:
         return call(number)
 
 
-def scaled(name: str, factor: float) -> attention.Candidate:
+def scaled(name: str, factor: float) -> attention_candidates.Candidate:
     """A candidate that gives the right outputs times a factor."""
-    return attention.Candidate(
+    return attention_candidates.Candidate(
         name, 1, "", lambda stage: lambda number: factor * stage.cache.want[0]
     )
 
@@ -102,7 +108,7 @@ def test_a_wrong_candidate_is_named_and_left_out(
     quick: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert attention.main(quick) == 1
-    rows = report.read_csv(Path(quick[-1]), attention.Row)
+    rows = report.read_csv(Path(quick[-1]), attention_report.Row)
     assert [(row.heads, row.name) for row in rows] == [
         (heads, name) for heads in attention.QUICK for name in ("right", report.COPY)
     ]
@@ -115,7 +121,7 @@ def test_a_wrong_candidate_is_named_and_left_out(
 def test_a_crash_loses_no_figures(
     quick: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def crashing(p: attention.Problem, _: bool) -> Iterator[attention.Candidate]:
+    def crashing(p: attention_stage.Problem, _: bool) -> Iterator[attention_candidates.Candidate]:
         yield scaled("right", 1.0)
         if not p.heads.kv:
             raise KeyboardInterrupt
@@ -123,7 +129,7 @@ def test_a_crash_loses_no_figures(
     monkeypatch.setattr(attention, "candidates", crashing)
     with pytest.raises(KeyboardInterrupt):
         attention.main(quick)
-    rows = report.read_csv(Path(quick[-1]), attention.Row)
+    rows = report.read_csv(Path(quick[-1]), attention_report.Row)
     assert [(row.heads, row.name) for row in rows] == [("4/2", "right"), ("4/2", report.COPY)]
     _, head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["heads", "B", "tokens", "right", report.COPY]
@@ -145,8 +151,8 @@ def test_ships_the_adapters_times_by_heads(figures: Path, tmp_path: Path) -> Non
     path = tmp_path / "measured.json"
     old = measured.Figures(device="old", major=8, us={"triton": {"1 x 1": 1.0}})
     path.write_text(json.dumps({"4/2": old, "64/8": old}))
-    rows = report.read_csv(figures, attention.Row)
-    attention.ship(rows, 9, path)
+    rows = report.read_csv(figures, attention_report.Row)
+    attention_report.ship(rows, 9, path)
     shipped = json.loads(path.read_text())
     assert shipped["64/8"] == old
     assert set(shipped) == {"64/8", *attention.QUICK}
@@ -158,13 +164,13 @@ def test_ships_the_adapters_times_by_heads(figures: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("heads", attention.SHAPES.values(), ids=str)
 def test_a_new_record_is_measured_by_being_there(
-    heads: attention.Heads, monkeypatch: pytest.MonkeyPatch
+    heads: attention_stage.Heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = adapters.Adapter("new", base2=False, gqa=("a:B",), mla=("a:B",))
     monkeypatch.setattr(adapters, "ADAPTERS", (*adapters.ADAPTERS, new))
     hopper = SimpleNamespace(is_cuda=True, device_sm=90)
     monkeypatch.setattr(runtime_context, "get_platform", lambda: hopper)
-    problem = attention.Problem(heads, 1, 1, torch.device("cuda"))
+    problem = attention_stage.Problem(heads, 1, 1, torch.device("cuda"))
     names = [candidate.name for candidate in attention.candidates(problem, with_variants=True)]
     assert len(set(names)) == len(names)
     assert {"new", "new tp", "triton", "triton tp", "triton, 8 splits", "fa3 tp"} <= set(names)
