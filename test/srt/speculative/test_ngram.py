@@ -23,8 +23,12 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 @pytest.mark.parametrize(
     ("processes", "backend", "page", "breadth"),
-    [("ready", "torch_native", 1, 4), ("kernels", "flashmla", 64, 1)],
-    ids=["torch_native", "flashmla"],
+    [
+        ("ready", "torch_native", 1, 4),
+        ("kernels", "flashmla", 64, 1),
+        ("kernels", "flashinfer", 4, 4),
+    ],
+    ids=["torch_native", "flashmla", "flashinfer"],
 )
 def test_drafts_of_mla(
     request: pytest.FixtureRequest,
@@ -34,11 +38,11 @@ def test_drafts_of_mla(
     page: int,
     breadth: int,
 ) -> None:
-    """As below, of MLA and without an interpreter; FlashMLA's kernels are stand-ins.
+    """As below, of MLA and without an interpreter; kernels are stand-ins.
 
     In pages of several tokens SGLang verifies trees by FlashInfer alone.
     """
-    # FlashMLA's prefill has kernels for the widths of real models.
+    # FlashInfer's prefill, FlashMLA's too, has kernels for the widths of real models.
     widths = {"qk_nope_head_dim": 128, "v_head_dim": 128}
     checkpoint = make_checkpoint("deepseek_v2", tmp_path / "mla", num_hidden_layers=2, **widths)
     flags = (
@@ -56,19 +60,27 @@ def test_drafts_of_mla(
 
 
 @needs_compiler
-def test_drafts_from_earlier_answers(interpreted: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "backend", "page"),
+    [("interpreted", "triton", 1), ("kernels", "flashinfer", 4)],
+    ids=["triton", "flashinfer"],
+)
+def test_drafts_from_earlier_answers(
+    request: pytest.FixtureRequest, tmp_path: Path, processes: str, backend: str, page: int
+) -> None:
     """The corpus learns each answer; asked again, it drafts it, in trees of several branches."""
     checkpoint = make_checkpoint("llama", tmp_path / "llama", num_hidden_layers=2)
     flags = (
         *("--dcp-size", "2", "--dcp-comm-backend", "a2a", "--max-running-requests", "4"),
-        *("--attention-backend", "triton", "--cuda-graph-backend-decode", "disabled"),
+        *("--attention-backend", backend, "--cuda-graph-backend-decode", "disabled"),
         *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6"),
         *("--speculative-ngram-max-bfs-breadth", "4", "--speculative-ngram-capacity", "10000"),
-        *("--page-size", "1", "--chunked-prefill-size", "16"),
+        *("--page-size", str(page), "--chunked-prefill-size", "16"),
     )
     prompts = [prompt(length) for length in LENGTHS]
     batches = [*([tokens] for tokens in prompts), prompts[:1], prompts[1:]]
-    for report in serve(interpreted, checkpoint, 2, flags, batches, NEW_TOKENS):
+    fresh: Fresh = request.getfixturevalue(processes)
+    for report in serve(fresh, checkpoint, 2, flags, batches, NEW_TOKENS):
         check_all(checkpoint, batches, report.answers, NEW_TOKENS)
         for answer in itertools.chain(*report.answers[-2:]):
             assert answer.drafts[0] > NEW_TOKENS // 2
