@@ -66,7 +66,8 @@ SEEN: tuple[Seen, ...] = (
         *("fa3", "MLA", "one H200", ("graph", "extend", "verify")),
         "DeepSeek-V2-shaped `symm`; long prefixes un-absorbed in chunks and n-gram drafts verified "
         "from graphs, `a2a`; MTP with `symm` of 4: right tokens, 42 right drafts where one rank "
-        "had 37, in both of two runs",
+        "had 37, in both of two runs (in plain torch bf16 counts 37 to 43 without any sharding, by "
+        "how its sums are cut)",
     ),
     Seen(
         *("fa3", "MLA", "several GPUs", ("graph", "extend")),
