@@ -206,6 +206,18 @@ A2A = Patch(
             until="upstream's masks empty shards",
         ),
         Hook(
+            target="sglang.srt.layers.dcp.comm.all_gather_q_for_mla_decode",
+            kind="replace",
+            stage="serve",
+            impl=f"{_SRT}.layers.dcp.comm:all_gather_q_for_mla_decode",
+            signature="q_nope_out, q_pe",
+            why="gathers the rope part in front of the latent, which kernels that take both as one "
+            "want behind it: a copy of all heads' queries in each layer",
+            how="gathers them in that order, and returns views",
+            upstream="none",
+            until="upstream's gathers the latent first",
+        ),
+        Hook(
             target="sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
             ".is_mla_dcp_lse_base_on_e",
             kind="replace",

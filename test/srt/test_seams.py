@@ -35,6 +35,8 @@ SEAMS: dict[str, set[str]] = {
     f"{DCP}.symm_launch": COMBINE | KERNEL,
     f"{DCP}.symm_workspace": COMBINE | KERNEL,
     f"{DCP}.exchange": COMBINE | KERNEL,
+    # Queries.
+    f"{DCP}.gather": set(),
 }
 # An adapter attends: the exchange, groups and owners are of what it derives from.
 ADAPTERS = sorted(

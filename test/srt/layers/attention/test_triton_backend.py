@@ -15,7 +15,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_helix.srt.layers.attention import triton_backend
 from sglang_helix.srt.layers.attention.kv_splits import Scratch, SplitPlan, Tile
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
-from sglang_helix.srt.layers.dcp import lse_combine, lse_combine_triton, packed_rows
+from sglang_helix.srt.layers.dcp import comm, lse_combine, lse_combine_triton, packed_rows
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -356,3 +356,102 @@ def test_launches_of_an_extend(
     queries = {0: [], 3: [0, 3], 9: [0, 2, 5, 9]}[cached]
     keys = {0: [], 3: [0, 3], 9: [0, 3, 3, 7]}[cached]
     assert attended[1:] == ([((cached, heads, 32), queries, keys)] if cached else [])
+
+
+@pytest.mark.parametrize("mla", [False, True], ids=["gqa", "mla"])
+def test_launches_of_a_decode_layer(
+    backend: ShardedTritonAttnBackend, monkeypatch: pytest.MonkeyPatch, mla: bool
+) -> None:
+    """From q_proj to o_proj, or from the absorbed queries to the value projection, by a2a.
+
+    What was gathered is attended where it is: no copy of all heads' queries.
+    """
+    launches, heads, tokens = Launches(), OWN * RANKS, 3
+    width, rope = (512, 64) if mla else (32, 0)
+    monkeypatch.setattr(lse_combine, "_runs_triton", lambda x: True)
+    for name in ("_combine_splits_kernel", "_pack_kernel", "_combine_kernel"):
+        monkeypatch.setattr(lse_combine_triton, name, launches.kernel(name))
+
+    class Group:
+        world_size, rank_in_group = RANKS, 1
+
+        def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+            assert (x.shape, dim, x.is_contiguous()) == ((OWN, tokens, width + rope), 0, True)
+            launches.names.append("all_gather")
+            return gathered
+
+        def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor) -> None:
+            launches.names.append("all_to_all")
+
+    def attend(q: torch.Tensor, *rest: Any) -> None:
+        assert q.shape == (tokens, heads, width + rope)
+        assert (q.data_ptr(), q.stride(-1)) == (gathered.data_ptr(), 1)
+        launches.names.append("attend")
+
+    gathered = torch.empty(heads, tokens, width + rope, dtype=torch.bfloat16)
+    monkeypatch.setattr(triton_backend, "_first_stage", attend)
+    group: Any = Group()
+    monkeypatch.setattr(comm, "get_parallel", lambda: SimpleNamespace(dcp_group=group))
+    backend.heads, backend.kvp_group, backend.mla = heads, group, mla
+    backend.base2, backend.use_mla = False, mla
+    backend.exchanger = group.exchanger = Exchanger("a2a", group)
+    backend.scratch = Scratch(SplitPlan(heads, 1, 32, 32, 8, Tile()), 4, width, 40, "cpu")
+    backend.write_rows = torch.zeros(tokens, dtype=torch.int64)
+    row = torch.zeros(1, 2, width + rope, dtype=torch.bfloat16)
+
+    def store(*args: Any) -> None:
+        launches.names.append("store")
+
+    backend.token_to_kv_pool = SimpleNamespace(
+        get_key_buffer=lambda layer: row,
+        get_value_buffer=lambda layer: row[..., :width],
+        set_kv_buffer=store,
+        set_mla_kv_buffer=store,
+    )
+    counts = torch.ones(tokens, dtype=torch.int32)
+    indptr = torch.zeros(tokens + 1, dtype=torch.int32)
+    backend.forward_metadata = SimpleNamespace(
+        kv_indptr=indptr, kv_indices=indptr, num_kv_splits=counts
+    )
+    layer: Any = SimpleNamespace(
+        layer_id=3,
+        tp_q_head_num=heads if mla else OWN,
+        tp_k_head_num=1,
+        qk_head_dim=width + rope,
+        v_head_dim=width,
+        scaling=1.0,
+        logit_cap=0.0,
+        logit_capping_method="tanh",
+        xai_temperature_len=-1,
+        sliding_window_size=-1,
+        k_scale=None,
+        v_scale=None,
+    )
+    batch: Any = SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=tokens,
+        out_cache_loc=torch.arange(tokens),
+        out_cache_loc_is_physical=False,
+    )
+    if mla:
+        # As the absorbing product and the rotary embedding leave them.
+        latent = torch.zeros(OWN, tokens, width, dtype=torch.bfloat16).transpose(0, 1)
+        q_rope = torch.zeros(tokens, OWN, 192, dtype=torch.bfloat16)[..., 128:]
+        k, k_rope = row.new_zeros(tokens, 1, width), row.new_zeros(tokens, 1, rope)
+        with launches:
+            parts = comm.all_gather_q_for_mla_decode(latent, q_rope)
+            out, lse = backend.forward_decode(
+                parts[0], k, k, layer, batch, q_rope=parts[1], k_rope=k_rope
+            )
+            out = comm.dcp_a2a_lse_reduce(mock.Mock(), out, lse, group)
+        assert out.shape == (tokens, OWN, width)
+    else:
+        qkv = torch.zeros(tokens, (OWN + 2) * width, dtype=torch.bfloat16)
+        q, k, v = qkv.split([OWN * width, width, width], dim=1)
+        with launches:
+            out = backend.forward_decode(q, k, v, layer, batch)
+        assert out.shape == (tokens, OWN * width)
+    gather = ["cat" if mla else "clone", "all_gather"]
+    stored = [*gather, "store"] if mla else ["store", *gather]
+    exchange = ["_combine_splits_kernel", "_pack_kernel", "all_to_all", "_combine_kernel"]
+    assert launches.names == [*stored, "attend", *exchange]

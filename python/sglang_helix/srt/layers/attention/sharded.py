@@ -41,6 +41,7 @@ from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.comm import deferred
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
+from sglang_helix.srt.layers.dcp.gather import all_gather, joined
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits, merge
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
@@ -358,7 +359,7 @@ class ShardedAttention(Drafts):
 
     def mla_queries(self, q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Any:
         """MLA's queries as `partial_decode` and the others take them: [T, heads, latent + rope]."""
-        return torch.cat(mla_parts(q, q_rope, layer), dim=-1)
+        return joined(*mla_parts(q, q_rope, layer))
 
     # Between the seams.
 
@@ -392,9 +393,7 @@ class ShardedAttention(Drafts):
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if layer.tp_q_head_num == self.heads:
             return queries
-        # Heads in front, so that what the ranks bring already stands in order.
-        gathered = self.kvp_group.all_gather(queries.transpose(0, 1).contiguous(), dim=0)
-        return gathered.transpose(0, 1)
+        return all_gather((queries,), self.kvp_group)
 
     def _own_queries(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of this rank's own heads, [T, H/K, Dk]."""

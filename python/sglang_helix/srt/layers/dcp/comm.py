@@ -1,4 +1,4 @@
-"""Upstream's merge functions, led to the series' exchange.
+"""Upstream's merge functions, led to the series' exchange, and the gather of MLA's queries.
 
 Extends `sglang/srt/layers/dcp/comm.py`. MLA's forward code and the backends that are complete
 upstream (FlashInfer-MLA, TRTLLM-MLA, CuteDSL-MLA) call these free functions by name.
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_helix.srt.layers.attention.adapters import adapter
 from sglang_helix.srt.layers.dcp.exchange import Exchanger, Group, a2a, ag_rs
+from sglang_helix.srt.layers.dcp.gather import all_gather
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 
@@ -74,6 +76,18 @@ def cp_lse_ag_out_rs_mla(
         partial, base2 = Partial(cp_attn_out, cp_attn_lse), not is_lse_base_on_e
     out, _ = exchanger(partial, cp_attn_out.dtype, base2=base2, head_major=True)
     return out.transpose(0, 1)
+
+
+def all_gather_q_for_mla_decode(
+    q_nope_out: torch.Tensor, q_pe: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent [B, H/K, L] and rope part [B, H/K, R] of own queries -> those of the group's heads.
+
+    Side by side in memory, the latent first, as kernels read them that take both as one.
+    """
+    queries = all_gather((q_nope_out, q_pe), get_parallel().dcp_group)
+    latent = q_nope_out.shape[-1]
+    return queries[..., :latent], queries[..., latent:]
 
 
 def deferred(splits: Splits, q: torch.Tensor) -> tuple[torch.Tensor, Splits]:
