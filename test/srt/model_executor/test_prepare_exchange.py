@@ -1,13 +1,11 @@
 """What is prepared and probed once a model is loaded: heads of a group, widths, largest batch."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang_helix.srt.layers.dcp import exchange
 from sglang_helix.srt.model_executor import model_runner
 
 pytestmark = pytest.mark.quick
@@ -30,7 +28,7 @@ class Case:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prepared: list[dict[str, Any]] = []
         self.probed: list[dict[str, Any]] = []
-        self.group = object()
+        self.group = SimpleNamespace()
         self.everyone = object()
         self.parallel = SimpleNamespace(
             dcp_comm_backend="symm",
@@ -55,8 +53,7 @@ class Case:
             monkeypatch.setattr(model_runner, name, lambda bag=bag: bag)
         monkeypatch.setattr(model_runner, "attention_backends", lambda: self.backends)
         monkeypatch.setattr(model_runner, "probe", self._probe)
-        symm = replace(model_runner.BACKENDS["symm"], prepare=self._prepare)
-        monkeypatch.setitem(model_runner.BACKENDS, "symm", symm)
+        monkeypatch.setattr(model_runner, "Exchanger", self._exchanger)
         self.runner = SimpleNamespace(
             model=Attention(),
             use_mla_backend=False,
@@ -69,14 +66,17 @@ class Case:
             ),
         )
 
-    def _prepare(self, group: object, **shape: Any) -> None:
+    def _exchanger(self, backend: str, group: object) -> Any:
         assert group is self.group
-        self.prepared.append(shape)
+        return SimpleNamespace(
+            name=backend,
+            prepare=lambda **shape: self.prepared.append(shape),
+        )
 
-    def _probe(self, backend: str, group: object, everyone: object, **options: Any) -> None:
-        assert group is self.group
+    def _probe(self, exchanger: Any, everyone: object, **options: Any) -> None:
+        assert exchanger is self.group.exchanger
         assert everyone is self.everyone
-        self.probed.append({"backend": backend, **options})
+        self.probed.append({"backend": exchanger.name, **options})
 
     def load(self) -> list[dict[str, Any]]:
         model_runner.prepare_exchange(None, self.runner)
@@ -136,16 +136,8 @@ def test_every_exchange_is_probed_as_decode_calls_it(
     assert case.probed == [{"backend": backend, "base2": base2, "splits": splits, **shape}]
 
 
-def test_layers_are_noted_as_they_run(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "_layer", 0)
-    monkeypatch.setattr(RadixAttention, "forward", lambda self: exchange._layer)
-    case.load()
-    assert [layer() for layer in case.runner.model.layers] == [0, 1, 2]
-
-
-@pytest.mark.parametrize("backend", ["a2a", "ag_rs", "fi_a2a"])
-def test_other_exchanges_need_nothing(case: Case, backend: str) -> None:
-    case.parallel.dcp_comm_backend = backend
+def test_another_exchange_is_not_ours(case: Case) -> None:
+    case.parallel.dcp_comm_backend = "fi_a2a"
     assert case.load() == []
-    assert not case.runner.model.layers[0]._forward_pre_hooks
-    assert [found["backend"] for found in case.probed] == [backend] * (backend != "fi_a2a")
+    assert case.probed == []
+    assert not hasattr(case.group, "exchanger")
