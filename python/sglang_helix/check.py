@@ -95,14 +95,16 @@ def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> 
     said = in_a_fork(_answer, list(argv), machine)
     if said is None:
         return Answer("refused", "the process that resolved its arguments ended")
-    answer, model = Answer(*said[0]), said[1]
+    answer, model, sharded = Answer(*said[0]), *said[1:]
     if answer.verdict != "works":
         return answer
-    refused, problem = builder.build(model)
+    refused, problem = builder.build([*model, *sharded])
     if refused:
         return Answer("refused", refused)
     if problem:
         unseen = f"Its layers could not be built here and are checked when it starts ({problem})."
+        if builder.build(model)[1] == problem:
+            unseen += " SGLang builds them here no more without a sharded cache."
         return answer._replace(meaning=f"{answer.meaning} {unseen}", built=False)
     return answer._replace(meaning=f"{answer.meaning} Its layers are as the series needs them.")
 
@@ -165,15 +167,15 @@ def machine_here() -> str | None:
     return None if has_gpu() or current_platform.is_out_of_tree() else "Hopper"
 
 
-def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str]]:
-    """Of the arguments alone, and the flags of the model to build."""
+def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str], list[str]]:
+    """Of the arguments alone; the flags of the model to build, and those that shard its cache."""
     if machine is None:
         return _resolved(argv)
     with told_about(machine):
         return _resolved([*argv, "--device", "cuda"])
 
 
-def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str]]:
+def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str], list[str]]:
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
     from sglang.srt.server_args import prepare_server_args
 
@@ -184,13 +186,13 @@ def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str]]:
         args.resolve_once()
         args.check_server_args()
     except (OSError, ValueError, AssertionError, RuntimeError) as refused:
-        return Answer("refused", str(refused)), []
+        return Answer("refused", str(refused)), [], []
     verdict, view = verdict_of(args), resolved_view(args)
     if verdict.kind == "whole":
         whole = "no sharded cache is asked for: SGLang serves, as without the series"
-        return Answer("whole", whole), []
+        return Answer("whole", whole), [], []
     if verdict.kind == "own":
-        return Answer("own", announcement(verdict)), []
+        return Answer("own", announcement(verdict)), [], []
     prefill, decode = attention_backends_of(view)
     backends = prefill if prefill == decode else f"{prefill} (prefill) and {decode} (decode)"
     meaning = (
@@ -199,11 +201,13 @@ def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str]]:
     )
     model = [
         *("--model-path", view.model_path, "--tp-size", str(view.tp_size)),
-        *("--dcp-size", str(view.dcp_size), "--dcp-comm-backend", "a2a"),
         *("--json-model-override-args", view.json_model_override_args),
         # What is built does not depend on it, and some classes have none of the CPU's.
         *("--attention-backend", "triton"),
-        *(["--dcp-replicate-q-proj"] if view.dcp_replicate_q_proj else []),
         *(["--trust-remote-code"] if view.trust_remote_code else []),
     ]
-    return Answer("works", meaning, backends), model
+    sharded = [
+        *("--dcp-size", str(view.dcp_size), "--dcp-comm-backend", "a2a"),
+        *(["--dcp-replicate-q-proj"] if view.dcp_replicate_q_proj else []),
+    ]
+    return Answer("works", meaning, backends), model, sharded

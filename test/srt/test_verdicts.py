@@ -696,6 +696,27 @@ def test_check_says_the_verdict_by_the_configuration_alone(
     assert "this machine has no GPU" not in outcomes[1].output
 
 
+def checked_where_nothing_is_built(model: str) -> list[str]:
+    """What check says where only a sharded cache stands in the way of a model, and where not."""
+    from sglang_helix.check import check
+
+    argv = ["--model-path", model, "--tp-size", "4", "--dcp-size", "2"]
+    builders = [
+        SimpleNamespace(build=lambda flags: ("", "no GPU")),
+        SimpleNamespace(build=lambda flags: ("", "no GPU" if "--dcp-size" in flags else "")),
+    ]
+    return [check(argv, builder, "Hopper").meaning for builder in builders]
+
+
+def test_check_says_whether_sglang_builds_the_model_at_all(
+    gpu: Fresh, models: dict[str, str]
+) -> None:
+    neither, whole = gpu.value(checked_where_nothing_is_built, models["llama"])
+    here = "Its layers could not be built here and are checked when it starts (no GPU)."
+    assert neither.endswith(f"{here} SGLang builds them here no more without a sharded cache.")
+    assert whole.endswith(here)
+
+
 def checked_by_layout(models: list[str]) -> tuple[int, list[str]]:
     """Status and lines of a check of several models without a layout among the flags."""
     from sglang_helix.__main__ import main
