@@ -5,6 +5,7 @@ time for each layer, and, over a sharded cache, the exchange and the gathering o
 
     step = layers * (layer + mla + exchange + gather) + moe layers * moe
          + weights / weight bandwidth + layers * attention + sent bytes / link bandwidth
+         + recurrent states, read and written, / cache bandwidth
 
 `attention` is a kernel's least time plus the longer of reading its rows and of its arithmetic
 (for MLA with many heads the latter). Bytes are counted from the model's configuration. The rest are
@@ -99,11 +100,12 @@ class Model(NamedTuple):
     expert_layers: int
     routed: int  # experts of a layer
     chosen: int  # of these, by a token
+    state: int = 0  # bytes of a request's recurrent states, on all ranks together
 
 
 def model_of(model_config: Any) -> Model:
     """A model from SGLang's ModelConfig."""
-    from sglang_helix.layout import shape_of
+    from sglang_helix.layout import shape_of, state_bytes
 
     shape, text = shape_of(model_config), model_config.hf_text_config
     hidden, depth, heads = text.hidden_size, model_config.num_hidden_layers, shape.query_heads
@@ -139,6 +141,7 @@ def model_of(model_config: Any) -> Model:
         expert_layers=expert_layers,
         routed=routed,
         chosen=one_of("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+        state=state_bytes(model_config, 1) or 0,
     )
 
 
@@ -219,11 +222,13 @@ def step_ms(
     if shape.kv_heads is None:
         layer += parameters.mla
     weights = weight_bytes(model, layout, choice.replicated, requests, weight_element)
+    states = 2 * requests * model.state / layout.tp_size
     return (
         layers * layer
         + model.depth * parameters.layer
         + model.expert_layers * parameters.moe
         + weights / (memory * parameters.weights)
+        + states / (memory * parameters.cache)
     ) / 1e3
 
 

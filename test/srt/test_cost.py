@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from scipy.optimize import least_squares
+from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix import cost
 from sglang_helix.__main__ import main
 from sglang_helix.layout import rows
@@ -64,6 +65,21 @@ def test_the_published_table_has_this_form() -> None:
 
     found = least_squares(errors, [300, 100, 100, 0.7])
     assert max(map(abs, errors(found.x))) < 0.03
+
+
+def test_recurrent_states_are_read_and_written_in_every_layout() -> None:
+    config = ModelConfig(str(ROOT / "docs/models/Qwen3-Next-80B-A3B"))
+    model = cost.model_of(config)
+    # 36 layers: 32 value heads of 128 x 128 in fp32, and 3 inputs of the convolution in bf16.
+    assert model.state == 36 * (32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2)
+    for row in rows(model.shape, 8, 0, 2):
+        choice = cost.Choice(row, "a2a" if row.layout.kvp_size > 1 else "", False)
+        with_states, without = (
+            cost.step_ms(one, choice, cost.GPUS["h200"], cost.fitted(), context=8192, requests=16)
+            for one in (model, model._replace(state=0))
+        )
+        moved = 2 * 16 * model.state / 8
+        assert with_states - without == pytest.approx(moved / (4.8e9 * cost.fitted().cache))
 
 
 def test_shipped_parameters_are_what_fit_writes(tmp_path: Path) -> None:
