@@ -91,10 +91,12 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_cpu_reference import (
             kv_transfer,
             linear_attention,
+            norms,
             stand_ins,
         )
 
         kv_transfer.install()
         linear_attention.install_in_rank()
+        norms.install_in_rank()
         stand_ins.install()
         register_attention_backend("torch_native")(create_torch_native_backend)

@@ -154,9 +154,10 @@ def _experts_of_this_rank(
 ) -> Any:
     """Around ``moe_forward_native``, which takes -1, an expert of another rank, for a number.
 
-    What is left of a token's experts comes as so many tokens of one expert each.
+    An expert named twice it counts once: LongCat names its first, without weight, where a token
+    has none. What is left of a token's experts comes as so many tokens of one expert each.
     """
-    own = topk_output.topk_ids >= 0
+    own = (topk_output.topk_ids >= 0) & (topk_output.topk_weights != 0)
     if own.all():
         return original(layer, x, topk_output, config)
     answer = torch.zeros_like(x)
@@ -168,6 +169,24 @@ def _experts_of_this_rank(
         )
         answer.index_add_(0, token, original(layer, x[token], alone, config))
     return answer
+
+
+def _identity_experts(
+    expert_indices: torch.Tensor,
+    expert_scales: torch.Tensor,
+    num_experts: int,
+    zero_expert_type: str,
+    hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """``zero_experts_compute_triton``: LongCat's experts [T, topk] that give back their input.
+
+    They are those from num_experts on; leaves the first expert in their place, without weight.
+    """
+    assert zero_expert_type == "identity"
+    identity = expert_indices >= num_experts
+    scales = expert_scales.where(identity, 0).sum(-1, keepdim=True)
+    expert_indices[identity], expert_scales[identity] = 0, 0.0
+    return hidden_states * scales
 
 
 def _nothing_to_wait_for(device: object = None) -> None:
@@ -198,6 +217,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
     "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": _gated,
     "sglang.kernels.ops.activation.softcap.softcap_inplace_logits": _capped,
+    "sglang.kernels.ops.moe.ep_moe_kernels.zero_experts_compute_triton": _identity_experts,
     "torch.cuda.synchronize": _nothing_to_wait_for,
     "torch.cuda.current_device": _the_cpu,
     "torch.Tensor.pin_memory": _not_pinned,

@@ -42,9 +42,12 @@ def test_models_page_is_of_these_models() -> None:
     rows = {
         cells[0]: cells
         for line in page.splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 7
+        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 8
     }
     assert set(rows) - {"model", "---"} == {path.name for path in render.model_directories()}
     for path in render.model_directories():
         gains, flags = render.model_layout(path)
         assert rows[path.name][2:5] == [f"`{' '.join(flags)}`", *gains]
+        proof = render.proven_by(render.architecture_of(path), rows[path.name][1])
+        assert rows[path.name][6] == proof
+        assert "could not be built" not in rows[path.name][7]

@@ -13,6 +13,7 @@ from srt.models.test_models import serve_and_check
 COMMON = {**FAMILIES["llama"].config, "num_hidden_layers": 2}
 WIDE = {**COMMON, "head_dim": 16}  # for configurations that take it from the hidden size
 MLA = {**FAMILIES["deepseek_v2"].config, "num_hidden_layers": 2}
+ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 
 # Two key-value heads, or one.
 GQA = {
@@ -40,6 +41,25 @@ GQA = {
             "multi_query": True,
         },
     ),
+    "ministral3": Family("ministral3", COMMON),
+    "minimax_m2": Family(  # norms over all heads, whose means all ranks share
+        "minimax_m2",
+        {
+            **COMMON,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "rope_parameters": ROPE,
+        },
+        {
+            "use_qk_norm": True,
+            "qk_norm_type": "per_layer",
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "rotary_dim": 32,
+            "rope_theta": 10000.0,
+        },
+    ),
     "stablelm": Family("stablelm", {**WIDE, "hidden_act": "silu"}),
 }
 
@@ -56,11 +76,38 @@ PLANNED = {
         "glm4_moe_lite",
         {
             **MLA,
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+            "rope_parameters": ROPE,
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
             "norm_topk_prob": True,
             "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    # Two attention layers in one. Without the experts that give back their input, which every rank
+    # of SGLang's adds to what is summed up; and with a scaling of the rotary embedding, which is
+    # none, since its class can be built with one alone.
+    "longcat_flash": Family(
+        "longcat_flash",
+        {
+            **MLA,
+            "head_dim": 64,
+            "ffn_hidden_size": 256,
+            "expert_ffn_hidden_size": 64,
+            "zero_expert_num": 0,
+            "moe_topk": 3,
+            "routed_scaling_factor": 1.0,
+            "rope_parameters": ROPE,
+        },
+        {
+            "rope_theta": 10000.0,
+            "rope_parameters": None,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 1.0,
+                "original_max_position_embeddings": 4096,
+            },
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
         },
     ),
 }
