@@ -95,7 +95,8 @@ def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> 
     said = in_a_fork(_answer, list(argv), machine)
     if said is None:
         return Answer("refused", "the process that resolved its arguments ended")
-    answer, model, sharded = Answer(*said[0]), *said[1:]
+    told, model, sharded = said
+    answer = Answer(*told)
     if answer.verdict != "works":
         return answer
     refused, problem = builder.build([*model, *sharded])
