@@ -24,32 +24,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from types import MethodType
-from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from benchmark.dcp import measure, report
+from benchmark.dcp import report
+from benchmark.dcp.collectives_rank import figures_in, run_rank
+from benchmark.dcp.collectives_report import (
+    HEAD,
+    MARK,
+    Row,
+    plot,
+    reason_of_mark,
+    shares_gpus,
+    table_line,
+)
 from benchmark.dcp.kernels import (
-    BOUND,
-    DTYPE,
     SHAPES,
-    device_name,
-    relative_error,
-    software,
 )
 
-SETS = 4  # of buffers; few, so that they stay in the cache
-SYMM = f"{report.OURS} symm"
-MARK = "function only"
 # Ranks that share a GPU: NCCL lets them from this version on, with a few blocks each, or they
 # fill it and wait for each other.
 SHARING_NCCL = (2, 30)
@@ -58,433 +54,6 @@ SHARING_ENV = {
     "NCCL_MAX_CTAS": "4",
     "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
 }
-
-Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate at one size."""
-
-    shape: str
-    heads: int
-    head_dim: int
-    ranks: int
-    batch: int
-    name: str
-    mode: str
-    """graph or eager: how a sample was run."""
-    p10_us: float
-    median_us: float
-    p90_us: float
-    link_bytes: int
-    """That a rank must send to the others: the other ranks' heads and their LSEs."""
-    error: float
-    """Relative to float64, of the worst rank: the norm of the difference over the norm."""
-    mark: str
-    device: str
-    software: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    shape: str
-    heads: int
-    head_dim: int
-    ranks: int
-    batch: int
-
-    @property
-    def owned(self) -> int:
-        """Heads that a rank ends with: h."""
-        return self.heads // self.ranks
-
-    @property
-    def link_bytes(self) -> int:
-        per_head = self.head_dim * DTYPE.itemsize + torch.float32.itemsize
-        return (self.ranks - 1) * self.batch * self.owned * per_head
-
-
-class Candidate(NamedTuple):
-    name: str
-    group: Any
-    """The GroupCoordinator it goes over: its capture context makes it capturable."""
-    run: Run
-    """(out [B, H, D], lse [B, H]) -> [B, H/N, D]"""
-    takes: torch.dtype = DTYPE
-    """What it asks attention for."""
-    most: int | None = None
-    """The largest batch; the series takes another exchange above it."""
-    lay: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
-    """What its inputs are made of (out, lse) before the time is taken; None: they are these."""
-
-
-# --- in each rank -------------------------------------------------------------------------------
-
-
-class Bench:
-    """One rank: its groups, and what to measure on them."""
-
-    def __init__(
-        self, rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
-    ) -> None:
-        from sglang.srt.distributed import parallel_state
-
-        torch.set_num_threads(1)
-        self.rank, self.ranks, self.options = rank, ranks, options
-        self.symmetric = symmetric
-        self.said: set[str] = set()
-        self.kept: list[Any] = []
-        nccl = options.device == "cuda"
-        local_rank = rank % torch.cuda.device_count() if nccl else rank
-        backend = "nccl" if nccl else "gloo"
-        if nccl:
-            torch.cuda.set_device(local_rank)
-        else:
-            from sglang_cpu_reference.plugin import collectives_on_cpu_tensors
-
-            collectives_on_cpu_tensors()
-        self.device = torch.device("cuda", local_rank) if nccl else torch.device("cpu")
-        parallel_state.init_distributed_environment(
-            world_size=ranks,
-            rank=rank,
-            distributed_init_method=f"file://{folder}/store",
-            local_rank=local_rank,
-            backend=backend,
-            timeout=options.timeout,
-        )
-        build = partial(
-            parallel_state.init_model_parallel_group,
-            [list(range(ranks))],
-            local_rank,
-            backend,
-            use_pynccl=nccl,
-            use_custom_allreduce=False,
-        )
-        self.ours = with_our_all_to_all(build(group_name="dcp"))
-        self.peers = build(group_name="dcp_sglang")
-
-    def say(self, what: str) -> None:
-        if self.rank == 0:
-            print(what, flush=True)
-
-    def not_measured(self, candidate: str, reason: str) -> None:
-        """Say so once, whatever the number of sizes."""
-        line = f"not measured: {candidate} ({reason})"
-        if line not in self.said:
-            self.said.add(line)
-            self.say(line)
-
-    def of_all_ranks(self, value: Any) -> list[Any]:
-        """Each rank's value, in rank order; over gloo, so a device that hangs is not asked."""
-        values = [None] * self.ranks
-        torch.distributed.all_gather_object(values, value, group=self.ours.cpu_group)
-        return values
-
-    def run(self) -> list[Row]:
-        rows = []
-        for shape in self.options.shape:
-            heads, head_dim = SHAPES[shape]
-            candidates = self.candidates(shape, heads, head_dim)
-            for batch in self.options.batch:
-                started = time.monotonic()
-                problem = Problem(shape, heads, head_dim, self.ranks, batch)
-                found = self.measure(problem, candidates)
-                for row in found:
-                    self.say(table_line(row))
-                rows += found
-                if self.rank == 0:
-                    spent = time.monotonic() - started
-                    print(f"{shape} N={self.ranks} B={batch}: {spent:.1f} s", file=sys.stderr)
-        return rows
-
-    def candidates(self, shape: str, heads: int, head_dim: int) -> list[Candidate]:
-        if self.symmetric:
-            return self.symmetric_candidates(heads // self.ranks, head_dim)
-        from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
-        from sglang_helix.srt.layers.dcp.partial import Partial
-
-        def helix(exchange: Exchanger, x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-            return exchange(Partial(x, lse)).out
-
-        exchangers = {name: Exchanger(name, self.ours) for name in BACKENDS}
-        self.kept.append(exchangers)
-        symm = self.prepare_symm(exchangers["symm"], heads, head_dim)
-        ours = [
-            Candidate(
-                f"{report.OURS} {name}",
-                self.ours,
-                partial(helix, exchanger),
-                most=symm if exchanger.backend.kernel else None,
-            )
-            for name, exchanger in exchangers.items()
-        ]
-        return [*ours, *sglang_candidates(shape, self.peers)]
-
-    def symmetric_candidates(self, owned: int, head_dim: int) -> list[Candidate]:
-        """What needs NCCL's symmetric memory; what cannot be built here says so on all ranks."""
-        found = []
-        for name, build in (
-            ("flashinfer", flashinfer_candidates),
-            ("torch all_to_all_nd", torch_candidates),
-        ):
-            failure, built = None, []
-            try:
-                built = build(self.peers, self.device, max(self.options.batch), owned, head_dim)
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            if reason := next(filter(None, self.of_all_ranks(failure)), None):
-                self.not_measured(name, reason)
-            else:
-                found += built
-        return found
-
-    def prepare_symm(self, symm: Any, heads: int, head_dim: int) -> int:
-        """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
-
-        Its workspaces stay until the process ends: `kept` has it.
-        """
-        if self.device.type != "cuda":
-            self.not_measured(SYMM, "it needs GPUs with access to each other's memory")
-            return 0
-        try:
-            symm.prepare(
-                max_tokens=max(self.options.batch),
-                num_heads=heads,
-                head_dim=head_dim,
-                dtype=DTYPE,
-                timeout=self.options.timeout,
-            )
-        except RuntimeError as error:  # on every rank
-            self.not_measured(SYMM, str(error))
-            return 0
-        return symm.largest_prepared
-
-    def measure(self, p: Problem, candidates: list[Candidate]) -> list[Row]:
-        x, lse, want = self.partials(p)
-        rotations: dict[str, measure.Rotation] = {}
-        errors: dict[str, float] = {}
-        for candidate in candidates:
-            if candidate.most is not None and p.batch > candidate.most:
-                if candidate.most:
-                    self.not_measured(candidate.name, f"above batch {candidate.most} it is a2a")
-                continue
-            sources = x.to(candidate.takes), lse
-            if candidate.lay:
-                sources = candidate.lay(*sources)
-            inputs = [tuple(source.clone() for source in sources) for _ in range(SETS)]
-            rotation = self.rotation(candidate, [partial(candidate.run, *i) for i in inputs])
-            if rotation is None:
-                continue
-            for own in inputs:  # a candidate may work in place
-                for tensor, source in zip(own, sources, strict=True):
-                    tensor.copy_(source)
-            outputs = rotation.checked_outputs()
-            error = max(self.of_all_ranks(max(relative_error(out, want) for out in outputs)))
-            if not error <= BOUND:
-                wrong = f"{candidate.name} at {p}: relative error {error}"
-                if candidate.name.startswith(report.OURS):
-                    raise AssertionError(wrong)
-                self.say(f"not measured, for it is wrong: {wrong}")
-                continue
-            rotations[candidate.name], errors[candidate.name] = rotation, error
-        timings = measure.take_turns(rotations, self.options.samples)
-        return [
-            Row(
-                **asdict(p),
-                name=name,
-                mode="graph" if rotations[name].graph else "eager",
-                p10_us=timing.p10,
-                median_us=timing.median,
-                p90_us=timing.p90,
-                link_bytes=p.link_bytes,
-                error=errors[name],
-                mark=mark(self.options.device, self.ranks),
-                device=device_name(self.device),
-                software=software(),
-            )
-            for name, timing in self.slowest(timings).items()
-        ]
-
-    def partials(self, p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's out and lse, and its heads of all ranks' combination in float64."""
-        drawn = []
-        for rank in range(p.ranks):
-            generator = torch.Generator(self.device).manual_seed(1000 * p.batch + rank)
-            draw = partial(torch.randn, device=self.device, generator=generator)
-            x = draw((p.batch, p.heads, p.head_dim), dtype=DTYPE)
-            lse = 3 * draw((p.batch, p.heads))
-            own = slice(self.rank * p.owned, (self.rank + 1) * p.owned)
-            drawn.append((x[:, own].double(), lse[:, own].double()))
-            if rank == self.rank:
-                mine = x, lse
-        weights = torch.stack([lse for _, lse in drawn]).softmax(0)[..., None]
-        want = sum(weight * x for weight, (x, _) in zip(weights, drawn, strict=True))
-        return *mine, want
-
-    def rotation(self, candidate: Candidate, calls: list[measure.Call]) -> measure.Rotation | None:
-        """Captured where all ranks can, else as it is; None, with the reason said, where neither
-        works. Ours must.
-        """
-        captures = [True, False] if self.device.type == "cuda" else [False]
-        if self.options.eager:
-            captures = [False]
-        for capture in captures:
-            failure = rotation = None
-            try:
-                if capture:
-                    with candidate.group.graph_capture() as context:
-                        rotation = measure.Rotation(calls, self.device, stream=context.stream)
-                else:
-                    rotation = measure.Rotation(calls, self.device, capture=False)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            reason = next(filter(None, self.of_all_ranks(failure)), None)
-            if reason is None:
-                return rotation
-            if capture:
-                self.say(f"not captured in a CUDA graph: {candidate.name} ({reason})")
-        if candidate.name.startswith(report.OURS):
-            raise RuntimeError(f"{candidate.name} does not run: {reason}")
-        self.not_measured(candidate.name, reason)
-        return None
-
-    def slowest(self, timings: dict[str, measure.Timing]) -> dict[str, measure.Timing]:
-        """Of each sample, the time of the rank that took longest."""
-        of_ranks = self.of_all_ranks({name: timing.samples for name, timing in timings.items()})
-        return {
-            name: measure.Timing(
-                [
-                    max(sample)
-                    for sample in zip(*(samples[name] for samples in of_ranks), strict=True)
-                ]
-            )
-            for name in timings
-        }
-
-
-def with_our_all_to_all(group: Any) -> Any:
-    """What the series' hooks do to the class, on one group: the peers keep SGLang's methods."""
-    from sglang_helix.srt.distributed.all_to_all import group_all_to_all_single
-    from sglang_helix.srt.distributed.device_communicators.pynccl import pynccl_all_to_all_single
-
-    group.all_to_all_single = MethodType(group_all_to_all_single, group)
-    if group.pynccl_comm is not None:
-        group.pynccl_comm.all_to_all_single = MethodType(
-            pynccl_all_to_all_single, group.pynccl_comm
-        )
-    return group
-
-
-def sglang_candidates(shape: str, group: Any) -> list[Candidate]:
-    from sglang.srt.layers.dcp import comm
-
-    def a2a(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        return comm.dcp_a2a_lse_reduce(x, lse, group)
-
-    def ag_rs_mla(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        return comm.cp_lse_ag_out_rs_mla(x, lse, group, is_lse_base_on_e=True).transpose(0, 1)
-
-    def ag_rs_gqa(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        return comm.cp_lse_ag_out_rs_mha(x, lse, group).to(DTYPE)
-
-    ag_rs = (ag_rs_mla, DTYPE) if shape == "mla" else (ag_rs_gqa, torch.float32)
-    return [Candidate("sglang a2a", group, a2a), Candidate("sglang ag_rs", group, *ag_rs)]
-
-
-def by_owner(x: torch.Tensor, lse: torch.Tensor, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, H, D] and [B, H] -> [B, h, N, D] and [B, h, N]: FlashInfer's order, contiguous."""
-    B, H, D = x.shape
-    x, lse = x.view(B, ranks, H // ranks, D), lse.view(B, ranks, H // ranks)
-    return x.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
-
-
-def flashinfer_candidates(
-    group: Any, device: torch.device, batch: int, owned: int, head_dim: int
-) -> list[Candidate]:
-    """FlashInfer's fused exchange. It is compiled here, which takes a minute the first time."""
-    from flashinfer.comm import dcp_lse_reduce as fused
-
-    rank, ranks = group.rank_in_group, group.world_size
-    workspaces: dict[int, torch.Tensor] = {}
-
-    def of_stream() -> torch.Tensor:
-        """One for each stream, as it demands; all ranks come here in the same order."""
-        stream = int(torch.cuda.current_stream(device).cuda_stream)
-        if stream not in workspaces:
-            workspaces[stream] = fused.decode_cp_a2a_lse_reduce_create_workspace(
-                batch, owned, ranks, head_dim, DTYPE, group.device_group
-            )
-        return workspaces[stream]
-
-    def kernel(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        reduced: torch.Tensor = fused.decode_cp_a2a_lse_reduce(
-            x, lse, of_stream(), rank, ranks, "basee"
-        )
-        return reduced
-
-    lay = partial(by_owner, ranks=ranks)
-    return [
-        Candidate("flashinfer kernel", group, kernel, lay=lay),
-        Candidate("flashinfer", group, lambda x, lse: kernel(*lay(x, lse))),
-    ]
-
-
-def torch_candidates(
-    group: Any, device: torch.device, batch: int, owned: int, head_dim: int
-) -> list[Candidate]:
-    """Our rows of output and LSE, read by torch's `all_to_all_nd` where the ranks packed them."""
-    import torch.distributed._symmetric_memory as symm_mem
-    from sglang_helix.srt.layers.dcp import lse_combine, packed_rows
-
-    ranks, row = group.world_size, packed_rows.packed_row_bytes(head_dim, DTYPE)
-    symm_mem.set_backend("NCCL")
-    buffer = symm_mem.empty(ranks * batch * owned * row, dtype=torch.uint8, device=device)
-    symm_mem.rendezvous(buffer, group.device_group)
-
-    def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        B = len(x)
-        send = buffer[: ranks * B * owned * row].view(ranks, B, owned, row)
-        lse_combine.pack(x, lse, ranks, send)
-        received = x.new_empty(B * owned, ranks, row // DTYPE.itemsize)
-        symm_mem.all_to_all_nd(
-            send.view(DTYPE).view(ranks, B * owned, -1),
-            received,
-            0,
-            1,
-            group=group.device_group.group_name,
-        )
-        return lse_combine.combine(*from_owners(received, B, head_dim))
-
-    return [Candidate("torch all_to_all_nd", group, run)]
-
-
-def from_owners(rows: torch.Tensor, B: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed rows [B * h, N, row] -> views of partials [N, B, h, D] and their lse [N, B, h]."""
-    by_rank = rows.unflatten(0, (B, -1)).permute(2, 0, 1, 3)
-    tail = rows.view(torch.float32).unflatten(0, (B, -1)).permute(2, 0, 1, 3)
-    return by_rank[..., :D], tail[..., -4]
-
-
-def run_rank(
-    rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
-) -> None:
-    """Body of a rank's process; the first leaves the figures in the folder."""
-    rows = Bench(rank, options, ranks, folder, symmetric).run()
-    if rank == 0:
-        report.write_csv(rows, figures_in(folder), Row)
-    # No teardown: it is a collective, and the peers' threads may still be in one.
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def figures_in(folder: str) -> Path:
-    return Path(folder, "figures.csv")
-
-
-# --- all ranks ----------------------------------------------------------------------------------
 
 
 def run_ranks(ranks: int, options: argparse.Namespace, *, symmetric: bool = False) -> list[Row]:
@@ -520,68 +89,11 @@ def run_ranks(ranks: int, options: argparse.Namespace, *, symmetric: bool = Fals
         return report.read_csv(figures_in(folder), Row)
 
 
-def shares_gpus(device: str, ranks: int) -> bool:
-    return device == "cuda" and ranks > torch.cuda.device_count()
-
-
-def mark(device: str, ranks: int) -> str:
-    return MARK if reason_of_mark(device, ranks) else ""
-
-
 def groups_that_exist(device: str, shapes: list[str]) -> list[int]:
     """Powers of two up to the number of GPUs; two ranks where there are fewer than two."""
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     most = min(max(2, gpus), *(SHAPES[shape][0] for shape in shapes))
     return [2**power for power in range(1, most.bit_length())]
-
-
-# --- report -------------------------------------------------------------------------------------
-
-_HEAD = (
-    f"{'shape':<6}{'N':>3}{'B':>6}  {'candidate':<20}{'mode':<6}{'p10 us':>10}{'median':>10}"
-    f"{'p90 us':>10}{'link bytes':>12}{'error':>10}"
-)
-
-
-def table_line(row: Row) -> str:
-    return (
-        f"{row.shape:<6}{row.ranks:>3}{row.batch:>6}  {row.name:<20}{row.mode:<6}"
-        f"{row.p10_us:>10.1f}{row.median_us:>10.1f}{row.p90_us:>10.1f}{row.link_bytes:>12}"
-        f"{row.error:>10.1e}  {row.mark}".rstrip()
-    )
-
-
-def plot(rows: list[Row], path: Path) -> str:
-    """Latency against batch, a panel for each shape and group size; returns what was done."""
-    plots = report.pyplot()
-    if plots is None:
-        return report.no_plot("collectives", path)
-    panels = list(dict.fromkeys((row.shape, row.ranks) for row in rows))
-    names = list(dict.fromkeys(row.name for row in rows))
-    colours = plots.get_cmap("tab10")
-    figure, axes = plots.subplots(
-        len(panels), 1, figsize=(7, 3.6 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for (shape, ranks), axis in zip(panels, axes[:, 0], strict=True):
-        panel = [row for row in rows if (row.shape, row.ranks) == (shape, ranks)]
-        for name in dict.fromkeys(row.name for row in panel):
-            line = sorted((row for row in panel if row.name == name), key=lambda row: row.batch)
-            batches, colour = [row.batch for row in line], colours(names.index(name))
-            style = "-" if name.startswith(report.OURS) else "--"
-            medians = [row.median_us for row in line]
-            axis.plot(batches, medians, style, color=colour, marker="o", markersize=4, label=name)
-            low, high = [row.p10_us for row in line], [row.p90_us for row in line]
-            axis.fill_between(batches, low, high, color=colour, alpha=0.15)
-        batches = sorted({row.batch for row in panel})
-        title = ", ".join(filter(None, (shape, f"N = {ranks}", panel[0].mark)))
-        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="µs per call", title=title)
-        axis.set_xticks(batches, [str(batch) for batch in batches])
-        axis.xaxis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    about = f"{rows[0].device}, {rows[0].software}"
-    figure.suptitle(f"{about}\nsolid: ours, dashed: SGLang's", fontsize=10)
-    return report.save(figure, path)
 
 
 def main(argv: list[str]) -> int:
@@ -622,7 +134,7 @@ def main(argv: list[str]) -> int:
         check_machine(parser, options.device, ranks)
 
     rows: list[Row] = []
-    print(_HEAD, flush=True)
+    print(HEAD, flush=True)
     if options.from_csv:
         rows = [row for path in options.from_csv for row in report.read_csv(path, Row)]
         print("\n".join(map(table_line, rows)))
@@ -663,11 +175,3 @@ def check_machine(parser: argparse.ArgumentParser, device: str, ranks: list[int]
             f"NCCL {'.'.join(map(str, SHARING_NCCL))} on, and this is "
             f"{'.'.join(map(str, torch.cuda.nccl.version()))}; install a newer nvidia-nccl"
         )
-
-
-def reason_of_mark(device: str, ranks: int) -> str | None:
-    if device == "cpu":
-        return "ranks exchange over gloo on a CPU, so these times say nothing of GPUs"
-    if shares_gpus(device, ranks):
-        return f"{ranks} ranks share {torch.cuda.device_count()} GPU(s) and wait for each other"
-    return None

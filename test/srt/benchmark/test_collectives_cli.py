@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark.dcp import collectives, kernels, report
+from benchmark.dcp import collectives, collectives_rank, collectives_report, kernels, report
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,7 +39,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_measures_both_exchanges_of_gloo(ran: tuple[Path, str]) -> None:
-    rows = report.read_csv(ran[0], collectives.Row)
+    rows = report.read_csv(ran[0], collectives_report.Row)
     ours = {(r.shape, r.ranks, r.batch, r.name) for r in rows if r.name.startswith(report.OURS)}
     names = ("helix a2a", "helix ag_rs")
     assert ours == {(shape, 2, B, n) for shape in kernels.SHAPES for B in (1, 3) for n in names}
@@ -54,10 +54,12 @@ def test_measures_both_exchanges_of_gloo(ran: tuple[Path, str]) -> None:
 
 def test_every_line_is_marked(ran: tuple[Path, str]) -> None:
     path, said = ran
-    assert {row.mark for row in report.read_csv(path, collectives.Row)} == {collectives.MARK}
+    assert {row.mark for row in report.read_csv(path, collectives_report.Row)} == {
+        collectives_report.MARK
+    }
     lines = [line for line in said.splitlines() if line.startswith(tuple(kernels.SHAPES))]
     assert lines
-    assert all(line.endswith(collectives.MARK) for line in lines)
+    assert all(line.endswith(collectives_report.MARK) for line in lines)
 
 
 def test_says_what_it_leaves_out(ran: tuple[Path, str]) -> None:
@@ -78,13 +80,13 @@ def test_groups_fit_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, groups in ((1, [2]), (2, [2]), (4, [2, 4]), (7, [2, 4]), (8, [2, 4, 8])):
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert collectives.groups_that_exist("cuda", ["mla", "gqa"]) == groups
-        assert [collectives.mark("cuda", N) for N in groups] == [
-            "" if gpus >= N else collectives.MARK for N in groups
+        assert [collectives_report.mark("cuda", N) for N in groups] == [
+            "" if gpus >= N else collectives_report.MARK for N in groups
         ]
     assert collectives.groups_that_exist("cpu", ["mla"]) == [2]
 
 
-class OneRank(collectives.Bench):
+class OneRank(collectives_rank.Bench):
     """A rank with a GPU and no process group, whose peer reports as it is told to."""
 
     def __init__(self, peer_fails: bool = False) -> None:
@@ -119,8 +121,8 @@ def broken() -> torch.Tensor:
     raise ValueError("no such kernel")
 
 
-def candidate(name: str) -> collectives.Candidate:
-    return collectives.Candidate(name, FakeGroup(), lambda x, lse: x)
+def candidate(name: str) -> collectives_rank.Candidate:
+    return collectives_rank.Candidate(name, FakeGroup(), lambda x, lse: x)
 
 
 def test_what_runs_is_decided_by_all_ranks_together(
@@ -177,7 +179,7 @@ def test_flashinfer_is_given_what_its_kernel_documents(monkeypatch: pytest.Monke
         """What it documents, of all ranks' inputs: [..., peer, :] is what goes to that peer."""
         assert (o.shape, lse.shape) == ((B, OWNED, ranks, D), (B, OWNED, ranks))
         assert (o.is_contiguous(), lse.is_contiguous(), mode) == (True, True, "basee")
-        sent = [collectives.by_owner(*pair, ranks) for pair in zip(outs, lses, strict=True)]
+        sent = [collectives_rank.by_owner(*pair, ranks) for pair in zip(outs, lses, strict=True)]
         assert torch.equal(o, sent[rank][0])
         weights = torch.stack([lse[..., rank] for _, lse in sent]).softmax(0)[..., None]
         return (weights * torch.stack([o[..., rank, :] for o, _ in sent]).float()).sum(0)
@@ -186,7 +188,7 @@ def test_flashinfer_is_given_what_its_kernel_documents(monkeypatch: pytest.Monke
     monkeypatch.setattr(fused, "decode_cp_a2a_lse_reduce", reduce)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     for rank, group in enumerate(peer_groups()):
-        found = collectives.flashinfer_candidates(group, torch.device("cpu"), 8, OWNED, D)
+        found = collectives_rank.flashinfer_candidates(group, torch.device("cpu"), 8, OWNED, D)
         assert [c.name for c in found] == ["flashinfer kernel", "flashinfer"]
         for candidate in found:
             inputs = outs[rank], lses[rank]
@@ -218,7 +220,9 @@ def test_torch_is_given_rows_that_lie_by_owner(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(symm_mem, "rendezvous", lambda buffer, group: None)
     monkeypatch.setattr(symm_mem, "all_to_all_nd", all_to_all)
     device = torch.device("cpu")
-    candidates = [collectives.torch_candidates(g, device, 8, OWNED, D)[0] for g in peer_groups()]
+    candidates = [
+        collectives_rank.torch_candidates(g, device, 8, OWNED, D)[0] for g in peer_groups()
+    ]
     for turn in range(2):  # all have sent by the second
         for here, candidate in enumerate(candidates):
             got = candidate.run(outs[here], lses[here])
