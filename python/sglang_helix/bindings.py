@@ -8,7 +8,7 @@ and for this series' hundred hooks several seconds of every process that starts.
 import gc
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
 
@@ -17,12 +17,15 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 
 class Bindings:
-    """Which names of which modules are bound to an object.
+    """Which names of which modules are bound to what will be sought, `sought` and what replaces it.
 
-    After an import, modules are read that have more or fewer names than before it.
+    After an import, modules are read that have more or fewer names than before it. For anything
+    else that is sought all are read again, unless it was imported since: so was who holds it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sought: Iterable[object] = ()) -> None:
+        self._sought = set(map(id, sought))
+        self._before = frozenset(sys.modules)
         self._names: dict[int, list[tuple[ModuleType, str]]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
         self._imported = 0
@@ -33,6 +36,11 @@ class Bindings:
         original: what other modules than `source` may still hold under any name.
         wrapped: what they shall hold instead; `source`, a module or class, has it already.
         """
+        home = source.__name__ if isinstance(source, ModuleType) else source.__module__
+        if id(original) not in self._sought and home in self._before:
+            self._sizes.clear()
+            self._imported = 0
+        self._sought |= {id(original), id(wrapped)}
         if self._imported != len(sys.modules):
             self._read_what_changed()
         # An id may have passed from an object that is gone to another, a name to another value.
@@ -56,9 +64,11 @@ class Bindings:
                 self._read(module)
 
     def _read(self, module: ModuleType) -> None:
+        sought = self._sought
         self._sizes[id(module)] = len(vars(module))
         for name, value in vars(module).items():
-            self._names[id(value)].append((module, name))
+            if id(value) in sought:
+                self._names[id(value)].append((module, name))
 
 
 def apply_hooks_in_one_walk() -> None:
@@ -68,7 +78,7 @@ def apply_hooks_in_one_walk() -> None:
 
 def _apply_hooks(original: Callable[[type[HookRegistry]], None], cls: type[HookRegistry]) -> None:
     walk, collects = hook_registry._propagate_patch, gc.isenabled()
-    hook_registry._propagate_patch = Bindings().rebind
+    hook_registry._propagate_patch = Bindings(_imported(cls._hooks.keys() - cls._patched)).rebind
     gc.disable()  # it would look through all that SGLang has imported, several times over
     try:
         original(cls)
@@ -76,3 +86,15 @@ def _apply_hooks(original: Callable[[type[HookRegistry]], None], cls: type[HookR
         hook_registry._propagate_patch = walk
         if collects:
             gc.enable()
+
+
+def _imported(targets: Iterable[str]) -> Iterator[object]:
+    """What hooks wrap, of modules that are imported: no other is sought more than once."""
+    for target in targets:
+        module = target
+        while module and module not in sys.modules:
+            module = module.rpartition(".")[0]
+        found: object = sys.modules.get(module)
+        for name in target[len(module) + 1 :].split("."):
+            found = getattr(found, name, None)
+        yield getattr(found, "__func__", found)  # of a class method

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import pytest
 from sglang_helix import bindings
 from srt.fresh import Fresh
 
@@ -37,7 +38,10 @@ def test_hooks_are_bound_where_sglang_binds_them(fresh: Fresh) -> None:
     assert max(map(len, names.values())) > 2
 
 
-def test_what_was_imported_since_is_found_too() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_what_was_imported_since_is_found_too(known: bool) -> None:
+    """Whether or not it was known which functions would be sought."""
+
     def one() -> None: ...
     def two() -> None: ...
     def three() -> None: ...
@@ -46,7 +50,7 @@ def test_what_was_imported_since_is_found_too() -> None:
     home.f = early.g = one
     sys.modules.update(home=home, early=early)
     try:
-        walk = bindings.Bindings()
+        walk = bindings.Bindings([one] if known else [])
         home.f = two
         assert walk.rebind(one, two, home) == 1
         assert early.g is two
