@@ -455,3 +455,44 @@ def test_launches_of_a_decode_layer(
     stored = [*gather, "store"] if mla else ["store", *gather]
     exchange = ["_combine_splits_kernel", "_pack_kernel", "all_to_all", "_combine_kernel"]
     assert launches.names == [*stored, "attend", *exchange]
+
+
+def test_mla_makes_nothing_that_it_does_not_read(backend: ShardedTritonAttnBackend) -> None:
+    """Its store finds the owners; a gathered prefix is read in order, without a list of rows."""
+    backend.mla, backend.write_rows, backend.captured_rows = True, None, None
+    batch: Any = SimpleNamespace(
+        out_cache_loc=torch.tensor([0, 1]), forward_mode=ForwardMode.EXTEND, batch_size=1
+    )
+    latent = torch.zeros(1, 1, 32)
+    backend.token_to_kv_pool = SimpleNamespace(
+        get_key_buffer=lambda layer: latent, get_value_buffer=lambda layer: latent
+    )
+    backend.forward_metadata = SimpleNamespace(
+        kv_indices=torch.zeros(1), custom_mask=None, max_extend_len=2
+    )
+    backend.prefixes = torch.tensor([0, 2]), torch.tensor([0, 5])
+    attended = []
+    backend.extend_attention_fwd = lambda *args, **kind: attended.append((args, kind))
+    layer: Any = SimpleNamespace(
+        layer_id=0,
+        qk_head_dim=32,
+        v_head_dim=24,
+        scaling=1.0,
+        logit_cap=0.0,
+        logit_capping_method="tanh",
+        xai_temperature_len=-1,
+        k_scale=None,
+        v_scale=None,
+    )
+    queries, gathered = torch.zeros(2, 4, 32), torch.zeros(5, 1, 32)
+    with Launches() as launches:
+        backend.allocate_captured_writes(8)
+        backend.prepare_writes(batch)
+        backend.prepare_captured_writes(batch, in_capture=True)
+        backend.partial_prefix(queries, layer, batch, gathered)
+    assert launches.names == []
+    assert backend.write_rows is None
+    ((args, kind),) = attended
+    assert args[4] is gathered
+    assert kind["identity_kv_indices"]
+    assert not kind["skip_prefix"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,16 @@ class Group:
 
     def size(self) -> int:
         return 2
+
+
+def test_a_host_is_known_by_its_boot_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    boots = set()
+    for name in ("one", "two"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        probe = _Probe.local()
+        assert probe.name == name
+        boots.add(probe.boot)
+    assert boots == {Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
 
 
 @pytest.mark.parametrize(
