@@ -3,7 +3,7 @@
     python -m benchmark.dcp kernels                              the full run, on a GPU
     python -m benchmark.dcp kernels --device cpu --batch 1 2     a small one, anywhere
 
-Five operations, for N ranks that share H heads (each ends with h = H/N of them), batch B:
+Six operations, for N ranks that share H heads (each ends with h = H/N of them), batch B:
 
     combine   packed rows of N partial outputs of h heads, each with its LSE -> their combination
     merge     the same from separate tensors of outputs and LSEs
@@ -12,6 +12,8 @@ Five operations, for N ranks that share H heads (each ends with h = H/N of them)
               by a copy of what it leaves on the rank, a lower bound on its time
     exchange  the same for all N ranks at once, which one device plays: the one-kernel exchange
               beside the chains of launches over the same bytes. No link is crossed here
+    values    MLA's value projection and the exchange of one rank, in both orders: a2a as in
+              `layer`, the one kernel as in `exchange`, which has all N ranks' work in it
 
 Every candidate gets the same numbers in the layout it wants, and its poisoned output is checked
 against float64 before it is timed. `copy` is a device-to-device copy that moves as many bytes as
@@ -25,7 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +42,7 @@ from benchmark.dcp import measure, report
 
 DTYPE = torch.bfloat16
 BOUND = 4e-3  # relative error of bf16 results
+VALUE = 128  # what w_vc makes of a head of MLA
 SPLITS = 8  # of split-KV decoding, whose LSEs SGLang's GQA path reduces first
 
 
@@ -226,6 +229,59 @@ def exchange_cases(p: Problem, peers: Peers) -> Cases:
         yield "sglang a2a", Case(sglang_a2a, inputs, want)
 
 
+def values_cases(p: Problem, peers: Peers) -> Cases:
+    if p.shape != "mla":
+        return
+    x, lse = random_partials(p, p.ranks, p.heads)
+    w_vc = torch.randn((p.heads, p.head_dim, VALUE), dtype=DTYPE, device=p.device)
+    w_vc = (w_vc / p.head_dim**0.5).to(DTYPE)
+    own = w_vc[: p.owned].clone()
+    projected = torch.einsum("nbhd,hdv->nbhv", x.double(), w_vc.double())
+
+    def project(out: torch.Tensor, w_vc: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(out.transpose(0, 1), w_vc).transpose(0, 1)
+
+    if peers.symm and p.device.type == "cuda":
+        want = merged(projected[:, :, : p.owned], lse[:, :, : p.owned])
+        wide, narrow = one_kernel(p), one_kernel(replace(p, head_dim=VALUE))
+
+        def symm_projected_behind(
+            x: torch.Tensor, lse: torch.Tensor, own: torch.Tensor
+        ) -> torch.Tensor:
+            return project(wide(x, lse)[: p.batch], own)
+
+        def symm_projected_before(
+            x: torch.Tensor, values: torch.Tensor, lse: torch.Tensor, w_vc: torch.Tensor
+        ) -> torch.Tensor:
+            # This rank's among those that all have projected.
+            torch.bmm(x.transpose(0, 1), w_vc, out=values[: p.batch].transpose(0, 1))
+            return narrow(values, lse)[: p.batch]
+
+        everyones = lse.flatten(0, 1)
+        yield (
+            "helix symm, projected behind",
+            Case(symm_projected_behind, (x.flatten(0, 1), everyones, own), want),
+        )
+        inputs = x[0], projected.flatten(0, 1).to(DTYPE), everyones, w_vc
+        yield "helix symm, projected before", Case(symm_projected_before, inputs, want)
+
+    group = StandIn(lse)
+    partials, lses = by_owner(x[0], p), by_owner(lse[0], p)
+
+    def a2a_projected_behind(x: torch.Tensor, lse: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return project(exchange.a2a(x, lse, group).out, own)
+
+    def a2a_projected_before(
+        x: torch.Tensor, lse: torch.Tensor, w_vc: torch.Tensor
+    ) -> torch.Tensor:
+        return exchange.a2a(project(x, w_vc), lse, group).out
+
+    want = torch.einsum("bhd,hdv->bhv", merged(partials, lses), own.double())
+    yield "helix a2a, projected behind", Case(a2a_projected_behind, (x[0], lse[0], own), want)
+    want = merged(by_owner(projected[0], p), lses)
+    yield "helix a2a, projected before", Case(a2a_projected_before, (x[0], lse[0], w_vc), want)
+
+
 def moved_bytes(op: str, p: Problem) -> int:
     """Bytes that an operation must read and write: inputs once, outputs once."""
     partials, result = p.rows(p.heads), p.payload(p.owned)
@@ -235,7 +291,7 @@ def moved_bytes(op: str, p: Problem) -> int:
         return partials + result
     # Read where attention left it, written where its owner reads it, read there, combined.
     one_rank = 3 * partials + result
-    return p.ranks * one_rank if op == "exchange" else one_rank
+    return p.ranks * one_rank if op in ALL_RANKS else one_rank
 
 
 def fits(op: str, p: Problem) -> bool:
@@ -244,7 +300,7 @@ def fits(op: str, p: Problem) -> bool:
     In units of one rank's partials times N: 2 to copy from, 5 in the candidates' hands, 4 that the
     chains allocate, 6 in workspaces, 3 to copy, 1 for what is left; a call moves 3.
     """
-    if op != "exchange" or p.device.type != "cuda":
+    if op not in ALL_RANKS or p.device.type != "cuda":
         return True
     memory = torch.cuda.get_device_properties(p.device).total_memory
     return 7 * moved_bytes(op, p) < memory
@@ -256,7 +312,10 @@ OPERATIONS = {
     "pack": pack_cases,
     "layer": layer_cases,
     "exchange": exchange_cases,
+    "values": values_cases,
 }
+# Those in which one device plays all ranks.
+ALL_RANKS = ("exchange", "values")
 
 
 # --- what they need -----------------------------------------------------------------------------

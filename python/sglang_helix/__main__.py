@@ -244,6 +244,7 @@ def print_layouts(options: argparse.Namespace) -> int:
         state_bytes,
         states,
         table,
+        values_first,
         window_layers,
     )
 
@@ -259,6 +260,8 @@ def print_layouts(options: argparse.Namespace) -> int:
     print(table(shape, options.tp, memory, options.kv_cache_dtype, drafted))
     if drafted:
         print("\n" + beside_a_draft(shape, drafted, options.tp, options.kv_cache_dtype))
+    if values := values_first(model_config, options.tp):
+        print("\n" + values)
     if (state := state_bytes(model_config, options.tp)) is not None:
         print("\n" + states(shape, options.tp, state, options.kv_cache_dtype))
     if windows := window_layers(model_config):

@@ -9,48 +9,56 @@ import argparse
 import sys
 from typing import Any
 
-from sglang_helix.helix import ATTN_TP_SIZE
+from sglang_helix.hook import Field
 
-_DEST = "helix_attn_tp_size"
+
+def _fields() -> list[Field]:
+    from sglang_helix.series import SERIES
+
+    return [field for patch in SERIES for field in patch.fields]
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
-    """After `ServerArgs.add_cli_args`: `--attn-tp-size`, for every command line and YAML file."""
-    from sglang_helix.series import ATTENTION_TP_SIZE
-
-    field = ATTENTION_TP_SIZE
-    parser.add_argument(
-        *field.flags, type=field.type, default=None, dest=_DEST, metavar="A", help=field.help
-    )
+    """After `ServerArgs.add_cli_args`: their flags, for every command line and YAML file."""
+    for field in _fields():
+        kind: dict[str, Any] = {"type": field.type, "metavar": field.metavar}
+        if field.type is bool:
+            kind = {"action": "store_true"}
+        parser.add_argument(
+            *field.flags, dest=_dest(field), default=field.default, help=field.help, **kind
+        )
 
 
 def from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
-    """After `ServerArgs.from_cli_args`: keep the flag on the new record."""
-    keep_attn_tp_size(result, getattr(args, _DEST, None))
+    """After `ServerArgs.from_cli_args`: keep the flags on the new record."""
+    keep(result, **{f.argument: getattr(args, _dest(f), f.default) for f in _fields()})
 
 
-def make_server_args(attn_tp_size: int | None = None, **fields: Any) -> Any:
+def make_server_args(**fields: Any) -> Any:
     """`Engine`'s way to its ServerArgs: `sglang.Engine(attn_tp_size=A)`."""
     from sglang.srt.server_args import ServerArgs
 
+    own = {field.argument: fields.pop(field.argument, field.default) for field in _fields()}
     server_args = ServerArgs(**fields)
-    keep_attn_tp_size(server_args, attn_tp_size)
+    keep(server_args, **own)
     return server_args
 
 
-def keep_attn_tp_size(server_args: Any, attn_tp_size: int | None) -> None:
-    """Keep A beside the fields of a ServerArgs."""
-    setattr(server_args, ATTN_TP_SIZE, attn_tp_size)
+def keep(server_args: Any, **own: Any) -> None:
+    """Keep values beside the fields of a ServerArgs; `helix` has the names that they go by."""
+    for argument, value in own.items():
+        setattr(server_args, f"_helix_{argument}", value)
 
 
 def check_engine_arguments(engine: Any, **kwargs: Any) -> None:
     """Before `Engine.__init__`, which drops every other argument where `server_args` is given."""
-    if "server_args" in kwargs and kwargs.get("attn_tp_size") is not None:
-        raise ValueError(
-            f"Engine(server_args=..., attn_tp_size={kwargs['attn_tp_size']}): attn_tp_size would "
-            "be ignored. Give the fields in place of server_args: Engine(model_path=..., "
-            "tp_size=..., attn_tp_size=...)."
-        )
+    for field in _fields():
+        name, value = field.argument, kwargs.get(field.argument)
+        if "server_args" in kwargs and value not in (None, False):
+            raise ValueError(
+                f"Engine(server_args=..., {name}={value}): {name} would be ignored. Give the "
+                f"fields in place of server_args: Engine(model_path=..., tp_size=..., {name}=...)."
+            )
 
 
 def check_calling_engine() -> None:
@@ -61,3 +69,7 @@ def check_calling_engine() -> None:
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code is Engine.__init__.__code__:
             check_engine_arguments(frame.f_locals["self"], **frame.f_locals["kwargs"])
+
+
+def _dest(field: Field) -> str:
+    return f"helix_{field.argument}"

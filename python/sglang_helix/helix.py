@@ -12,6 +12,7 @@ from sglang_helix.plugin import before_process_groups, installed_stages
 
 __all__ = [
     "ATTN_TP_SIZE",
+    "REPLICATE_V_PROJ",
     "RUN_THE_SAME",
     "SeriesError",
     "__version__",
@@ -23,6 +24,9 @@ __all__ = [
 #: Attribute of a ServerArgs that holds A. SGLang's `attn_tp_size` is another, derived name (tp / dp
 #: / cp); a field cannot be added from outside, but what begins with an underscore is pickled too.
 ATTN_TP_SIZE = "_helix_attn_tp_size"
+
+#: The same of `--dcp-replicate-v-proj`.
+REPLICATE_V_PROJ = "_helix_dcp_replicate_v_proj"
 
 #: What to do where some rank runs another series, or none.
 RUN_THE_SAME = "install the same sglang-helix everywhere and leave it in SGLANG_PLUGINS"

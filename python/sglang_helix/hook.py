@@ -95,9 +95,10 @@ class Hook:
 class Field:
     """An input of ServerArgs that SGLang lacks: a field in its own tree, beside them in a plugin.
 
-    name, type: of the field, None where the user gives none.
+    name, type: of the field. default: where the user gives none; of a bool that is False.
     namespace, after: the struct of `arg_groups/fields` that it belongs to, and its neighbour there.
-    flags, help: its command line; the first flag is the one that the name gives.
+    flags, help, metavar: its command line; the first flag is the one that the name gives. A bool's
+        takes no value.
     """
 
     name: str
@@ -106,6 +107,17 @@ class Field:
     type: type
     flags: tuple[str, ...]
     help: str
+    metavar: str | None = None
+
+    @property
+    def default(self) -> bool | None:
+        """What the field holds where the user gives nothing."""
+        return False if self.type is bool else None
+
+    @property
+    def argument(self) -> str:
+        """Its name in Python: of `sglang.Engine`'s argument."""
+        return self.flags[-1].removeprefix("--").replace("-", "_")
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,32 @@ def rows(
         )
 
 
+def values_first(model_config: Any, tp_size: int) -> str:
+    """In a sentence: what --dcp-replicate-v-proj takes and saves; empty for what is not MLA."""
+    from sglang_helix.srt.models.value_switch import switch
+
+    shape, value = shape_of(model_config), model_config.v_head_dim
+    if shape.kv_heads is not None:
+        return ""
+    element, cells = model_config.dtype.itemsize, []
+    narrow = shape._replace(output_width=value)
+    for layout in legal_layouts(tp_size, shape.query_heads, 1):
+        if layout.kvp_size > 1:
+            heads = shape.query_heads // layout.attn_tp_size
+            held = heads * shape.output_width * value * element * shape.layers / 2**30
+            sent = [_wire_bytes(of, layout)["a2a+q"] / 1024 for of in (shape, narrow)]
+            cells.append(
+                f"{held:.2f} GiB a rank at `--dcp-size {layout.kvp_size}`, {sent[1]:.1f} KiB in "
+                f"place of {sent[0]:.1f} behind attention"
+            )
+    return (
+        f"`--dcp-replicate-v-proj`, which projects values before the exchange in batches of "
+        f"{switch()}: {'; '.join(cells)}."
+        if cells
+        else ""
+    )
+
+
 def beside_a_draft(shape: Shape, draft: Shape, tp_size: int, cache_dtype: str) -> str:
     """In a sentence: what a draft model's whole cache takes, and what it leaves of the gain."""
     element = CACHE_BYTES[cache_dtype]

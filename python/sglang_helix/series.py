@@ -250,7 +250,8 @@ A2A = Patch(
             "positions, topk_indices, llama_4_scaling, fusion_plan=, attention_output_gate=",
             why="the branch of the listed backends leaves the scaling of queries by position to "
             "them, which the one for all others applies",
-            how="scales the queries of an adapter that the series appended to the list",
+            how="scales the queries of an adapter that the series appended to the list; where "
+            "values are projected before the exchange, attends, projects and exchanges",
             upstream="none",
             until="upstream scales queries in one place",
         ),
@@ -621,10 +622,21 @@ A2A = Patch(
     ),
 )
 
+DCP_REPLICATE_V_PROJ = Field(
+    name="dcp_replicate_v_proj",
+    namespace="parallel",
+    after="dcp_replicate_q_proj",
+    type=bool,
+    flags=("--dcp-replicate-v-proj",),
+    help="For MLA over a sharded cache: hold the value projections of all heads of a KVP group on "
+    "each of its ranks and, in decode batches that pay for it, project values before the exchange, "
+    "which then carries a quarter of the bytes. `python -m sglang_helix layout` says the memory.",
+)
+
 QPROJ = Patch(
     "qproj",
-    "The query projection replicated in each KVP group: no gathering of queries, for GQA (the "
-    "sharding of QKVParallelLinear in a2a) and MLA",
+    "Projections replicated in each KVP group: queries are not gathered, for GQA (the sharding of "
+    "QKVParallelLinear in a2a) and MLA, and MLA's values are projected before the exchange",
     (
         Hook(
             target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
@@ -633,7 +645,7 @@ QPROJ = Patch(
             impl=f"{_SRT}.model_executor.model_runner:load_model",
             signature="self",
             why="MLA's replicas are made after the pool is sized, so their memory is not counted; "
-            "weights that cannot be replicated are skipped with a warning",
+            "weights that cannot be replicated are skipped with a warning; values have none",
             how="gathers them once the model is loaded, in memory that is released with the "
             "weights', and refuses where they were asked for",
             upstream="sgl-project/sglang#21637",
@@ -695,6 +707,7 @@ QPROJ = Patch(
             until="upstream's ranks agree, and it renews the replicas",
         ),
     ),
+    fields=(DCP_REPLICATE_V_PROJ,),
 )
 
 ATTENTION_TP_SIZE = Field(
@@ -707,6 +720,7 @@ ATTENTION_TP_SIZE = Field(
     "ranks that hold the same heads split the sequence of the KV cache. --dcp-size becomes tp size "
     "/ attention tp size, and the query projection is replicated; with --no-dcp-replicate-q-proj "
     "queries are gathered. Default: same as --tp-size.",
+    metavar="A",
 )
 
 ATTN_TP = Patch(
@@ -742,7 +756,7 @@ ATTN_TP = Patch(
             impl="sglang_helix.flags:make_server_args",
             signature="",
             why="sglang.Engine(attn_tp_size=A) would be an unknown argument",
-            how="takes it out, builds ServerArgs, and keeps it beside the fields",
+            how="takes the series' own out, builds ServerArgs, and keeps them beside the fields",
             upstream="sgl-project/sglang#29736",
             until="upstream has the flag",
         ),

@@ -20,6 +20,7 @@ from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
+from sglang_helix.srt.models.value_switch import switch
 from srt import share_gpu
 from srt.expected import prompt
 from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
@@ -176,8 +177,28 @@ def test_windows_cut_by_owner(
     serve_and_compare(checkpoints[family], layout, attention, "GQA")
 
 
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize(
+    ("layout", "attention"), [("a2a", "flashinfer"), ("symm", "fa3"), ("symm of 4", "triton")]
+)
+def test_values_projected_before_the_exchange(
+    checkpoints: dict[str, Path], layout: str, attention: str
+) -> None:
+    """Batches below the switch, padded up to it, and beyond."""
+    at = switch().from_tokens
+    flags = ("--dcp-replicate-v-proj", "--cuda-graph-max-bs-decode", str(2 * at))
+    serve_and_compare(
+        *(checkpoints["deepseek_v2"], layout, attention, "MLA", *flags), sizes=(3, at - 1, at + 5)
+    )
+
+
 def serve_and_compare(
-    checkpoint: Path, layout: str, attention: str, kind: Attention, *flags: str
+    checkpoint: Path,
+    layout: str,
+    attention: str,
+    kind: Attention,
+    *flags: str,
+    sizes: tuple[int, ...] = (3, 8, 13),
 ) -> None:
     """Prompts of every length that matters, one by one and in batches of several sizes."""
     if not adapter(attention).runs_on(get_platform(), kind):
@@ -200,7 +221,7 @@ def serve_and_compare(
         assert answer.cached_tokens > 0
         clear += compared(answer.completion, oracle.generate(shared, NEW_TOKENS))
         # Batches of several sizes: graphs of several sizes, padded ones among them.
-        for size in (3, 8, 13):
+        for size in sizes:
             batch = [prompt(20 + 17 * place, seed=size) for place in range(size)]
             answers = server.generate_batch(batch, NEW_TOKENS)
             for tokens, answer in zip(batch, answers, strict=True):

@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.check import facts_of
-from sglang_helix.flags import keep_attn_tp_size
+from sglang_helix.flags import keep
 from sglang_helix.srt.compatibility.row import Row
 from sglang_helix.srt.compatibility.rows.beside_own import BESIDE_OWN, NO_PLAN
 from sglang_helix.srt.compatibility.situation import Situation
@@ -210,7 +210,7 @@ def resolve(
         attn_tp_size = fields_given.pop("attn_tp_size", None)
         args = ServerArgs(model_path=model, device=device, random_seed=1, **fields_given)
         if attn_tp_size is not None:
-            keep_attn_tp_size(args, attn_tp_size)
+            keep(args, attn_tp_size=attn_tp_size)
         try:
             args.resolve_once()
             args.check_server_args()
@@ -472,7 +472,7 @@ def launch(models: dict[str, str], cases: dict[str, Any]) -> dict[str, str]:
             attn_tp_size = given.pop("attn_tp_size", None)
             args = ServerArgs(model_path=models[model], device="cuda", **given)
             if attn_tp_size is not None:
-                keep_attn_tp_size(args, attn_tp_size)
+                keep(args, attn_tp_size=attn_tp_size)
             ended[name] = args
             args.resolve_once()
     load_plugins()

@@ -75,14 +75,15 @@ def add_field(tree: Tree, field: Field) -> None:
     words = textwrap.wrap(field.help, 62, break_on_hyphens=False)
     help_lines = [f'"{line} "' for line in words[:-1]] + [f'"{words[-1]}"']
     aliases = ", ".join(f'"{flag}"' for flag in field.flags[1:])
+    kind = field.type.__name__
     lines = (
         f"    {field.name}: A[\n"
-        f"        Optional[{field.type.__name__}],\n"
+        f"        {kind if field.default is not None else f'Optional[{kind}]'},\n"
         "        Arg(\n"
         f"            help={f'{chr(10)}            '.join(help_lines)},\n"
-        f"            aliases=[{aliases}],\n"
-        "        ),\n"
-        "    ] = None\n"
+        + (f"            aliases=[{aliases}],\n" if aliases else "")
+        + "        ),\n"
+        f"    ] = {field.default}\n"
     )
     _insert(tree, path, {named.end_lineno or 0: lines})
     path = f"{PACKAGE}/srt/arg_groups/field_order.py"

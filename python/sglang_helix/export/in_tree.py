@@ -20,6 +20,9 @@ Function = Callable[..., Any]
 #: The field of ServerArgs that holds A. `attn_tp_size` is another, derived name (tp / dp / cp).
 ATTN_TP_SIZE = "attention_tensor_parallel_size"
 
+#: That of `--dcp-replicate-v-proj`.
+REPLICATE_V_PROJ = "dcp_replicate_v_proj"
+
 #: What to do where some rank runs another tree.
 RUN_THE_SAME = "run the same tree of SGLang on every node"
 

@@ -13,6 +13,7 @@ from typing import Any
 from sglang_helix.srt.compatibility.situation import (
     Situation,
     attn_tp_size_of,
+    replicates_v_proj,
     situation_of,
 )
 from sglang_helix.srt.compatibility.verdict import (
@@ -81,6 +82,11 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
                 f"--dcp-comm-backend {view.dcp_comm_backend} exchanges between the ranks "
                 "that split a cache, and here none do: give --dcp-size or --attn-tp-size too, or "
                 "leave the flag out."
+            )
+        if replicates_v_proj(server_args):
+            raise ValueError(
+                "--dcp-replicate-v-proj is for ranks that split a cache, and here none do: give "
+                "--dcp-size or --attn-tp-size too, or leave the flag out."
             )
         return
     verdict = verdict_of(server_args)

@@ -220,7 +220,7 @@ def test_symm_is_known_from_its_commit_on(ran: Ran) -> None:
 def test_without_a_flag_of_the_series_nothing_is_resolved_otherwise(ran: Ran, what: Any) -> None:
     before, after = (outcomes[what][0] for outcomes in (ran.base, ran.last))
     assert before[0] == after[0] == 0, after[2]
-    fields = {field.name: repr(None) for patch in SERIES for field in patch.fields}
+    fields = {field.name: repr(field.default) for patch in SERIES for field in patch.fields}
     assert after[1] == before[1] | fields
     assert len(before[1]) > 400
 

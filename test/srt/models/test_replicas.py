@@ -1,4 +1,4 @@
-"""Query projections replicated in each KVP group: which weights, renewed by updates, or refused."""
+"""Projections replicated in each KVP group: which weights, renewed by updates, or refused."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from srt.models.serving import (
     scheduler_of,
     turn,
 )
+from srt.models.test_value_projection import switch_at
 
 N, A = 4, 2
 K = N // A
@@ -46,10 +47,14 @@ def wrong_replicas(rank: int, scheduler: Any, checkpoint: Path) -> list[str]:
         if not torch.equal(layer.q_b_proj_qrep_weight, heads):
             wrong.append(f"{name}.{projection}")
         # Of each head, the key's rows of kv_b_proj: [key, latent].
-        keys = full[f"{name}.kv_b_proj.weight"].chunk(A)[rank // K]
-        keys = keys.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
-        if not torch.equal(layer.w_kc_qrep, keys[:, : layer.qk_nope_head_dim]):
+        heads_of_kv = full[f"{name}.kv_b_proj.weight"].chunk(A)[rank // K]
+        heads_of_kv = heads_of_kv.unflatten(0, (-1, layer.qk_nope_head_dim + layer.v_head_dim))
+        if not torch.equal(layer.w_kc_qrep, heads_of_kv[:, : layer.qk_nope_head_dim]):
             wrong.append(f"{name}.w_kc")
+        # Behind them those of the value, [value, latent].
+        values = heads_of_kv[:, layer.qk_nope_head_dim :].transpose(1, 2)
+        if not torch.equal(layer.w_vc_rep, values):
+            wrong.append(f"{name}.w_vc")
     return wrong
 
 
@@ -59,18 +64,27 @@ def update(rank: int, argv: list[str], before: Path, after: Path) -> list[list[A
     Those that are midway are `released`, between the second and the first checkpoint.
     """
     scheduler = scheduler_of(rank, argv)
+    switch_at(len(PROMPTS))
     assert not wrong_replicas(rank, scheduler, before)
     first = answer(scheduler, PROMPTS, NEW_TOKENS)
-    places = [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
+    places = places_of(scheduler)
     assert from_disk(scheduler, after) == (True, "Succeeded to update model weights.")
     assert not wrong_replicas(rank, scheduler, after)
     # Captured graphs hold the addresses.
-    assert places == [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
+    assert places == places_of(scheduler)
     second = answer(scheduler, PROMPTS, NEW_TOKENS)
     midway = released(scheduler, before)
     assert not wrong_replicas(rank, scheduler, before)
-    assert places == [layer.w_kc_qrep.data_ptr() for _, layer in mla_layers(scheduler)]
+    assert places == places_of(scheduler)
     return [first, second, midway]
+
+
+def places_of(scheduler: Any) -> list[int]:
+    return [
+        replica.data_ptr()
+        for _, layer in mla_layers(scheduler)
+        for replica in (layer.w_kc_qrep, layer.w_vc_rep)
+    ]
 
 
 def released(scheduler: Any, checkpoint: Path) -> list[Answer]:
@@ -106,6 +120,7 @@ def lose(scheduler: Any, tag: str) -> None:
         held = [weight.data for weight in runner.model.parameters()]
         for _, layer in mla_layers(scheduler):
             held += [layer.w_kc, layer.w_vc, layer.w_kc_qrep, layer.q_b_proj_qrep_weight]
+            held += [layer.w_vc_rep]
     elif tag == "kv_cache":
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         names = ("kv_buffer",) if runner.use_mla_backend else ("k_buffer", "v_buffer")
@@ -128,6 +143,7 @@ def test_weight_update_renews_replicas(
         for seed in (0, 1)
     ]
     argv = command_line(checkpoints[0], N, "--attn-tp-size", str(A), "--max-total-tokens", "256")
+    argv += [] if family == "llama" else ["--dcp-replicate-v-proj"]
     for *answers, midway in ready.ranks(update, N, argv, *checkpoints):
         for checkpoint, of_checkpoint in zip(checkpoints, answers, strict=True):
             for tokens, got in zip(PROMPTS, of_checkpoint, strict=True):
@@ -142,7 +158,7 @@ def test_weight_update_renews_replicas(
 def written_in_place(scheduler: Any) -> list[str]:
     """A session of updates that writes to the weights themselves: layers with old replicas."""
     before = {
-        name: (layer.q_b_proj_qrep_weight.clone(), layer.w_kc_qrep.clone())
+        name: [replica.clone() for replica in replicas_of(layer)]
         for name, layer in mla_layers(scheduler)
     }
     begin(scheduler)
@@ -153,29 +169,42 @@ def written_in_place(scheduler: Any) -> list[str]:
     return [
         name
         for name, layer in mla_layers(scheduler)
-        for old, new in zip(
-            before[name], (layer.q_b_proj_qrep_weight, layer.w_kc_qrep), strict=True
-        )
+        for old, new in zip(before[name], replicas_of(layer), strict=True)
         if not torch.equal(new, 2 * old)
     ]
+
+
+def replicas_of(layer: Any) -> list[torch.Tensor]:
+    return [layer.q_b_proj_qrep_weight, layer.w_kc_qrep, layer.w_vc_rep]
+
+
+def values_refused(model: torch.nn.Module, layer: Any) -> str:
+    """What replicating the values of a layer with quantized absorbed weights says."""
+    from sglang_helix.srt.model_executor.replicas import VALUES, ReplicationRefusedError
+
+    values = layer.w_vc
+    layer.w_vc = values.to(torch.float8_e4m3fn)
+    try:
+        VALUES.replicate(model, required=True)
+    except ReplicationRefusedError as error:
+        return str(error)
+    finally:
+        layer.w_vc = values
+    return ""
 
 
 def refused(model: torch.nn.Module, layer: Any) -> tuple[str, bool]:
     """What replicating one quantized projection says, and whether asking softly leaves it out."""
     from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
-    from sglang_helix.srt.model_executor.replicas import (
-        ReplicationRefusedError,
-        drop,
-        replicate_q_proj,
-    )
+    from sglang_helix.srt.model_executor.replicas import QUERIES, ReplicationRefusedError
 
     method = layer.q_b_proj.quant_method
     layer.q_b_proj.quant_method = Fp8LinearMethod(Fp8Config(is_checkpoint_fp8_serialized=True))
-    drop(layer)
-    replicate_q_proj(model, required=False)
+    QUERIES.drop(layer)
+    QUERIES.replicate(model, required=False)
     left_out = layer.q_b_proj_qrep_weight is None
     try:
-        replicate_q_proj(model, required=True)
+        QUERIES.replicate(model, required=True)
     except ReplicationRefusedError as error:
         return str(error), left_out
     finally:
@@ -227,6 +256,7 @@ class Updates(NamedTuple):
     gathered_in: list[tuple[str, bool]]
     old_after_writing_in_place: list[str]
     refusal: tuple[str, bool]
+    refusal_of_values: str
     bad_path: tuple[bool, str]
     kept_after_bad_path: bool
     gathers: list[int]
@@ -246,6 +276,7 @@ class Updates(NamedTuple):
 def regions_of_replicas(runner: Any) -> list[tuple[str, bool]]:
     """By gathering: the kind of memory that it allocates in, and whether the host has a copy."""
     from sglang_helix.srt.model_executor import model_runner
+    from sglang_helix.srt.model_executor.replicas import Replica
 
     within: list[tuple[str, bool]] = []
     seen: list[tuple[str, bool]] = []
@@ -258,7 +289,7 @@ def regions_of_replicas(runner: Any) -> list[tuple[str, bool]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner.memory_saver_adapter, "region", region)
-        patch.setattr(model_runner, "replicate_q_proj", lambda *_, **__: seen.extend(within))
+        patch.setattr(Replica, "replicate", lambda *_, **__: seen.extend(within))
         model_runner.load_model(None, runner)
     return seen
 
@@ -273,6 +304,7 @@ def live(rank: int, argv: list[str], before: Path, after: Path) -> Updates:
     seen: dict[str, Any] = {"gathered_in": regions_of_replicas(runner)}
     seen["old_after_writing_in_place"] = written_in_place(scheduler)
     seen["refusal"] = refused(runner.model, layers["model.layers.1.self_attn"])
+    seen["refusal_of_values"] = values_refused(runner.model, layers["model.layers.1.self_attn"])
     from_disk(scheduler, before)
 
     places = [layer.w_kc_qrep.data_ptr() for layer in layers.values()]
@@ -303,9 +335,7 @@ def live(rank: int, argv: list[str], before: Path, after: Path) -> Updates:
             patch.setattr(DefaultModelLoader, "_get_weights_iterator", broken)
         seen["failing_disk"] = from_disk(scheduler, before)
     seen["stale_after_disk"] = [
-        name
-        for name, layer in layers.items()
-        if (layer.w_kc_qrep, layer.q_b_proj_qrep_weight) != (None, None)
+        name for name, layer in layers.items() if replicas_of(layer) != [None] * 3
     ]
     assert from_disk(scheduler, before)[0]
 
@@ -349,12 +379,13 @@ def updates(
         for seed in (0, 1)
     ]
     flags = ("--attn-tp-size", str(A), "--max-total-tokens", "256", "--enable-weights-cpu-backup")
+    flags += ("--dcp-replicate-v-proj",)
     argv = command_line(checkpoints[0], N, *flags)
     return checkpoints, ready.ranks(live, N, argv, *checkpoints)
 
 
 def test_memory_of_replicas_is_released_with_the_weights(updates: Any) -> None:
-    assert [seen.gathered_in for seen in updates[1]] == [[("weights", True)]] * N
+    assert [seen.gathered_in for seen in updates[1]] == [[("weights", True)] * 2] * N
 
 
 def test_end_of_an_update_in_place_renews_replicas(updates: Any) -> None:
@@ -368,6 +399,10 @@ def test_projection_that_cannot_be_replicated_is_refused(updates: Any) -> None:
         assert "Fp8LinearMethod" in message
         assert "--no-dcp-replicate-q-proj" in message
         assert left_out
+        message = seen.refusal_of_values
+        assert "value projection of model.layers.1.self_attn cannot be replicated" in message
+        assert "torch.float8_e4m3fn" in message
+        assert "Leave --dcp-replicate-v-proj out" in message
 
 
 def test_update_that_changed_nothing_leaves_replicas(updates: Any) -> None:
@@ -379,7 +414,7 @@ def test_update_that_changed_nothing_leaves_replicas(updates: Any) -> None:
 
 def test_session_of_buckets_gathers_once(updates: Any) -> None:
     for seen in updates[1]:
-        assert seen.gathers == [0, 0, 0, 2 * 2]  # two weights in each of two layers
+        assert seen.gathers == [0, 0, 0, 3 * 2]  # three weights in each of two layers
         assert not seen.old_after_buckets
 
 

@@ -12,11 +12,12 @@ from sglang_helix.srt.layers.attention.adapters import Attention
 
 @dataclass(frozen=True)
 class Situation:
-    """Resolved arguments, the model's configuration, `--attn-tp-size`."""
+    """Resolved arguments, the model's configuration, and the series' own flags."""
 
     args: Any
     model: Any
     attn_tp_size: int | None = None
+    replicates_v_proj: bool = False
 
     @property
     def sharded_by(self) -> tuple[str, int]:
@@ -111,10 +112,18 @@ def situation_of(server_args: Any) -> Situation:
     from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
 
     return Situation(
-        resolved_view(server_args), model_config_of(server_args), attn_tp_size_of(server_args)
+        resolved_view(server_args),
+        model_config_of(server_args),
+        attn_tp_size_of(server_args),
+        replicates_v_proj(server_args),
     )
 
 
 def attn_tp_size_of(server_args: Any) -> int | None:
     """A as the user gave it; None where they did not."""
     return getattr(server_args, helix.ATTN_TP_SIZE, None)
+
+
+def replicates_v_proj(server_args: Any) -> bool:
+    """Whether the user asked for `--dcp-replicate-v-proj`."""
+    return bool(getattr(server_args, helix.REPLICATE_V_PROJ, False))

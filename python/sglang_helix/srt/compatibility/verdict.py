@@ -97,5 +97,5 @@ def announcement(verdict: Verdict) -> str:
     return (
         f"sglang-helix: SGLang serves this by its own --dcp-size ({', '.join(verdict.features)}), "
         "as without the series, which has not proven it and is not installed in the ranks; "
-        "--attn-tp-size and --dcp-comm-backend symm do not apply."
+        "--attn-tp-size, --dcp-replicate-v-proj and --dcp-comm-backend symm do not apply."
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_helix import cost, helix
 from sglang_helix.srt.compatibility.rows.caches import STORAGE
-from sglang_helix.srt.compatibility.situation import situation_of
+from sglang_helix.srt.compatibility.situation import replicates_v_proj, situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
 from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
@@ -189,6 +189,8 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
         ),
         *states,
     ]
+    if replicates_v_proj(runner.server_args):
+        lines.append(_describe_values(runner))
     if runner.is_hybrid_swa:
         lines.append(_describe_windows(runner, report["kv_tokens"]))
     if torch.cuda.is_available():
@@ -196,6 +198,18 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
         device = torch.cuda.get_device_name()
         lines += cost.advice_on_queries(layout, model, device, exchange, replicated)
     return lines
+
+
+def _describe_values(runner: Any) -> str:
+    """Where MLA's values are projected, and what it takes of each rank."""
+    from sglang_helix.srt.model_executor.replicas import VALUES
+    from sglang_helix.srt.models.value_switch import switch
+
+    taken = VALUES.nbytes(runner.model) / 2**30
+    return (
+        f"Values: projected before the exchange in decode batches of {switch()}, by weights of all "
+        f"heads of the group in {taken:.2f} GiB of each rank (--dcp-replicate-v-proj)"
+    )
 
 
 def _describe_windows(runner: Any, tokens: int) -> str:
@@ -231,4 +245,5 @@ def series_of(stages: frozenset[str]) -> dict[str, Any]:
         "dcp_size": parallel.attn_dcp_size,
         "dcp_comm_backend": parallel.dcp_comm_backend,
         "dcp_replicate_q_proj": bool(parallel.dcp_replicate_q_proj),
+        "dcp_replicate_v_proj": replicates_v_proj(get_server_args()),
     }

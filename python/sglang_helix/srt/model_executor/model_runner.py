@@ -1,6 +1,6 @@
 """What a rank prepares between its model and its pool. Extends `model_executor/model_runner.py`.
 
-Replicated query projection of MLA: see `replicas`.
+Replicated projections of MLA: see `replicas`.
 
 Partial results of the Triton adapter's decode: upstream allocates them when the pool has taken its
 share.
@@ -27,13 +27,14 @@ from sglang.srt.runtime_context import (
     get_spec,
 )
 
+from sglang_helix.srt.compatibility.situation import replicates_v_proj
 from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.adapters import adapter
 from sglang_helix.srt.layers.attention.windows import sharded_layers
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
 from sglang_helix.srt.layers.dcp.probe import probe
-from sglang_helix.srt.model_executor.replicas import asked_for, replicate_q_proj
+from sglang_helix.srt.model_executor import replicas
 
 
 def load_model(result: None, runner: Any) -> None:
@@ -41,12 +42,11 @@ def load_model(result: None, runner: Any) -> None:
 
     Their memory is released and resumed with that of the weights.
     """
-    parallel = get_parallel()
-    if parallel.dcp_replicate_q_proj and runner.use_mla_backend:
+    for replica, required in replicas.wanted(runner):
         backup = get_exec().features.enable_weights_cpu_backup
         saver = runner.memory_saver_adapter
         with saver.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup):
-            replicate_q_proj(runner.model, required=asked_for(runner.server_args))
+            replica.replicate(runner.model, required=required)
 
 
 def prepare_decode(result: None, runner: Any) -> None:
@@ -72,6 +72,8 @@ def prepare_exchange(result: None, runner: Any) -> None:
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
     if runner.use_mla_backend:
         widths = {config.kv_lora_rank}
+        if replicates_v_proj(runner.server_args):
+            widths |= {layer.v_head_dim for _, layer in replicas.layers(runner.model)}
     else:
         widths = {layer.v_head_dim for layer in sharded_layers(runner.model, config)}
     max_tokens = requests and requests * (drafts or 1)

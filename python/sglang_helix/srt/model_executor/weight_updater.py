@@ -6,7 +6,8 @@ rank learns of every failure over the CPU group before anything else is done, so
 fails on all of them, and no rank waits in a collective that another one never enters.
 
 A whole update then renews the replicas in place. Those of a failed one stay where no rank's weights
-changed, and are given up otherwise: such a layer gathers its queries. In a session of updates the
+changed, and are given up otherwise: such a layer gathers its queries, or projects its values behind
+the exchange. In a session of updates the
 replicas keep the weights of before it until its end.
 """
 
@@ -20,6 +21,7 @@ from sglang.srt.managers.io_struct import EndWeightUpdateReqOutput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_helix.srt.model_executor import replicas
+from sglang_helix.srt.model_executor.replicas import Replica
 
 logger = logging.getLogger(__name__)
 
@@ -91,33 +93,33 @@ def _agree(problem: str | None) -> str | None:
 
 def _renewed(updater: Any, failed: str | None) -> str | None:
     """Renew the replicas, or give up those that are stale; what failed, with what this adds."""
-    if not get_parallel().dcp_replicate_q_proj:
-        return failed
     runner = updater.get_model_runner()
     layers = dict(replicas.layers(updater.get_model()))
-    replicated = {name for name, layer in layers.items() if layer.w_kc_qrep is not None}
-    lost = _of_any_rank({name: _reason(layer, failed) for name, layer in layers.items()})
-    for name in lost:
-        replicas.drop(layers[name])
-    problems = [failed] if failed else []
-    if not failed:
-        required = replicas.asked_for(runner.server_args)
-        for name, layer in layers.items():
-            if name not in lost:
-                replicas.renew(layer)
-            elif required or name in replicated:
-                problems.append(replicas.refusal(name, lost[name]))
-    if replicated != {name for name, layer in layers.items() if layer.w_kc_qrep is not None}:
+    problems, changed = [failed] if failed else [], False
+    for replica, required in replicas.wanted(runner):
+        replicated = {name for name, layer in layers.items() if replica.parts(layer)}
+        reasons = {name: _reason(replica, layer, failed) for name, layer in layers.items()}
+        lost = _of_any_rank(reasons)
+        for name in lost:
+            replica.drop(layers[name])
+        if not failed:
+            for name, layer in layers.items():
+                if name not in lost:
+                    replica.renew(layer)
+                elif required or name in replicated:
+                    problems.append(replica.refusal(name, lost[name]))
+        changed |= replicated != {name for name, layer in layers.items() if replica.parts(layer)}
+    if changed:
         _recapture(runner)
     return "; ".join(problems) or None
 
 
-def _reason(layer: Any, failed: str | None) -> str | None:
+def _reason(replica: Replica, layer: Any, failed: str | None) -> str | None:
     """Why this rank cannot give a layer a new replica; after a failure, leave it the old one."""
     if not failed:
-        return replicas.obstacle(layer)
-    # A rank that failed may not be able to take part in a gather.
-    if layer.w_kc_qrep is None or replicas.is_current(layer, get_parallel().dcp_group):
+        return replica.obstacle(layer)
+    # A rank that failed may not be able to take part in a gather. (None is current.)
+    if replica.is_current(layer, get_parallel().dcp_group):
         return None
     return "the update that failed changed its weights"
 
@@ -131,6 +133,6 @@ def _of_any_rank(reasons: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _recapture(runner: Any) -> None:
-    """Captured graphs hold the way in which each layer gets its queries."""
+    """Captured graphs hold the way in which each layer gets its queries, and projects values."""
     if runner.decode_cuda_graph_runner not in (None, runner.eager_runner):
         runner.recapture_decode_cuda_graph()

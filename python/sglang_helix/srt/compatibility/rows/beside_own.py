@@ -42,6 +42,10 @@ def _attn_tp_size(situation: Situation) -> object | None:
     return situation.attn_tp_size
 
 
+def _replicates_v_proj(situation: Situation) -> object | None:
+    return situation.replicates_v_proj or None
+
+
 def _symm_at_all(situation: Situation) -> object | None:
     return symm(situation, True)
 
@@ -85,6 +89,15 @@ ONLY_THE_SERIES: tuple[Row, ...] = (
         "only the series has it",
         "Use --dcp-size in its place: tp size / attn tp size",
         _attn_tp_size,
+        alone="lacks",
+    ),
+    Row(
+        "value projection before the exchange",
+        "--dcp-replicate-v-proj",
+        "refused",
+        "only the series has it",
+        "Leave the flag out",
+        _replicates_v_proj,
         alone="lacks",
     ),
     Row(

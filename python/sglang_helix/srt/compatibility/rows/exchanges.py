@@ -31,8 +31,10 @@ def _symm_ragged_heads(situation: Situation) -> object | None:
     from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES
 
     model = situation.model
-    width = model.kv_lora_rank if situation.mla else model.v_head_dim
-    return symm(situation, width * model.dtype.itemsize % VECTOR_BYTES != 0)
+    widths = [model.kv_lora_rank if situation.mla else model.v_head_dim]
+    widths += [model.v_head_dim] if situation.replicates_v_proj else []
+    ragged = any(width * model.dtype.itemsize % VECTOR_BYTES for width in widths)
+    return symm(situation, ragged)
 
 
 def _symm_reference(situation: Situation) -> object | None:

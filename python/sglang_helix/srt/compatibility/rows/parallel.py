@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sglang_helix.srt.compatibility.conditions import flag, more_than_one, on_platform
+from sglang_helix.srt.compatibility.conditions import (
+    flag,
+    more_than_one,
+    not_of_mla,
+    on_platform,
+)
 from sglang_helix.srt.compatibility.row import WITHOUT, Row
 from sglang_helix.srt.compatibility.situation import Situation
 from sglang_helix.srt.distributed.topology import divisors
@@ -28,6 +33,14 @@ def _attention_replicas_refused(situation: Situation) -> object | None:
     return _attention_replicas(situation, own=False)
 
 
+def _values_first(situation: Situation) -> object | None:
+    return situation.replicates_v_proj or None
+
+
+def _values_first_by_sglang(situation: Situation) -> object | None:
+    return (situation.replicates_v_proj and situation.args.dcp_comm_backend == "fi_a2a") or None
+
+
 def _platform_of_sglang(situation: Situation) -> object | None:
     return on_platform("hip", "npu", "xpu")
 
@@ -41,6 +54,31 @@ _ONE_GROUP = "use --tp-size and --dcp-size alone"
 
 PARALLEL: tuple[Row, ...] = (
     Row("replicated query projection", "--dcp-replicate-q-proj", "works", "end-to-end matrix"),
+    Row(
+        "value projection before the exchange, of MLA",
+        "--dcp-replicate-v-proj",
+        "works",
+        "tokens of transformers on both sides of the switch; not seen on a GPU",
+        alone="lacks",
+    ),
+    Row(
+        "value projection before the exchange, of GQA and MHA models",
+        "--dcp-replicate-v-proj",
+        "refused",
+        "only MLA projects values behind attention",
+        "Leave the flag out",
+        not_of_mla(_values_first),
+        alone="lacks",
+    ),
+    Row(
+        "value projection before FlashInfer's all-to-all",
+        "--dcp-replicate-v-proj",
+        "refused",
+        "SGLang's fi_a2a exchanges latents",
+        "Use --dcp-comm-backend a2a or symm, or leave the flag out",
+        _values_first_by_sglang,
+        alone="lacks",
+    ),
     Row("pipeline parallelism", "--pp-size", "works", "end-to-end test, two stages of two ranks"),
     Row("several nodes", "--nnodes", "works", "two nodes answer as transformers, GQA and MLA"),
     Row("expert parallelism", "--ep-size", "works", "answers equal plain TP, MLA"),
