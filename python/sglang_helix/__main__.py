@@ -258,10 +258,10 @@ def print_layouts(options: argparse.Namespace) -> int:
     memory = 40 if options.kv_memory_gib is None else options.kv_memory_gib
     shape = shape_of(model_config)
     print(table(shape, options.tp, memory, options.kv_cache_dtype, drafted))
-    if drafted:
-        print("\n" + beside_a_draft(shape, drafted, options.tp, options.kv_cache_dtype))
     if values := values_first(model_config, options.tp):
         print("\n" + values)
+    if drafted:
+        print("\n" + beside_a_draft(shape, drafted, options.tp, options.kv_cache_dtype))
     if (state := state_bytes(model_config, options.tp)) is not None:
         print("\n" + states(shape, options.tp, state, options.kv_cache_dtype))
     if windows := window_layers(model_config):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.observability import metrics_collector
 
@@ -28,11 +29,11 @@ def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(metrics_collector, "get_parallel", lambda: parallel)
     no_drafts = SimpleNamespace(speculative_num_draft_tokens=None)
     monkeypatch.setattr(metrics_collector, "get_spec", lambda: no_drafts)
-    kernels = [
-        SimpleNamespace(max_tokens=8, slow_seconds={0: 3.0, -1: 1.0}),
-        SimpleNamespace(max_tokens=4, slow_seconds={0: 1.0}),
-    ]
-    group.exchanger._kernels = dict(enumerate(kernels))
+    group.exchanger._kernels = {
+        (8, 16, torch.bfloat16): SimpleNamespace(max_tokens=8, slow_seconds={0: 3.0, -1: 1.0}),
+        (8, 64, torch.bfloat16): SimpleNamespace(max_tokens=4, slow_seconds={0: 1.0}),
+    }
+    runner = SimpleNamespace(use_mla_backend=False, model_config=SimpleNamespace(v_head_dim=16))
     return SimpleNamespace(
         registry=registry,
         metrics_collector=SimpleNamespace(labels={"tp_rank": 3}),
@@ -40,5 +41,6 @@ def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         tree_cache=SimpleNamespace(evictable_size=lambda: 6, protected_size=lambda: 2),
         is_hybrid_ssm=False,
         is_hybrid_swa=False,
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(use_mla_backend=False)),
+        server_args=SimpleNamespace(),
+        tp_worker=SimpleNamespace(model_runner=runner),
     )

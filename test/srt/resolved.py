@@ -33,7 +33,7 @@ Resolve = Callable[..., Resolved]
 def resolve(machine: str, model: str, flags: dict[str, Any], launched: bool = False) -> Resolved:
     """launched: after what a launch and its ranks check, too."""
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
-    from sglang.srt.server_args import ServerArgs
+    from sglang_helix.flags import make_server_args
     from sglang_helix.srt.server_args import check
 
     lines: list[str] = []
@@ -44,7 +44,7 @@ def resolve(machine: str, model: str, flags: dict[str, Any], launched: bool = Fa
     logger.setLevel(logging.INFO)
     try:
         with told_about(machine):
-            args = ServerArgs(model_path=model, device="cuda", **flags)
+            args = make_server_args(model_path=model, device="cuda", **flags)
             args.resolve_once()
             if launched:
                 args.check_server_args()

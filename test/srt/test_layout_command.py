@@ -76,6 +76,18 @@ def test_windows_are_not_counted_as_sharded(capsys: pytest.CaptureFixture[str]) 
     assert "Without 18 window layers" in out
 
 
+def test_weights_of_values_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3: 128 heads of 512 x 128 in 61 layers; rows of 128 in place of 512 elements."""
+    model = str(Path(__file__).parents[2] / "docs/models/DeepSeek-V3")
+    assert main(["layout", "--model-path", model, "--tp", "8"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("`--dcp-replicate-v-proj`, which projects values before the exchange")
+    held = 128 * 512 * 128 * 61 * 2 / 2**30
+    narrow, wide = (16 * 7 * (2 * width + 16) / 1024 for width in (128, 512))
+    assert f"{held:.2f} GiB a rank at `--dcp-size 8`" in said
+    assert f"{narrow:.1f} KiB in place of {wide:.1f} behind attention" in said
+
+
 def test_a_drafts_cost_stands_beside_the_gain(capsys: pytest.CaptureFixture[str]) -> None:
     """DeepSeek-V3's MTP: latents of 61 + K layers where there were 61, of 62 in plain TP."""
     model = str(Path(__file__).parents[2] / "docs/models/DeepSeek-V3")

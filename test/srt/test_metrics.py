@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+from sglang_helix.flags import keep
+from sglang_helix.srt.models.value_switch import Switch
 from sglang_helix.srt.observability import metrics_collector
 from sglang_helix.srt.observability.metrics_collector import BATCHES, LAYOUT, ROWS, WAITS, Metrics
 from srt.metered import metered_scheduler
@@ -61,3 +63,16 @@ def test_batches_are_counted_by_what_they_exchange(
     metrics_collector.count_batch(None, scheduler, batch, None)
     labels = {"tp_rank": "3", "exchange": kind}
     assert scheduler.registry.get_sample_value(f"{BATCHES}_total", labels) == 1
+
+
+@pytest.mark.parametrize(("from_tokens", "kind"), [(5, "symm"), (6, "a2a")])
+def test_values_projected_first_are_exchanged_in_larger_batches(
+    scheduler: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, from_tokens: int, kind: str
+) -> None:
+    """Symm takes 4 tokens of the wider heads here, and 8 of the narrow ones."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    keep(scheduler.server_args, dcp_replicate_v_proj=True)
+    monkeypatch.setattr(metrics_collector, "switch", lambda: Switch(from_tokens, None))
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=lambda: 5)
+    assert Metrics(scheduler)._exchange_of(batch) == kind

@@ -27,6 +27,9 @@ def test_fi_a2a_is_mlas_alone(resolved: Resolve) -> None:
     default = resolved("Blackwell", "llama", **layout)
     assert default.args["dcp_comm_backend"] == "a2a"
     assert "--dcp-comm-backend: a2a in place of fi_a2a" in default.said
+    projected = resolved("Blackwell", "deepseek_v2", dcp_replicate_v_proj=True, **layout)
+    assert projected.args["dcp_comm_backend"] == "a2a", projected.error
+    assert "a2a in place of fi_a2a, which exchanges latents" in projected.said
     for flags in ({}, {"dcp_comm_backend": "fi_a2a"}):
         latent = resolved("Blackwell", "deepseek_v2", **layout, **flags)
         assert latent.args["dcp_comm_backend"] == "fi_a2a", latent.error
@@ -156,6 +159,14 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "prefill chunks of changing size": ({"enable_dynamic_chunking": True}, ""),
     "mixed chunk of MLA models": ({"enable_mixed_chunk": True}, ""),
     "FlashInfer's all-to-all of GQA and MHA models": ({"dcp_comm_backend": "fi_a2a"}, ""),
+    "value projection before FlashInfer's all-to-all": (
+        {"dcp_replicate_v_proj": True, "dcp_comm_backend": "fi_a2a"},
+        "",
+    ),
+    "value projection before the exchange, of GQA and MHA models": (
+        {"dcp_replicate_v_proj": True},
+        "",
+    ),
     "other attention data parallelism": ({"attn_dp_size": 2}, ""),
     "prefill context parallelism": ({"attn_cp_size": 2}, ""),
     "upstream's KV cache sharding": (
@@ -264,6 +275,7 @@ GQA_ALONE = {
     "FlashInfer's all-to-all of GQA and MHA models",
     "bitsandbytes weights of GQA and MHA models",
     "weights saved in shards, of GQA and MHA models",
+    "value projection before the exchange, of GQA and MHA models",
 }
 WORKS_FOR_GQA = {
     "mixed chunk of MLA models",
@@ -380,6 +392,11 @@ def test_a_backend_that_verifies_no_drafts_is_refused(resolved: Resolve) -> None
     ).error
     assert "does not verify the drafts of --speculative-algorithm EAGLE for MLA" in error
     assert "flashinfer" in error  # what does
+
+
+def test_values_projected_first_need_a_sharded_cache(resolved: Resolve) -> None:
+    error = resolved("Hopper", "deepseek_v2", tp_size=4, dcp_replicate_v_proj=True).error
+    assert "--dcp-replicate-v-proj is for ranks that split a cache" in error
 
 
 def test_lora_by_its_paths_alone(resolved: Resolve, tmp_path: Path) -> None:

@@ -185,6 +185,10 @@ def facts(machine: str) -> dict[str, Any]:
     return facts_of(machine)
 
 
+# Arguments that are the series' own.
+OURS = ("attn_tp_size", "dcp_replicate_v_proj")
+
+
 def resolve(
     machine: str, model: str, flags: dict[str, Any]
 ) -> tuple[dict[str, str], str, tuple[str, ...] | None, list[str]]:
@@ -207,10 +211,9 @@ def resolve(
     with mock.patch.dict(os.environ), override_platform(**known), capability:
         device = {"XPU": "xpu", "NPU": "npu", "CPU": "cpu"}.get(machine, "cuda")
         fields_given = {**TP4, **flags}
-        attn_tp_size = fields_given.pop("attn_tp_size", None)
+        own = {name: fields_given.pop(name) for name in OURS if name in fields_given}
         args = ServerArgs(model_path=model, device=device, random_seed=1, **fields_given)
-        if attn_tp_size is not None:
-            keep(args, attn_tp_size=attn_tp_size)
+        keep(args, **own)
         try:
             args.resolve_once()
             args.check_server_args()
@@ -270,7 +273,7 @@ def test_arguments_are_those_of_sglang_alone(both: Any, name: str) -> None:
     if not error:
         (line,) = [line for line in lines if "SGLang serves this by its own --dcp-size" in line]
         assert all(feature in line for feature in features)
-        assert "--attn-tp-size and --dcp-comm-backend symm do not apply" in line
+        assert "--attn-tp-size, --dcp-replicate-v-proj and --dcp-comm-backend symm do not" in line
 
 
 def test_every_own_row_is_met() -> None:
@@ -286,6 +289,12 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         "kimi_linear",
         {"attn_tp_size": 2, "dcp_size": 1, "enable_mixed_chunk": True},
         (f"--attn-tp-size 2 {ALONE}{HYBRID} here: only the series has it. Use --dcp-size",),
+    ),
+    "--dcp-replicate-v-proj": (
+        "Blackwell",
+        "kimi_linear",
+        {"dcp_replicate_v_proj": True, "enable_mixed_chunk": True},
+        (f"--dcp-replicate-v-proj {ALONE}", "only the series has it. Leave the flag out."),
     ),
     "symm": (
         "Blackwell",
@@ -469,10 +478,9 @@ def launch(models: dict[str, str], cases: dict[str, Any]) -> dict[str, str]:
         capability = mock.patch("torch.cuda.get_device_capability", return_value=(10, 0))
         with mock.patch.dict(os.environ), override_platform(**facts(machine)), capability:
             given = {**TP4, **flags}
-            attn_tp_size = given.pop("attn_tp_size", None)
+            own = {name: given.pop(name) for name in OURS if name in given}
             args = ServerArgs(model_path=models[model], device="cuda", **given)
-            if attn_tp_size is not None:
-                keep(args, attn_tp_size=attn_tp_size)
+            keep(args, **own)
             ended[name] = args
             args.resolve_once()
     load_plugins()

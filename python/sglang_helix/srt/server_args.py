@@ -104,8 +104,14 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
     _check_heads(situation)
     _keep_states_of_prefixes(server_args, situation)
     named = server_args._raw_input.get("dcp_comm_backend")
-    if situation.args.dcp_comm_backend == "fi_a2a" and not named and not situation.mla:
-        logger.info("--dcp-comm-backend: a2a in place of fi_a2a, which serves MLA models only.")
+    if situation.args.dcp_comm_backend == "fi_a2a" and not named:
+        if not situation.mla:
+            lacks = "serves MLA models only"
+        elif situation.replicates_v_proj:
+            lacks = "exchanges latents"
+        else:
+            return
+        logger.info("--dcp-comm-backend: a2a in place of fi_a2a, which %s.", lacks)
         declare_resolution(server_args, "sglang_helix", dcp_comm_backend="a2a")
 
 

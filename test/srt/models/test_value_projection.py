@@ -4,16 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from sglang_cpu_reference import drafts
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
-from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from srt.expected import check_all, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Report, answer_all, command_line, scheduler_of
-from srt.threads import ThreadGroup, run_threads
 
 FROM = 3
 BATCHES = (
@@ -21,7 +17,6 @@ BATCHES = (
     (prompt(30, seed=3), prompt(1, seed=4), prompt(19, seed=5)),
 )
 NEW_TOKENS = 4
-LATENT, VALUE = 64, 16
 
 
 def switch_at(tokens: int) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_observability, get_parallel, get_spec
 
+from sglang_helix.srt.compatibility.situation import replicates_v_proj
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.sharded import with_prefixes
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.managers.invariant_checker import slots_of
+from sglang_helix.srt.models.value_switch import switch
 
 LAYOUT = "sglang_helix:layout"
 ROWS = "sglang_helix:kv_rows"
@@ -111,9 +113,16 @@ class Metrics:
         else:
             return "none"
         ours = self._exchanger
-        if ours and ours.backend.kernel and tokens > ours.largest_prepared:
+        if ours and ours.backend.kernel and tokens > ours.largest_prepared(self._width(tokens)):
             return "a2a"
         return backend
+
+    def _width(self, tokens: int) -> int | None:
+        """Of heads that such a batch exchanges, where another batch's have another."""
+        if not replicates_v_proj(self._scheduler.server_args) or tokens < switch().from_tokens:
+            return None
+        width: int = self._scheduler.tp_worker.model_runner.model_config.v_head_dim
+        return width
 
 
 def start_metrics(result: None, scheduler: Any) -> None:

@@ -28,6 +28,7 @@ from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND
 from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.models.value_projection import own_values
 from srt.distributed.ranks import run_ranks
 from srt.fresh import Fresh
 from srt.interpreter import DEVICE, INTERPRETED, kernels, passes, without_a_gpu
@@ -299,6 +300,59 @@ def test_latents_come_heads_first(size: int) -> None:
         )
         assert all(result.is_contiguous() for result in results)
         assert relative_error(torch.cat(results).transpose(0, 1), want) < 2e-6
+
+
+@kernels
+@pytest.mark.parametrize("size", [2, 4])
+def test_values_are_projected_before_they_leave(size: int) -> None:
+    """MLA's rows in base 2 or natural, some of them empty and holding anything."""
+    B, H, D, V = 3, 8, 64, 16
+    ranks = Ranks(size, H, V, torch.float32)
+    x = torch.randn(size * B, H, D, device=DEVICE)
+    lse = torch.randn(size * B, H, device=DEVICE) * 3
+    w_vc = torch.randn(H, V, D, device=DEVICE).transpose(1, 2)  # as models hold it
+    poison(x, lse)
+    want = torch.einsum("bhd,hdv->bhv", expected(x, lse, size)[0], w_vc.double())
+    for base2 in (False, True):
+        own = lse / torch.tensor(2.0).log() if base2 else lse
+        results = ranks.play(
+            lambda rank, group, own=own, base2=base2: own_values(
+                x.chunk(size)[rank].flatten(1), own.chunk(size)[rank], w_vc, group.exchanger, base2
+            )
+        )
+        assert relative_error(torch.cat(results, 1), want.flatten(1)) < 2e-6
+        assert {form for kernel in ranks.kernels for form in kernel.forms} == {"rows"}
+
+
+@kernels
+@pytest.mark.parametrize("splits", [4, 12])
+def test_splits_are_merged_and_projected_before_they_leave(splits: int) -> None:
+    """Of Triton's decode of MLA."""
+    size, heads, width, rope, value = 2, 8, 512, 64, 128
+    ranks = Ranks(size, heads, value, torch.float32)
+    cache = Cache(size, 1, width, rope)
+    q = torch.randn(len(LENGTHS), heads, width + rope, device=DEVICE)
+    w_vc = torch.randn(heads, width, value, device=DEVICE)
+    layer = attention_layer(heads, width, rope, 1.0)
+    backends = [
+        cache.backend(rank, group, heads, splits) for rank, group in enumerate(ranks.groups)
+    ]
+
+    def step(rank: int, group: Any) -> torch.Tensor:
+        given = backends[rank].forward_decode(
+            q[..., :width],
+            *(None, None, layer, SimpleNamespace()),
+            save_kv_cache=False,
+            q_rope=q[..., width:],
+            k_rope=None,
+        )
+        # Base 2 would be that of another backend's LSE.
+        return own_values(*given, w_vc, group.exchanger, base2=True)
+
+    want = torch.einsum("bhd,hdv->bhv", cache.attended(q), w_vc.double()).flatten(1)
+    results = torch.cat(ranks.play(step), dim=1)
+    assert not results[0].any()
+    assert relative_error(results, want) < (5e-6 if DEVICE == "cpu" else 5e-3)
 
 
 LENGTHS = (0, 1, 33, 200)

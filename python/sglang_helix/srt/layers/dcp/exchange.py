@@ -251,10 +251,17 @@ class Exchanger:
         """Whether splits are reduced where they are sent."""
         return self.backend.kernel is not None
 
-    @property
-    def largest_prepared(self) -> int:
-        """Tokens of the largest batch that everything prepared takes; 0 without any."""
-        return min((kernel.max_tokens for kernel in self._kernels.values()), default=0)
+    def largest_prepared(self, head_dim: int | None = None) -> int:
+        """Tokens of the largest batch that everything prepared takes; 0 without any.
+
+        head_dim: what is prepared for such heads alone.
+        """
+        found = (
+            kernel.max_tokens
+            for (_, width, _), kernel in self._kernels.items()
+            if head_dim in (None, width)
+        )
+        return min(found, default=0)
 
     @property
     def slow_seconds(self) -> list[float]:
