@@ -38,12 +38,22 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_measures_every_operation(figures: Path) -> None:
     rows = report.read_csv(figures)
     measured = {(row.op, row.ranks, row.batch) for row in rows}
-    assert measured == {(op, N, B) for op in kernels.OPERATIONS for N in (2, 8) for B in (1, 3)}
+    of_gqa = kernels.OPERATIONS.keys() - {"values"}
+    assert measured == {(op, N, B) for op in of_gqa for N in (2, 8) for B in (1, 3)}
     for row in rows:
         assert 0 < row.p10_us <= row.median_us <= row.p90_us
         assert row.device == "CPU"
         assert (row.error is None) == (row.name == report.COPY)
         assert row.error is None or row.error <= kernels.BOUND
+
+
+def test_values_are_projected_in_both_orders(tmp_path: Path) -> None:
+    sizes = ["--shape", "mla", "gqa", "--ranks", "8", "--batch", "1", "--samples", "2"]
+    path = tmp_path / "values.csv"
+    assert kernels.main(["--device", "cpu", "--op", "values", *sizes, "--csv", str(path)]) == 0
+    orders = {f"helix a2a, projected {order}" for order in ("before", "behind")}
+    measured = {(row.shape, row.name) for row in report.read_csv(path)}
+    assert measured == {("mla", name) for name in (*orders, report.COPY)}
 
 
 def test_leaves_out_what_no_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
