@@ -407,8 +407,12 @@ def test_lora_by_its_paths_alone(resolved: Resolve, tmp_path: Path) -> None:
     assert ignored.error == ""
 
 
+# Flags of a sharded cache alone.
+OF_SHARDED = {"dcp_comm_backend", "dcp_replicate_v_proj"}
+
+
 @pytest.mark.parametrize(
-    "feature", [name for name, (flags, _) in FLAGS.items() if "dcp_comm_backend" not in flags]
+    "feature", [name for name, (flags, _) in FLAGS.items() if not OF_SHARDED & flags.keys()]
 )
 def test_flag_is_sglangs_own_affair_without_a_sharded_cache(
     resolved: Resolve, feature: str

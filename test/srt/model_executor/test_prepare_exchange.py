@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang_helix.flags import keep
 from sglang_helix.srt.model_executor import model_runner
 
 pytestmark = pytest.mark.quick
@@ -57,6 +58,7 @@ class Case:
         self.runner = SimpleNamespace(
             model=Attention(),
             use_mla_backend=False,
+            server_args=SimpleNamespace(),
             dtype=torch.bfloat16,
             model_config=SimpleNamespace(
                 get_max_num_attention_heads=lambda: 64,
@@ -98,6 +100,17 @@ def test_every_width_once_in_one_order(case: Case) -> None:
 def test_mla_exchanges_latents(case: Case) -> None:
     case.runner.use_mla_backend = True
     assert case.load() == [{**COMMON, "head_dim": 512}]
+
+
+def test_values_projected_first_are_exchanged_too(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.runner.use_mla_backend = True
+    keep(case.runner.server_args, dcp_replicate_v_proj=True)
+    layer = SimpleNamespace(v_head_dim=128)
+    monkeypatch.setattr(model_runner.replicas, "layers", lambda model: [("0", layer), ("1", layer)])
+    assert [shape["head_dim"] for shape in case.load()] == [128, 512]
+    assert [found["head_dims"] for found in case.probed] == [[128, 512]]
 
 
 @pytest.mark.parametrize(
