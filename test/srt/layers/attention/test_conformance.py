@@ -515,7 +515,8 @@ def captured_drafts_on_rank(
 ) -> tuple[list[int], torch.Tensor]:
     """A verify graph is captured for padding alone, and replayed for fewer requests than it has.
 
-    Masks come as draft models leave them, and as n-grams do.
+    Masks come as draft models leave them, and as n-grams do. Padding reads page 0, which is NaN
+    again before each replay.
 
     Returns the requests of all replays and their outputs, [requests * drafts, own heads, Dv].
     """
@@ -555,7 +556,7 @@ def captured_drafts_on_rank(
         return SimpleNamespace(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=4,
-            req_pool_indices=torch.tensor(requests + [0] * padding),
+            req_pool_indices=torch.tensor(requests + [REQUESTS - 1] * padding),
             seq_lens=lens,
             seq_lens_cpu=lens.clone(),
             out_cache_loc=torch.tensor([*itertools.chain(*brought)], dtype=torch.int64),
@@ -578,6 +579,8 @@ def captured_drafts_on_rank(
     asked, outputs = [], []
     for requests, drafted in (([2, 0], eagle), ([1], ngram)):
         batch = replayed(requests, drafted)
+        for part in (adapter_.token_to_kv_pool.keys, adapter_.token_to_kv_pool.values):
+            part[:page] = torch.nan
         with NoSync():
             adapter_.init_forward_metadata_out_graph(batch)
         vars(adapter_).update(captured)  # what the graph reads
