@@ -29,6 +29,10 @@ _TORCH_NATIVE = "sglang_helix.srt.layers.attention.torch_native_backend"
 _SGLANG = "sglang.srt.layers.attention"
 
 
+class _SGLangs(str):
+    """module:class of SGLang itself, which serves a sharded cache as it stands."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One of SGLang's attention backends, and what of it serves a sharded cache.
@@ -82,7 +86,7 @@ class Adapter:
         """
         names = self.classes(attention)
         built = names if drafts else names[:1]
-        return next((name for name in built if name.startswith("sglang_helix.")), None)
+        return next((name for name in built if not isinstance(name, _SGLangs)), None)
 
     @property
     def own_file(self) -> str | None:
@@ -157,7 +161,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=True,
         gqa=(f"{_FLASHINFER}:ShardedFlashInferAttnBackend",),
         mla=(
-            f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend",
+            _SGLangs(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend"),
             f"{_FLASHINFER_MLA}:ShardedFlashInferMLAAttnBackend",
         ),
         drafts_in_graphs=("GQA", "MLA"),
@@ -188,8 +192,8 @@ ADAPTERS: tuple[Adapter, ...] = (
         "trtllm_mla",
         base2=True,
         mla=(
-            f"{_SGLANG}.trtllm_mla_backend:TRTLLMMLABackend",
-            f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLAPrefillBackend",
+            _SGLangs(f"{_SGLANG}.trtllm_mla_backend:TRTLLMMLABackend"),
+            _SGLangs(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLAPrefillBackend"),
         ),
         no_drafts={"MLA": "SGLang refuses it"},
         majors=(10, 12),
@@ -197,7 +201,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         "cutedsl_mla",
         base2=False,
-        mla=(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLABackend",),
+        mla=(_SGLangs(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLABackend"),),
         no_drafts={"MLA": "n-grams were never tried"},
         majors=(10,),
     ),
