@@ -44,14 +44,15 @@ def partial_attention(
     T, Hq, Dk = q.shape
     S, Hkv, Dv = v.shape
     grouped = q.float().view(T, Hkv, Hq // Hkv, Dk)
-    logits = torch.einsum("tkgd,skd->tkgs", grouped, k.float()) * scale
+    # In place from here on: of a long prompt these are hundreds of megabytes.
+    logits = torch.einsum("tkgd,skd->tkgs", grouped, k.float()).mul_(scale)
     if logit_cap > 0:
-        logits = logit_cap * torch.tanh(logits / logit_cap)
+        logits.div_(logit_cap).tanh_().mul_(logit_cap)
     if visible is not None:
-        logits = logits.masked_fill(~visible.view(T, 1, 1, S), -torch.inf)
+        logits.masked_fill_(~visible.view(T, 1, 1, S), -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)  # -inf over nothing
     # -inf minus -inf is NaN: a row without keys subtracts 0 instead and keeps weights of 0.
-    weights = torch.exp(logits - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+    weights = logits.sub_(lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp_()
     out = torch.einsum("tkgs,skd->tkgd", weights, v.float())
     return Partial(out.reshape(T, Hq, Dv), lse.view(T, Hq))
 
