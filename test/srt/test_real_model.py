@@ -62,7 +62,7 @@ def checkpoint() -> Path:
 def expected(checkpoint: Path) -> Expected:
     from transformers import AutoTokenizer
 
-    tokenizer, oracle = AutoTokenizer.from_pretrained(checkpoint), Oracle(checkpoint)
+    tokenizer, oracle = AutoTokenizer.from_pretrained(checkpoint), Oracle(checkpoint, "sdpa")
     conversations = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": message(question)}],
