@@ -14,7 +14,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check_all, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Report, serve
+from srt.models.serving import Report, answer_all, command_line, scheduler_of, serve
 
 NEW_TOKENS = 4
 PAGE = 2
@@ -58,11 +58,34 @@ def serve_and_check(
     sizes = ("--attn-tp-size", attn_tp) if replicated else ("--dcp-size", tp // attn_tp)
     layout = (*map(str, sizes), "--dcp-comm-backend", backend, *flags)
     reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS)
-    widened = PAGE * tp // attn_tp
+    check_reports(model, reports, PAGE * tp // attn_tp)
+    return reports
+
+
+def check_reports(model: Path, reports: list[Report], widened: int) -> None:
     for report in reports:
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         # The cache answers whole widened pages.
         assert report.answers[-1][0].cached_tokens == len(BATCHES[0][0]) // widened * widened
+
+
+def served_by_each_exchange(rank: int, argv: list[str]) -> list[Report]:
+    """In a rank: its reports, the load served by one exchange after the other.
+
+    Starting the ranks costs as much as the load: what an exchange changes is built anew in them.
+    """
+    scheduler = scheduler_of(rank, argv)
+    from sglang.srt.runtime_context import get_parallel
+    from sglang_helix.srt.model_executor.model_runner import prepare_exchange
+
+    reports, runner = [], scheduler.tp_worker.model_runner
+    for backend in BACKENDS:
+        with get_parallel().override(dcp_comm_backend=backend):
+            prepare_exchange(None, runner)
+            runner.init_attention_backends()
+            assert get_parallel().dcp_group.exchanger.name == backend
+            reports.append(answer_all(scheduler, BATCHES, NEW_TOKENS))
+        scheduler.flush_cache()
     return reports
 
 
@@ -120,24 +143,23 @@ def plain(checkpoint: Any) -> Iterator[Any]:
         yield pools
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_heads", KV_HEADS, ids=lambda heads: f"kv{heads}" if heads else "mla")
 @pytest.mark.parametrize(("tp", "attn_tp"), LAYOUTS, ids=[f"tp{n}-A{a}" for n, a in LAYOUTS])
 def test_layout_equals_transformers(
-    ready: Fresh,
-    checkpoint: Any,
-    plain: Any,
-    tp: int,
-    attn_tp: int,
-    kv_heads: int | None,
-    backend: str,
+    ready: Fresh, checkpoint: Any, plain: Any, tp: int, attn_tp: int, kv_heads: int | None
 ) -> None:
-    reports = serve_and_check(ready, small(checkpoint, kv_heads), tp, attn_tp, backend)
+    """With each exchange."""
+    model = small(checkpoint, kv_heads)
+    layout = ("--attn-tp-size", str(attn_tp), "--dcp-comm-backend", BACKENDS[0])
+    argv = command_line(model, tp, *layout, *SIZES)
+    by_rank = ready.ranks(served_by_each_exchange, tp, argv)
+    for reports in zip(*by_rank, strict=True):
+        check_reports(model, list(reports), PAGE * tp // attn_tp)
     kvp_size = tp // attn_tp
     if kv_heads is None:
         times = kvp_size
     else:
         times = max(1, kv_heads // tp) * kvp_size // max(1, kv_heads // attn_tp)
-    for ours, theirs in zip(reports, plain(tp, kv_heads), strict=True):
+    for (ours, *_), theirs in zip(by_rank, plain(tp, kv_heads), strict=True):
         # Tokens in a byte of a rank's memory, beside plain TP.
         assert ours.kv_tokens * theirs.kv_bytes == times * theirs.kv_tokens * ours.kv_bytes
