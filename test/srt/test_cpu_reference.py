@@ -321,13 +321,15 @@ def test_plain_tp_equals_transformers(name: str, tp: int, cold: bool, tmp_path: 
 @pytest.mark.server
 @pytest.mark.parametrize("cold", [True, False])
 def test_a_server_that_dies_says_why(cold: bool, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("llama", tmp_path)
-    with (
-        pytest.raises(ServerError, match="exited with status 1 after") as died,
-        Server(checkpoint, "--device", "cuda", progress=False, cold=cold),
-    ):
+    server = Server(
+        make_checkpoint("llama", tmp_path), "--device", "cuda", progress=False, cold=cold
+    )
+    why = "runs on --device cpu only, not 'cuda'"
+    if cold:  # a command that imports nothing: how it is watched is the same
+        server.command[1:] = ["-S", "-c", f"import sys; sys.exit({why!r})"]
+    with pytest.raises(ServerError, match="exited with status 1 after") as died, server:
         pytest.fail("served")
-    assert "runs on --device cpu only, not 'cuda'" in str(died.value)
+    assert why in str(died.value)
 
 
 @pytest.mark.server

@@ -660,11 +660,13 @@ def test_storage_attached_later_obeys_the_rows_of_the_flag(
 
 
 def checked(model: str, machine: str | None, *flags: str) -> tuple[int, str]:
-    """Status and last line of ``python -m sglang_helix check``."""
+    """Status and last line of ``python -m sglang_helix check`` where layers are as they need be."""
     from sglang_helix.__main__ import main
+    from sglang_helix.build import Builder
 
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    built = mock.patch.object(Builder, "build", return_value=("", ""))
+    with contextlib.redirect_stdout(printed), built:
         on = ["--on", machine] if machine else []
         status = main(["check", *on, "--model-path", model, "--tp", "4", *flags])
     return status, printed.getvalue().splitlines()[-1]
