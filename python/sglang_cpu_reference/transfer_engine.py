@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from sglang_cpu_reference.mooncake_store import MooncakeDistributedStore
+
 logger = logging.getLogger(__name__)
 
 _COUNT = struct.Struct("<Q")
@@ -23,13 +25,15 @@ _DONE, _REFUSED = 0, -1
 
 
 def install() -> None:
-    """Make ``from mooncake.engine import TransferEngine`` mean this one, in this process."""
+    """Make ``mooncake.engine`` and ``mooncake.store`` mean these, in this process."""
     package, module = ModuleType("mooncake"), ModuleType("mooncake.engine")
+    store = ModuleType("mooncake.store")
     package.__path__ = []
-    for made in (package, module):
+    for made in (package, module, store):
         made.__spec__ = ModuleSpec(made.__name__, None)
         sys.modules[made.__name__] = made
     module.TransferEngine = TransferEngine  # type: ignore[attr-defined]
+    store.MooncakeDistributedStore = MooncakeDistributedStore  # type: ignore[attr-defined]
 
 
 class TransferEngine:

@@ -106,13 +106,7 @@ def attach_hicache_storage(original: Callable[..., Any], scheduler: Any, recv_re
     )
     asked = replace(situation, args=storage)
     for row in STORAGE:
-        message = row.refusal(asked)
-        if row.status == "own" and row.in_use(asked):
-            message = (
-                f"{row.flag} {row.given(asked)} beside a sharded cache is served by SGLang without "
-                "the series, and this server runs the series: give the flag when you start it."
-            )
-        if message:
+        if message := row.refusal(asked):
             return AttachHiCacheStorageReqOutput(success=False, message=message)
     return original(scheduler, recv_req)
 

@@ -13,11 +13,6 @@ def _hnd_layout(situation: Situation) -> object | None:
     return bool(envs.SGLANG_USE_HND_KVCACHE.get()) or None
 
 
-def _storage_of_sglang(situation: Situation) -> object | None:
-    asked = situation.args.hicache_storage_backend
-    return asked if situation.mla and asked == "mooncake" else None
-
-
 def _storage_of_nobody(situation: Situation) -> object | None:
     asked = situation.args.hicache_storage_backend
     return None if asked == "file" or (situation.mla and asked == "mooncake") else asked
@@ -85,10 +80,10 @@ CACHES: tuple[Row, ...] = (
     ),
     Row(
         "Mooncake behind the hierarchical cache of MLA models",
-        "--hicache-storage-backend",
-        "own",
-        "pages of the latent, one share of each rank",
-        given=_storage_of_sglang,
+        "--hicache-storage-backend mooncake",
+        "works",
+        "answers from a stand-in for its store are transformers', hits asserted; pages of another "
+        "dtype or memory layout are not read; no store of Mooncake's own was seen",
         alone="serves",
         proof="arg_groups/hicache_hook.py, managers/cache_controller.py",
     ),

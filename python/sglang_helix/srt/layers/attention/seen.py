@@ -320,6 +320,10 @@ PARTS: tuple[Part, ...] = (
         "servers or SGLang's schedulers",
     ),
     Part(
+        "Mooncake's store behind the hierarchical cache of MLA",
+        "SGLang's schedulers against `transformers`, over a stand-in for its client",
+    ),
+    Part(
         "metrics of every rank: rows, exchanged batches, seconds waited",
         "unit tests, a server of two ranks",
     ),
