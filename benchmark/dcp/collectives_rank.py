@@ -106,6 +106,11 @@ class Bench:
         )
         self.ours = with_our_all_to_all(build(group_name="dcp"))
         self.peers = build(group_name="dcp_sglang")
+        if symmetric:
+            # The first collective makes the communicator by which symmetric memory knows a group.
+            torch.distributed.all_reduce(
+                torch.zeros(1, device=self.device), group=self.peers.device_group
+            )
 
     def say(self, what: str) -> None:
         if self.rank == 0:
@@ -175,7 +180,7 @@ class Bench:
             try:
                 built = build(self.peers, self.device, max(self.options.batch), owned, head_dim)
             except Exception as error:
-                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                failure = failure_of(error)
             if reason := next(filter(None, self.of_all_ranks(failure)), None):
                 self.not_measured(name, reason)
             else:
@@ -283,7 +288,7 @@ class Bench:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
             except Exception as error:
-                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                failure = failure_of(error)
             reason = next(filter(None, self.of_all_ranks(failure)), None)
             if reason is None:
                 return rotation
@@ -342,6 +347,12 @@ def by_owner(x: torch.Tensor, lse: torch.Tensor, ranks: int) -> tuple[torch.Tens
     B, H, D = x.shape
     x, lse = x.view(B, ranks, H // ranks, D), lse.view(B, ranks, H // ranks)
     return x.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def failure_of(error: Exception) -> str:
+    """Its first line, and of a build that failed the first that says why."""
+    first, *more = f"{type(error).__name__}: {error}".splitlines()
+    return "; ".join([first, *[line.strip() for line in more if "error:" in line][:1]])
 
 
 def flashinfer_candidates(

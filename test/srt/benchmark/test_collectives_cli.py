@@ -247,6 +247,14 @@ def test_peers_that_fail_leave_what_was_measured(
     assert "they need a GPU for each rank" in capsys.readouterr().out
 
 
+def test_a_failed_build_says_why() -> None:
+    error = RuntimeError(
+        "Ninja build failed. Ninja output:\n[1/3] nvcc\na.cu:5: fatal error: no b.h\n"
+    )
+    said = collectives_rank.failure_of(error)
+    assert said == "RuntimeError: Ninja build failed. Ninja output:; a.cu:5: fatal error: no b.h"
+
+
 @pytest.mark.parametrize(
     ("args", "names"),
     [
