@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from sglang_helix.flags import keep
 from sglang_helix.srt.models.value_switch import Switch
 from sglang_helix.srt.observability import metrics_collector
 from sglang_helix.srt.observability.metrics_collector import BATCHES, LAYOUT, ROWS, WAITS, Metrics
@@ -72,7 +71,7 @@ def test_values_projected_first_are_exchanged_in_larger_batches(
     """Symm takes 4 tokens of the wider heads here, and 8 of the narrow ones."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    keep(scheduler.server_args, dcp_replicate_v_proj=True)
+    monkeypatch.setattr(metrics_collector, "replicates_v_proj", lambda args: True)
     monkeypatch.setattr(metrics_collector, "switch", lambda: Switch(from_tokens, None))
     batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=lambda: 5)
     assert Metrics(scheduler)._exchange_of(batch) == kind
