@@ -1,7 +1,7 @@
 """Every adapter of the table against unsharded attention in float64.
 
 A record is tested by being there: each of the series' own classes is built by its own constructor
-and attends what `test_sharded.py` has the torch reference attend, its ranks threads, its kernels
+and attends what `steps.py` has the torch reference attend, its ranks threads, its kernels
 stand-ins, or Triton's in the interpreter. Pool rows are NaN until they are written.
 """
 
@@ -29,8 +29,8 @@ from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Splits
 from srt.fresh import Fresh
-from srt.layers.attention import test_sharded, test_verify
-from srt.layers.attention.test_sharded import Heads, LatentPool, Pool, Step
+from srt.layers.attention import steps, test_verify
+from srt.layers.attention.steps import Heads, LatentPool, Pool, Step
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,7 +169,7 @@ def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool, 
         prefill_attention_backend_str=backend,
         decode_attention_backend_str=backend,
         decode_num_tokens_per_req=lambda: 1,
-        model=test_sharded.model_of(heads, window),
+        model=steps.model_of(heads, window),
         pre_model_load_memory=0.0,
         init_new_workspace=False,
         is_draft_worker=False,
@@ -206,7 +206,7 @@ def prepare(backend: str, **flags: Any) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(RANKED) and hasattr(module, "get_parallel"):
             module.get_parallel = get_parallel
-    planner.get_attn_backend = lambda: test_sharded.TRANSLATING
+    planner.get_attn_backend = lambda: steps.TRANSLATING
     if os.environ.get("TRITON_INTERPRET"):
         from triton.runtime.interpreter import GridExecutor
 
@@ -237,7 +237,7 @@ def failures(backend: str, attention: Attention, page: int) -> list[str]:
     """In a process of its own: what went wrong in which case."""
     prepare(backend)
     mla = attention == "MLA"
-    test_sharded.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
+    steps.backend_of = lambda *args, **kwargs: build(backend, *args, **kwargs)
     wrong = []
     cases = (NARROW if backend == "triton" else CASES)[attention]
     cut = () if mla or not adapter(backend).windows else ("cut windows",)
@@ -246,15 +246,15 @@ def failures(backend: str, attention: Attention, page: int) -> list[str]:
         layout = parallel(ranks, "a2a" if window else exchange)
         sinks = None
         if mla:
-            outputs = run_threads(test_sharded.mla_on_rank, ranks, heads, page, exchange, **layout)
+            outputs = run_threads(steps.mla_on_rank, ranks, heads, page, exchange, **layout)
         else:
             replicated = exchange == "a2a"
-            sinks = None if replicated else test_sharded.sinks_of(heads)
+            sinks = None if replicated else steps.sinks_of(heads)
             given = heads, page, replicated, not replicated, window
-            outputs = run_threads(test_sharded.gqa_on_rank, ranks, *given, **layout)
+            outputs = run_threads(steps.gqa_on_rank, ranks, *given, **layout)
         try:
-            tokens = test_sharded.random_tokens(heads, int(mla), mla)
-            test_sharded.check(outputs, tokens, sinks, window)
+            tokens = steps.random_tokens(heads, int(mla), mla)
+            steps.check(outputs, tokens, sinks, window)
         except AssertionError as difference:
             wrong.append(f"{ranks} ranks, {heads}, page {page}, {exchange}: {difference}")
     return wrong
@@ -351,7 +351,7 @@ def replays_on_rank(
     if isinstance(adapter_, ShardedPagedAttention):
         width = adapter_.pages.table.shape[1]
         assert width == -(-CONTEXT // slots.page), "as wide as a rank needs: splits follow from it"
-    layer = test_sharded.layer_of(heads.queries, heads.kv, heads, window)
+    layer = steps.layer_of(heads.queries, heads.kv, heads, window)
     # Of any so many tokens in a row each rank holds as many.
     seen_rows = [rows[-window // shard.size if window else 0 :] for rows in held]
     scale = 1.0 if dtype == torch.float32 else 0.5
@@ -474,7 +474,7 @@ def verify_failures(backend: str, attention: Attention) -> list[str]:
     for (ranks, heads), (name, parents) in itertools.product(cases, test_verify.TREES.items()):
         drafts = page, parents, mla
         found = run_threads(test_verify.verify_on_rank, ranks, heads, *drafts, **parallel(ranks))
-        tokens = test_sharded.random_tokens(heads, 0, mla)
+        tokens = steps.random_tokens(heads, 0, mla)
         wanted = torch.stack(
             [
                 test_verify.expected(tokens, request, row.nonzero().flatten())
@@ -520,16 +520,16 @@ def captured_drafts_on_rank(
 
     Returns the requests of all replays and their outputs, [requests * drafts, own heads, Dv].
     """
-    tokens, slots = test_sharded.random_tokens(heads, 0, mla), Slots(group.world_size, page, 300)
+    tokens, slots = steps.random_tokens(heads, 0, mla), Slots(group.world_size, page, 300)
     drafts, own, latent = len(parents) + 1, heads.queries // group.world_size, heads.v_width
     adapter_ = build(backend, rank, group, heads, slots, mla)
-    layer = test_sharded.layer_of(heads.queries if mla else own, heads.kv, heads)
+    layer = steps.layer_of(heads.queries if mla else own, heads.kv, heads)
     seen_by = test_verify.ancestry(parents)
 
     def of(order: list[tuple[int, int]]) -> list[torch.Tensor]:
         return [torch.stack([part[r, t] for r, t in order]) for part in tokens]
 
-    batch, order = test_sharded.forward_batch(Step("extend", test_verify.CACHED), slots)
+    batch, order = steps.forward_batch(Step("extend", test_verify.CACHED), slots)
     _, k, v = of(order)
     adapter_.req_to_token_pool.req_to_token = slots.table()
     if mla:
@@ -622,7 +622,7 @@ def captured_drafts_error(backend: str, attention: Attention) -> float:
     parents = test_verify.TREES["branches"]
     given = backend, heads, page, mla, parents
     found = run_threads(captured_drafts_on_rank, 3, *given, **parallel(3))
-    tokens = test_sharded.random_tokens(heads, 0, mla)
+    tokens = steps.random_tokens(heads, 0, mla)
     wanted = torch.stack(
         [
             test_verify.expected(tokens, request, row.nonzero().flatten())

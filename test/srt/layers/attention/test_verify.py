@@ -10,7 +10,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpecInputType
 from sglang_helix.srt.layers.attention.drafts import fold, unfold
 from sglang_helix.srt.layers.dcp import comm
-from srt.layers.attention.test_sharded import (  # noqa: F401 the fixture
+from srt.layers.attention.steps import (  # noqa: F401 the fixture
     Heads,
     Step,
     Tokens,
