@@ -1,0 +1,103 @@
+"""``python -m sglang_helix check``: the verdict before any server, and layers that it builds."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from srt.fresh import Fresh
+from srt.model_loader.test_loader import configuration
+from srt.models.test_every_model import BUILT
+
+
+def checked(model: str, machine: str | None, *flags: str) -> tuple[int, str]:
+    """Status and last line of ``python -m sglang_helix check`` where layers are as they need be."""
+    from sglang_helix.__main__ import main
+    from sglang_helix.build import Builder
+
+    printed = io.StringIO()
+    built = mock.patch.object(Builder, "build", return_value=("", ""))
+    with contextlib.redirect_stdout(printed), built:
+        on = ["--on", machine] if machine else []
+        status = main(["check", *on, "--model-path", model, "--tp", "4", *flags])
+    return status, printed.getvalue().splitlines()[-1]
+
+
+def test_check_says_the_verdict_by_the_configuration_alone(
+    gpu: Fresh, models: dict[str, str], tmp_path: Path
+) -> None:
+    alone = tmp_path / "configuration"
+    alone.mkdir()
+    (alone / "config.json").write_text((Path(models["llama"]) / "config.json").read_text())
+    mxfp4 = tmp_path / "mxfp4"
+    mxfp4.mkdir()
+    (mxfp4 / "config.json").write_text(
+        json.dumps(
+            json.loads((alone / "config.json").read_text())
+            | {"quantization_config": {"quant_method": "mxfp4"}}
+        )
+    )
+    cases = {
+        (str(alone), None, "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
+        (str(mxfp4), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
+        (str(alone), "Hopper", "--dcp-size", "1"): (0, "whole: no sharded cache"),
+        (str(alone), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
+        (str(alone), "Ampere", "--attn-tp-size", "3"): (1, "refused: --attn-tp-size 3 does not"),
+        (models["dsa"], "Blackwell", "--dcp-size", "2"): (0, "own: sglang-helix: SGLang serves"),
+        (models["dsa"], "Blackwell", "--attn-tp-size", "2"): (1, "refused: --attn-tp-size 2 is n"),
+        (str(tmp_path / "none"), "Hopper"): (1, "refused: "),
+    }
+    outcomes = gpu.outcomes([(checked, *case) for case in cases])
+    for outcome, (status, line) in zip(outcomes, cases.values(), strict=True):
+        assert outcome.status == 0, outcome.output
+        assert outcome.value[0] == status
+        assert outcome.value[1].startswith(line)
+    # Whose GPUs it answered for is said where nobody named them.
+    assert "this machine has no GPU: as on Hopper (--on: Ampere, " in outcomes[0].output
+    assert "this machine has no GPU" not in outcomes[1].output
+
+
+def checked_where_nothing_is_built(model: str) -> list[str]:
+    """What check says where only a sharded cache stands in the way of a model, and where not."""
+    from sglang_helix.check import check
+
+    argv = ["--model-path", model, "--tp-size", "4", "--dcp-size", "2"]
+    builders = [
+        SimpleNamespace(build=lambda flags: ("", "no GPU")),
+        SimpleNamespace(build=lambda flags: ("", "no GPU" if "--dcp-size" in flags else "")),
+    ]
+    return [check(argv, builder, "Hopper").meaning for builder in builders]
+
+
+def test_check_says_whether_sglang_builds_the_model_at_all(
+    gpu: Fresh, models: dict[str, str]
+) -> None:
+    neither, whole = gpu.value(checked_where_nothing_is_built, models["llama"])
+    here = "Its layers could not be built here and are checked when it starts (no GPU)."
+    assert neither.endswith(f"{here} SGLang builds them here no more without a sharded cache.")
+    assert whole.endswith(here)
+
+
+def checked_by_layout(models: list[str]) -> tuple[int, list[str]]:
+    """Status and lines of a check of several models without a layout among the flags."""
+    from sglang_helix.__main__ import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(["check", "--on", "Hopper", "--model-path", *models, "--tp", "4"])
+    return status, printed.getvalue().splitlines()
+
+
+def test_check_builds_the_layers_of_every_layout(gpu: Fresh, tmp_path: Path) -> None:
+    """The loader's refusals come before any server too: OLMoE's norms over all heads, fitted."""
+    model_type, entries, _ = BUILT["OlmoeForCausalLM"]
+    half = configuration("OlmoeForCausalLM", model_type, entries, tmp_path)
+    (outcome,) = gpu.outcomes([(checked_by_layout, [str(half), str(tmp_path / "none")])])
+    assert outcome.status == 0, outcome.output
+    status, (of_half, of_none) = outcome.value
+    assert status == 1
+    assert of_half.startswith(f"{half}: works: --dcp-size 2 (2x) works by fa3; --attn-tp-size 2 (2")
+    assert "refused: --dcp-size > 1 does not support OlmoeForCausalLM: " in of_half
+    assert of_none.startswith(f"{tmp_path / 'none'}: refused: ")
