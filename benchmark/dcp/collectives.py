@@ -42,9 +42,7 @@ from benchmark.dcp.collectives_report import (
     shares_gpus,
     table_line,
 )
-from benchmark.dcp.kernels import (
-    SHAPES,
-)
+from benchmark.dcp.kernels_stage import SHAPES
 
 # Ranks that share a GPU: NCCL lets them from this version on, with a few blocks each, or they
 # fill it and wait for each other.

@@ -17,14 +17,8 @@ import torch
 
 from benchmark.dcp import measure, report
 from benchmark.dcp.collectives_report import Row, mark, table_line
-from benchmark.dcp.kernels import (
-    BOUND,
-    DTYPE,
-    SHAPES,
-    device_name,
-    relative_error,
-    software,
-)
+from benchmark.dcp.kernels import BOUND, device_name, relative_error, software
+from benchmark.dcp.kernels_stage import DTYPE, SHAPES
 
 SETS = 4  # of buffers; few, so that they stay in the cache
 SYMM = f"{report.OURS} symm"

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark.dcp import collectives, collectives_rank, collectives_report, kernels, report
+from benchmark.dcp import (
+    collectives,
+    collectives_rank,
+    collectives_report,
+    kernels,
+    kernels_stage,
+    report,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,13 +49,15 @@ def test_measures_both_exchanges_of_gloo(ran: tuple[Path, str]) -> None:
     rows = report.read_csv(ran[0], collectives_report.Row)
     ours = {(r.shape, r.ranks, r.batch, r.name) for r in rows if r.name.startswith(report.OURS)}
     names = ("helix a2a", "helix ag_rs")
-    assert ours == {(shape, 2, B, n) for shape in kernels.SHAPES for B in (1, 3) for n in names}
+    assert ours == {
+        (shape, 2, B, n) for shape in kernels_stage.SHAPES for B in (1, 3) for n in names
+    }
     for row in rows:
         assert 0 < row.p10_us <= row.median_us <= row.p90_us
         assert row.error <= kernels.BOUND
         assert (row.mode, row.device) == ("eager", "CPU")
         # Half of the heads and their LSEs cross over.
-        size = row.batch * row.heads // 2 * (row.head_dim * kernels.DTYPE.itemsize + 4)
+        size = row.batch * row.heads // 2 * (row.head_dim * kernels_stage.DTYPE.itemsize + 4)
         assert row.link_bytes == size
 
 
@@ -57,7 +66,7 @@ def test_every_line_is_marked(ran: tuple[Path, str]) -> None:
     assert {row.mark for row in report.read_csv(path, collectives_report.Row)} == {
         collectives_report.MARK
     }
-    lines = [line for line in said.splitlines() if line.startswith(tuple(kernels.SHAPES))]
+    lines = [line for line in said.splitlines() if line.startswith(tuple(kernels_stage.SHAPES))]
     assert lines
     assert all(line.endswith(collectives_report.MARK) for line in lines)
 
@@ -160,7 +169,7 @@ def peer_groups() -> list[Any]:
 def ranks_partials() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """Each rank's out and lse, and what becomes of all heads, in float64."""
     torch.manual_seed(0)
-    outs = [torch.randn(B, RANKS * OWNED, D).to(kernels.DTYPE) for _ in range(RANKS)]
+    outs = [torch.randn(B, RANKS * OWNED, D).to(kernels_stage.DTYPE) for _ in range(RANKS)]
     lses = [3 * torch.randn(B, RANKS * OWNED) for _ in range(RANKS)]
     weights = torch.stack(lses).double().softmax(0)[..., None]
     return outs, lses, (weights * torch.stack(outs).double()).sum(0)
@@ -195,7 +204,7 @@ def test_flashinfer_is_given_what_its_kernel_documents(monkeypatch: pytest.Monke
             got = candidate.run(*(candidate.lay(*inputs) if candidate.lay else inputs))
             own = want[:, rank * OWNED : (rank + 1) * OWNED]
             assert kernels.relative_error(got, own) < 1e-6
-    assert asked == [(8, OWNED, RANKS, D, kernels.DTYPE)] * RANKS  # one for a stream
+    assert asked == [(8, OWNED, RANKS, D, kernels_stage.DTYPE)] * RANKS  # one for a stream
 
 
 def test_torch_is_given_rows_that_lie_by_owner(monkeypatch: pytest.MonkeyPatch) -> None:

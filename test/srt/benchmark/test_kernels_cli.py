@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmark.dcp import kernels, report
+from benchmark.dcp import kernels, kernels_candidates, kernels_stage, report
 
 ROOT = Path(__file__).parents[3]
 SIZES = ["--ranks", "2", "8", "--batch", "1", "3", "--samples", "2"]
@@ -38,7 +38,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_measures_every_operation(figures: Path) -> None:
     rows = report.read_csv(figures)
     measured = {(row.op, row.ranks, row.batch) for row in rows}
-    of_gqa = kernels.OPERATIONS.keys() - {"values"}
+    of_gqa = kernels_candidates.OPERATIONS.keys() - {"values"}
     assert measured == {(op, N, B) for op in of_gqa for N in (2, 8) for B in (1, 3)}
     for row in rows:
         assert 0 < row.p10_us <= row.median_us <= row.p90_us
@@ -59,11 +59,11 @@ def test_values_are_projected_in_both_orders(tmp_path: Path) -> None:
 def test_leaves_out_what_no_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     h200 = SimpleNamespace(total_memory=139 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
-    sizes = kernels.SHAPES["mla"]
+    sizes = kernels_stage.SHAPES["mla"]
 
     def fits(op: str, ranks: int, device: str = "cuda") -> bool:
-        problem = kernels.Problem("mla", *sizes, ranks, 4096, torch.device(device))
-        return kernels.fits(op, problem)
+        problem = kernels_stage.Problem("mla", *sizes, ranks, 4096, torch.device(device))
+        return kernels_candidates.fits(op, problem)
 
     assert fits("exchange", 8)
     assert not fits("exchange", 16)
