@@ -6,14 +6,8 @@ interpreter truncates, so results in bf16 are checked on the other two only.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import re
-import subprocess
-import sys
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -23,18 +17,27 @@ from sglang_helix.srt.layers.dcp import lse_combine, packed_rows
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from srt.fresh import Fresh
 from srt.interpreter import passes
+from srt.layers.dcp.lse_combine_cases import (
+    BOUND,
+    EMPTY,
+    FLOATS,
+    INF,
+    INTERPRETED,
+    SIZES,
+    Case,
+    assert_close,
+    assert_same_lse,
+    cases,
+    compiled_only,
+    in_float64,
+    laid_out,
+    moved,
+    needs_cuda,
+    needs_triton,
+    summands_in_float64,
+)
 
-from benchmark.dcp import measure
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON:
-    from sglang_helix.srt.layers.dcp import lse_combine_triton
-INF = math.inf
-EMPTY = (-INF, INF, math.nan)  # what an LSE says where a shard has no token
-BOUND = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-FLOATS = list(BOUND)
 BYTES = [*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2]
-SIZES = [1, 7, 16, 20, 64, 80, 96, 128, 192, 512, 576]
 
 generated = settings(
     max_examples=25 if torch.cuda.is_available() else 80,  # there, most examples compile a kernel
@@ -46,14 +49,6 @@ generated = settings(
 class Implementation(NamedTuple):
     device: str
     rounds_bf16: bool = True
-
-
-INTERPRETED = lse_combine._INTERPRETED
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="not in the interpreter")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device"
-)
 
 
 @pytest.fixture(
@@ -73,103 +68,6 @@ def impl(request: pytest.FixtureRequest) -> Implementation:
 @compiled_only
 def test_this_file_in_the_interpreter(interpreted: Fresh) -> None:
     passes(interpreted, __file__, "-k", "[interpreter")
-
-
-def summands_in_float64(
-    partials: torch.Tensor, lse: torch.Tensor, base2: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: o_n weighted by 2^l_n or e^l_n over their sum, of shards that hold a token.
-
-    Returns [N, B, h, D] and the LSE [B, h].
-    """
-    x, logs = partials.double().cpu(), lse.double().cpu()
-    logs = torch.where(logs.isfinite(), logs * (math.log(2) if base2 else 1), -INF)
-    x = torch.where((logs > -INF)[..., None], x, 0)
-    total = torch.logsumexp(logs, 0)
-    weight = torch.where(logs > -INF, (logs - total).exp(), 0)
-    return x * weight[..., None], total / (math.log(2) if base2 else 1)
-
-
-def in_float64(
-    partials: torch.Tensor, lse: torch.Tensor, base2: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    summands, total = summands_in_float64(partials, lse, base2)
-    return summands.sum(0), total
-
-
-def assert_close(got: torch.Tensor, want: torch.Tensor, bound: float) -> None:
-    got = got.double().cpu()
-    assert got.isfinite().all()
-    assert (got - want).norm() <= bound * want.norm()
-
-
-def assert_same_lse(got: torch.Tensor, want: torch.Tensor) -> None:
-    got = got.double().cpu()
-    empty = want == -INF
-    assert torch.equal(got == -INF, empty)
-    error = (got - want).masked_fill(empty, 0).abs()
-    assert (error <= 2e-6 * want.abs().masked_fill(empty, 0).clamp_min(1)).all()
-
-
-def laid_out(x: torch.Tensor, order: list[int], pitch: int, step: int) -> torch.Tensor:
-    """The same values with the outer dimensions stored in another order, rows padded or spread."""
-    outer = [x.shape[i] for i in order]
-    room = torch.empty((*outer, x.shape[-1] * step + pitch), dtype=x.dtype, device=x.device)
-    room.view(torch.uint8).fill_(0xFF)  # NaN in every float format
-    rows = room[..., : x.shape[-1] * step : step]
-    view = rows.permute(*[order.index(i) for i in range(len(order))], -1)
-    view.copy_(x)
-    return view
-
-
-class Case(NamedTuple):
-    partials: torch.Tensor
-    lse: torch.Tensor
-    base2: bool
-    out_dtype: torch.dtype | None
-
-    def __repr__(self) -> str:
-        shape, strides = list(self.partials.shape), self.partials.stride()
-        return (
-            f"Case({self.partials.dtype} {shape} strides {strides}, base2={self.base2}, "
-            f"lse strides {self.lse.stride()}, out_dtype={self.out_dtype})"
-        )
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    N, B, h = (
-        draw(st.integers(1, 9) | st.just(16)),
-        draw(st.integers(0, 5)),
-        draw(st.integers(1, 4)),
-    )
-    D, dtype = draw(st.sampled_from(SIZES)), draw(st.sampled_from(FLOATS))
-    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    x = torch.randn((N, B, h, D), generator=rng).to(dtype)
-    lse = torch.randn((N, B, h), generator=rng) * draw(st.sampled_from([1.0, 30.0, 1e4]))
-    share_empty = draw(st.sampled_from([0.0, 0.3, 1.0]))
-    empty = torch.rand((N, B, h), generator=rng) < share_empty
-    lse[empty] = draw(st.sampled_from(EMPTY))
-    x[empty] = draw(st.sampled_from([0.0, math.nan, INF, -INF]))
-    pitch, step = draw(st.sampled_from([0, 0, 2, 8])), draw(st.sampled_from([1, 1, 2]))
-    order = draw(st.permutations(range(3)))
-    lse = laid_out(lse[..., None], draw(st.permutations(range(3))), draw(st.integers(0, 3)), 1)[
-        ..., 0
-    ]
-    return Case(
-        laid_out(x, order, pitch, step),
-        lse,
-        draw(st.booleans()),
-        draw(st.sampled_from([None, *FLOATS])),
-    )
-
-
-def moved(x: torch.Tensor, device: str) -> torch.Tensor:
-    """To the device with its strides: Tensor.to drops the gaps."""
-    if x.device.type == device:
-        return x
-    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    return y.copy_(x)
 
 
 @generated
@@ -482,274 +380,3 @@ def test_sharded_attention_equals_attention(
     gathered = torch.stack(lses)
     summands = [lse_combine.rescale(out, gathered, rank)[0] for rank, out in enumerate(outs)]
     assert_close(torch.stack(summands).sum(0).transpose(0, 1), want, BOUND[dtype])
-
-
-X = torch.zeros(2, 3, 4, 16)
-L = torch.zeros(2, 3, 4)
-P, FP32 = torch.zeros(2, dtype=torch.int32), {"out_dtype": torch.float32}
-SEND = torch.zeros(2, 3, 2, 80, dtype=torch.uint8)
-ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-    ("combine", (X[0], L), {}, ValueError, "[3, 4, 16]"),
-    ("combine", (X[:0], L[:0]), {}, ValueError, "[0, 3, 4, 16]"),
-    ("combine", (X, L[:1]), {}, ValueError, "[1, 3, 4]"),
-    ("combine", (X, L.double()), {}, TypeError, "float64"),
-    ("combine", (X, L.to("meta")), {}, ValueError, "meta"),
-    ("combine", (X.double(), L), {}, TypeError, "float64"),
-    ("combine", (X.to(torch.float8_e4m3fn), L), {}, TypeError, "float8_e4m3fn"),
-    ("combine", (X, L), {"out": X[0, :2]}, ValueError, "[2, 4, 16]"),
-    ("combine", (X, L), {"out": X[0].to("meta")}, ValueError, "meta"),
-    ("combine", (X, L), {"out": X[0].int()}, TypeError, "int32"),
-    ("combine", (X, L), {"out_dtype": torch.float64}, TypeError, "float64"),
-    ("combine", (X, L), {"out": X[0], "out_dtype": torch.half}, TypeError, "float16"),
-    ("merge", (Partial(X[0], L[0]), Partial(X[0], L[0, 1:])), FP32, ValueError, "[1, 2, 4]"),
-    (
-        "merge",
-        (Partial(X[0], L[0]), Partial(X[0, :, 1:], L[0, :, 1:])),
-        FP32,
-        ValueError,
-        "[3, 3, 16]",
-    ),
-    (
-        "merge",
-        (Partial(X[0], L[0]), Partial(X[0, 1:], L[0, 1:])),
-        {"first": 2} | FP32,
-        ValueError,
-        "2 queries",
-    ),
-    ("merge", (Partial(X[0], L[0]), Partial(X[0], L[0].half())), FP32, TypeError, "float16"),
-    (
-        "merge",
-        (Partial(X[0], L[0]), Partial(X[0], L[0])),
-        {"out_dtype": torch.int8},
-        TypeError,
-        "int8",
-    ),
-    ("rescale", (X, L, 0), {}, ValueError, "[2, 3, 4, 16]"),
-    ("rescale", (X[0].to(torch.float8_e5m2), L, 0), {}, TypeError, "float8_e5m2"),
-    ("rescale", (X[0], L[0], 0), {}, ValueError, "[3, 4]"),
-    ("rescale", (X[0], L[:, 1:], 0), {}, ValueError, "[2, 2, 4]"),
-    ("rescale", (X[0], L.half(), 0), {}, TypeError, "float16"),
-    ("rescale", (X[0], L.to("meta"), 0), {}, ValueError, "meta"),
-    ("rescale", (X[0], L, 2), {}, ValueError, "rank is 2"),
-    ("rescale", (X[0], L, -1), {}, ValueError, "rank is -1"),
-    (
-        "combine_splits",
-        (Splits(X, X[..., 0], P, P, 8), torch.float32),
-        {},
-        ValueError,
-        "got 2 and 2",
-    ),
-    ("combine_splits", (Splits(X, L[:1], P, P, 8), torch.float32), {}, ValueError, "[1, 3, 4]"),
-    ("combine_splits", (Splits(X.half(), L, P, P, 8), torch.float32), {}, TypeError, "float16"),
-    ("combine_splits", (Splits(X, L, P, P, 8), torch.double), {}, TypeError, "float64"),
-    ("combine_splits", (Splits(X[0], L, P, P, 8), torch.float32), {}, ValueError, "[3, 4, 16]"),
-    ("pack", (X, L, 2), {}, ValueError, "[2, 3, 4, 16]"),
-    ("pack", (X[0], L[0], 3), {}, ValueError, "4 heads"),
-    ("pack", (X[0], L[0], 0), {}, ValueError, "0 ranks"),
-    ("pack", (X[0].double(), L[0], 2), {}, TypeError, "float64"),
-    ("pack", (X[0], L[0].half(), 2), {}, TypeError, "float16"),
-    ("pack", (X[0], L[1:], 2), {}, ValueError, "[1, 3, 4]"),
-    ("pack", (X[0], L[0], 2, SEND.float()), {}, TypeError, "float32"),
-    ("pack", (X[0], L[0], 2, SEND[..., :64]), {}, ValueError, "[2, 3, 2, 64]"),
-    ("pack", (X[0], L[0], 2, SEND[:, :2].contiguous()), {}, ValueError, "[2, 2, 2, 80]"),
-    ("pack", (X[0], L[0], 2, SEND.to("meta")), {}, ValueError, "meta"),
-    ("unpack", (SEND, 20, torch.half), {}, ValueError, "take 64 bytes"),
-    ("unpack", (SEND.transpose(1, 2), 16, torch.float), {}, ValueError, "strides"),
-]
-
-
-@pytest.mark.parametrize(("function", "args", "kwargs", "error", "names"), ERRORS)
-def test_errors_name_the_sizes(
-    function: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], names: str
-) -> None:
-    with pytest.raises(error, match=re.escape(names)):
-        getattr(packed_rows if function == "unpack" else lse_combine, function)(*args, **kwargs)
-
-
-def test_imports_and_runs_without_triton() -> None:
-    script = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch; from sglang_helix.srt.layers.dcp import lse_combine as m\n"
-        "send = m.pack(torch.ones(2, 4, 8), torch.zeros(2, 4), 2)\n"
-        "from sglang_helix.srt.layers.dcp.packed_rows import unpack\n"
-        "out = m.combine(*unpack(send, 8, torch.float32))\n"
-        "assert out.shape == (2, 2, 8) and (out == 1).all()\n"
-        "scaled, total = m.rescale(torch.ones(2, 4, 8), torch.zeros(2, 2, 4), 1)\n"
-        "assert scaled.shape == (4, 2, 8) and (scaled == 0.5).all()"
-    )
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env, timeout=120)
-
-
-@compiled_only
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_cuda])]
-)
-def test_compiles_into_one_graph(device: str) -> None:
-    def exchange(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        send = lse_combine.pack(out, lse, 4)
-        combined = lse_combine.combine(*packed_rows.unpack(send, 64, torch.bfloat16))
-        return combined, *lse_combine.rescale(out, lse[None], 0)
-
-    compiled = torch.compile(
-        exchange,
-        fullgraph=True,
-        dynamic=True,
-        backend="aot_eager" if device == "cpu" else "inductor",
-    )
-    for B in (2, 5):
-        out = torch.randn(B, 8, 64, device=device).bfloat16()
-        lse = torch.randn(B, 8, device=device)
-        torch.testing.assert_close(compiled(out, lse), exchange(out, lse), rtol=0, atol=0)
-
-
-class Recorder:
-    """Stands in for a kernel and keeps the arguments it is launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.args: dict[str, Any] = {}
-        self.options: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            known = self.kernel.arg_names
-            self.options = {k: v for k, v in kwargs.items() if k not in known}
-            self.args = dict(zip(known, args, strict=False))
-            self.args |= {k: v for k, v in kwargs.items() if k in known}
-
-        return launch
-
-    def ptx(self) -> str:
-        """The launch compiled for sm_90; needs no device."""
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from triton.compiler import compile as compile_source
-
-        pointer = {torch.bfloat16: "*bf16", torch.int16: "*i16", torch.float32: "*fp32"}
-        pointer[torch.uint8] = "*u8"
-        params = self.kernel.params
-        signature = {
-            p.name: "constexpr"
-            if p.is_constexpr or self.args[p.name] is None
-            else pointer[self.args[p.name].dtype]
-            if isinstance(self.args[p.name], torch.Tensor)
-            else "i32"
-            for p in params
-        }
-        constants = {
-            name: self.args[name] for name, kind in signature.items() if kind == "constexpr"
-        }
-        aligned = {
-            (p.num,): [["tt.divisibility", 16]] for p in params if signature[p.name].startswith("*")
-        }
-        source = ASTSource(self.kernel, signature, constants, aligned)
-        return compile_source(source, GPUTarget("cuda", 90, 32), self.options).asm["ptx"]
-
-
-@needs_triton
-@compiled_only
-@pytest.mark.parametrize(("D", "h", "N"), [(512, 16, 8), (128, 8, 8), (576, 16, 4), (80, 4, 3)])
-def test_kernels_move_vectors(monkeypatch: pytest.MonkeyPatch, D: int, h: int, N: int) -> None:
-    """Rows of D+8 elements are no multiple of 16, which is all Triton would find out by itself."""
-    out = torch.empty(3, N * h, D, dtype=torch.bfloat16)
-    send = torch.empty(N, 3, h, packed_rows.packed_row_bytes(D, out.dtype), dtype=torch.uint8)
-    scaled = torch.empty(N * h, 3, D)
-    rows = Partial(out[:, :h], torch.empty(3, h))
-    for name, launch in {
-        "_pack_kernel": lambda: lse_combine_triton.pack(
-            out.view(torch.int16), torch.empty(3, N * h), send
-        ),
-        "_combine_kernel": lambda: lse_combine_triton.combine(
-            *packed_rows.unpack(send, D, out.dtype), out[:, :h], None, False, None
-        ),
-        "_rescale_kernel": lambda: lse_combine_triton.rescale(
-            out, torch.empty(N, 3, N * h), 1, scaled, torch.empty(3, N * h), False
-        ),
-        "_merge_kernel": lambda: lse_combine_triton.merge(
-            rows,
-            Partial(rows.out[1:], rows.lse[1:]),
-            1,
-            torch.empty_like(rows[0]),
-            None,
-            False,
-            None,
-        ),
-    }.items():
-        recorder = Recorder(getattr(lse_combine_triton, name))
-        monkeypatch.setattr(lse_combine_triton, name, recorder)
-        launch()
-        ptx = recorder.ptx()
-        scalars = re.findall(r"(?:ld|st)\.global\S*\.b16\b", ptx)
-        assert not scalars, name
-        vectors = re.findall(r"ld\.global\.v[24]\.b32", ptx)
-        assert len(vectors) >= (N if name == "_combine_kernel" else 1)
-        assert re.search(r"st\.global\.v[24]", ptx)
-        assert "bar.sync" not in ptx  # every reduction stays inside a thread
-
-
-@pytest.mark.gpu
-@needs_cuda
-@needs_triton
-def test_replays_in_a_cuda_graph() -> None:
-    out, lse = torch.randn(5, 16, 512, device="cuda").bfloat16(), torch.randn(5, 16, device="cuda")
-
-    def exchange() -> tuple[torch.Tensor, ...]:
-        received = packed_rows.unpack(lse_combine.pack(out, lse, 4), 512, out.dtype)
-        lses = torch.stack([lse, lse.flip(0)])
-        return (
-            *lse_combine.combine(*received, return_lse=True),
-            *lse_combine.rescale(out, lses, 0),
-        )
-
-    exchange()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = exchange()
-    for _ in range(3):
-        out.normal_()
-        lse.normal_()
-        lse[1] = -INF
-        graph.replay()
-        torch.testing.assert_close(got, exchange(), rtol=0, atol=0)
-
-
-@pytest.mark.gpu
-@needs_cuda
-@needs_triton
-def test_batch_sizes_share_compiled_kernels() -> None:
-    def compiled() -> int:
-        names = "_combine_kernel", "_pack_kernel", "_rescale_kernel"
-        kernels = [getattr(lse_combine_triton, name) for name in names]
-        device = torch.cuda.current_device()
-        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
-
-    def exchange(B: int) -> None:
-        out, lse = torch.randn(B, 16, 64, device="cuda"), torch.randn(B, 16, device="cuda")
-        lse_combine.combine(*packed_rows.unpack(lse_combine.pack(out, lse, 4), 64, out.dtype))
-        for rank in range(2):
-            lse_combine.rescale(out, torch.stack([lse, lse]), rank)
-
-    exchange(2)
-    before = compiled()
-    for B in (1, 3, 16, 17, 48, 255, 256, 1000, 30000):
-        exchange(B)
-    assert compiled() == before
-
-
-@pytest.mark.gpu
-@needs_cuda
-@needs_triton
-def test_launches_of_the_exchanges() -> None:
-    """Both with copies in the place of collectives: two and one, and what they stand between."""
-    from sglang_helix.srt.layers.dcp.exchange import BACKENDS
-
-    group = mock.Mock(world_size=4, rank_in_group=1)
-    group.all_to_all_single = torch.Tensor.copy_
-    group.all_gather_into_tensor = torch.Tensor.copy_
-    group.reduce_scatter_tensor = lambda output, input: output.copy_(input[: len(output)])
-    out, lse = torch.randn(8, 16, 64, device="cuda").bfloat16(), torch.randn(8, 16, device="cuda")
-    for name, count in {"a2a": 3, "ag_rs": 4}.items():
-        assert (
-            measure.launches(lambda run=BACKENDS[name].collective: run(out, lse, group)[0]) == count
-        )
