@@ -236,6 +236,7 @@ PARTS: tuple[Part, ...] = (
         "the probe of every exchange at start-up",
         "broken exchanges on one rank of 2 and 3, a scheduler that does not start",
         "every server since 2026-11-29",
+        "servers of `a2a` and `symm` on two H200s",
     ),
     Part(
         "Triton's splits by multiprocessors, their merge, what is allocated before the pool",
@@ -251,7 +252,17 @@ PARTS: tuple[Part, ...] = (
     Part(
         "MLA's long prefixes: in chunks",
         "SGLang's schedulers on stand-ins, against `transformers`",
-        "by FA3, FlashInfer and FlashMLA, `a2a`",
+        "by FA3, FlashInfer and FlashMLA, `a2a`; by FlashInfer every token that the test compares, "
+        "12 clear ones where it asks for more",
+    ),
+    Part(
+        "MLA's queries gathered latent first, and attended where they lie",
+        "their order against a plain gather, SGLang's schedulers, launches counted",
+    ),
+    Part(
+        "MLA's values projected before the exchange (`--dcp-replicate-v-proj`)",
+        "SGLang's schedulers against `transformers` on both sides of the switch; `symm` in the "
+        "interpreter",
     ),
     Part(
         "hierarchical cache: K and V by owner",
