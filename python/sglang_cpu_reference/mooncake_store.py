@@ -13,6 +13,14 @@ from pathlib import Path
 _REFUSED = -1
 
 
+def registered(regions: dict[int, int], address: int, length: int) -> bool:
+    """Whether bytes of this process are inside a region, of which these are address and length."""
+    return any(
+        begin <= address and address + length <= begin + size
+        for begin, size in list(regions.items())  # threads may register more
+    )
+
+
 class MooncakeDistributedStore:
     """Mooncake's class of this name, as far as SGLang calls it with whole pages.
 
@@ -85,7 +93,7 @@ class MooncakeDistributedStore:
         lengths: Sequence[int],
     ) -> list[int]:
         asked = zip(keys, addresses, lengths, strict=True)
-        return [call(*page) if self._registered(*page[1:]) else _REFUSED for page in asked]
+        return [call(*page) if registered(self._regions, *page[1:]) else _REFUSED for page in asked]
 
     def _put_from(self, key: str, address: int, length: int) -> int:
         return self.put(key, ctypes.string_at(address, length))
@@ -96,12 +104,6 @@ class MooncakeDistributedStore:
             return _REFUSED
         ctypes.memmove(address, value, length)
         return length
-
-    def _registered(self, address: int, length: int) -> bool:
-        return any(
-            begin <= address and address + length <= begin + size
-            for begin, size in self._regions.items()
-        )
 
     def _path(self, key: str) -> Path:
         return self._folder / hashlib.sha256(key.encode()).hexdigest()

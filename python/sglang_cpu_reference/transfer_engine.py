@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from sglang_cpu_reference.mooncake_store import MooncakeDistributedStore
+from sglang_cpu_reference.mooncake_store import MooncakeDistributedStore, registered
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,7 @@ class TransferEngine:
             return _REFUSED
 
     def _registered(self, address: int, length: int) -> bool:
-        return any(
-            begin <= address and address + length <= begin + size
-            for begin, size in list(self._regions.items())
-        )
+        return registered(self._regions, address, length)
 
     def _accept(self) -> None:
         while True:

@@ -7,8 +7,7 @@ fails on all of them, and no rank waits in a collective that another one never e
 
 A whole update then renews the replicas in place. Those of a failed one stay where no rank's weights
 changed, and are given up otherwise: such a layer gathers its queries, or projects its values behind
-the exchange. In a session of updates the
-replicas keep the weights of before it until its end.
+the exchange. In a session of updates the replicas keep the weights of before it until its end.
 """
 
 from __future__ import annotations

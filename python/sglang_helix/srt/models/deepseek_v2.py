@@ -36,28 +36,11 @@ def forward_absorb_core(
         q_pe = (q_pe * llama_4_scaling).to(q_pe.dtype)
         q_nope_out = (q_nope_out * llama_4_scaling).to(q_nope_out.dtype)
         llama_4_scaling = None
+    attended = layer, q_pe, k_pe, q_nope_out, k_nope, forward_batch
     if value_projection.comes_first(layer, forward_batch, len(q_nope_out)):
-        return value_projection.forward(
-            layer,
-            q_pe,
-            k_pe,
-            q_nope_out,
-            k_nope,
-            forward_batch,
-            llama_4_scaling,
-            attention_output_gate,
-        )
+        return value_projection.forward(*attended, llama_4_scaling, attention_output_gate)
     return original(
-        layer,
-        q_pe,
-        k_pe,
-        q_nope_out,
-        k_nope,
-        forward_batch,
-        zero_allocator,
-        positions,
-        topk_indices,
-        llama_4_scaling,
-        fusion_plan,
-        attention_output_gate,
+        *attended,
+        *(zero_allocator, positions, topk_indices, llama_4_scaling),
+        *(fusion_plan, attention_output_gate),
     )

@@ -30,7 +30,7 @@ def comes_first(layer: Any, forward_batch: Any, tokens: int) -> bool:
     """Whether a layer projects a pass of so many tokens before the exchange."""
     return (
         getattr(layer, "w_vc_rep", None) is not None
-        and tokens >= switch().from_tokens
+        and switch().pays(tokens)
         and layer.is_dcp_mla_decode_phase(forward_batch)
         and not get_in_autotune_dummy_run()
     )

@@ -21,6 +21,10 @@ class Switch(NamedTuple):
     measured_on: str | None
     """A GPU. None: arithmetic, from bytes and bandwidths."""
 
+    def pays(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens projects its values first."""
+        return tokens >= self.from_tokens
+
     def __str__(self) -> str:
         """As the log and `layout` say it."""
         return f"{self.from_tokens} tokens and more ({self.measured_on or 'not measured'})"

@@ -119,7 +119,7 @@ class Metrics:
 
     def _width(self, tokens: int) -> int | None:
         """Of heads that such a batch exchanges, where another batch's have another."""
-        if not replicates_v_proj(self._scheduler.server_args) or tokens < switch().from_tokens:
+        if not (replicates_v_proj(self._scheduler.server_args) and switch().pays(tokens)):
             return None
         width: int = self._scheduler.tp_worker.model_runner.model_config.v_head_dim
         return width

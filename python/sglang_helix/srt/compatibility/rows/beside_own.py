@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_helix.srt.compatibility.conditions import on_platform
 from sglang_helix.srt.compatibility.row import A2A, Given, Row
 from sglang_helix.srt.compatibility.rows.exchanges import symm
+from sglang_helix.srt.compatibility.rows.parallel import values_first
 from sglang_helix.srt.compatibility.situation import Situation
 
 # MLA classes for which SGLang plans no gathering of a sharded prefix.
@@ -40,10 +41,6 @@ def _dsa_kernel(half: str) -> Given:
 
 def _attn_tp_size(situation: Situation) -> object | None:
     return situation.attn_tp_size
-
-
-def _replicates_v_proj(situation: Situation) -> object | None:
-    return situation.replicates_v_proj or None
 
 
 def _symm_at_all(situation: Situation) -> object | None:
@@ -97,7 +94,7 @@ ONLY_THE_SERIES: tuple[Row, ...] = (
         "refused",
         "only the series has it",
         "Leave the flag out",
-        _replicates_v_proj,
+        values_first,
         alone="lacks",
     ),
     Row(

@@ -33,7 +33,8 @@ def _attention_replicas_refused(situation: Situation) -> object | None:
     return _attention_replicas(situation, own=False)
 
 
-def _values_first(situation: Situation) -> object | None:
+def values_first(situation: Situation) -> object | None:
+    """Asked for, by `--dcp-replicate-v-proj`."""
     return situation.replicates_v_proj or None
 
 
@@ -76,7 +77,7 @@ PARALLEL: tuple[Row, ...] = (
         "refused",
         "only MLA projects values behind attention",
         "Leave the flag out",
-        not_of_mla(_values_first),
+        not_of_mla(values_first),
         alone="lacks",
     ),
     Row("pipeline parallelism", "--pp-size", "works", "end-to-end test, two stages of two ranks"),

@@ -20,8 +20,7 @@ class ShardedPagedAttention(ShardedAttention):
     It is `cu_q` ([B+1] int32) and `max_q`, which queries are whose; `pages`, the tokens of
     this rank that decode or the queries of a chunk attend, of requests whose queries are
     `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`. Upstream's
-    are prepared beside them
-    where upstream attends: in the prefill of MLA, and in window layers.
+    are prepared beside them where upstream attends: in the prefill of MLA, and in window layers.
     """
 
     pages: LocalPages

@@ -210,9 +210,9 @@ class Exchanger:
         splits = partial if isinstance(partial, Splits) else None
         if splits is not None and not (kernel and splits.few):
             partial = combine_splits(splits, dtype)
+        elif isinstance(partial, Partial):
+            partial = Partial(partial.out.to(dtype), partial.lse)
         if kernel:
-            if isinstance(partial, Partial):
-                partial = Partial(partial.out.to(dtype), partial.lse)
             return kernel(
                 partial,
                 base2=base2,
@@ -222,9 +222,7 @@ class Exchanger:
                 layer=self.layer,
             )
         assert isinstance(partial, Partial)
-        collective = self.backend.collective
-        out = partial.out.to(dtype)
-        return collective(out, partial.lse, self.group, base2=base2, sinks=sinks)
+        return self.backend.collective(*partial, self.group, base2=base2, sinks=sinks)
 
     def _kernel(
         self, partial: Partial | Splits, dtype: torch.dtype, drafts: int
@@ -236,8 +234,8 @@ class Exchanger:
             raise RuntimeError(
                 f"no {self.name} exchange was prepared for the group {self.group.unique_name}"
             )
-        tokens, heads, head_dim = len(partial.out), partial.out.shape[1], partial.out.shape[-1]
-        tokens, heads = tokens * drafts, heads // drafts
+        tokens, heads = len(partial.out) * drafts, partial.out.shape[1] // drafts
+        head_dim = partial.out.shape[-1]
         kernel = self._kernels.get((heads, head_dim, dtype))
         if kernel is None:
             _say_once("symm: %d heads of %d elements in %s go to a2a", heads, head_dim, dtype)
