@@ -83,11 +83,11 @@ def mla_decode(stage: Stage, backend: Any, number: int) -> Any:
 
 def prepare_triton(stage: Stage) -> None:
     """As between a model and its pool, see `model_executor.model_runner.prepare_decode`."""
-    from sglang_helix.srt.layers.attention import triton_backend
+    from sglang_helix.srt.layers.attention import kv_splits
 
     batch = stage.p.batch
     captured = batch if stage.p.device.type == "cuda" else 0
-    stage.runner.decode_scratch = triton_backend.prepare(stage.runner, captured, batch)
+    stage.runner.decode_scratch = kv_splits.prepare(stage.runner, captured, batch)
 
 
 class Variant(NamedTuple):
@@ -123,14 +123,14 @@ def variants(heads: Heads) -> Iterator[Variant]:
 
 def variant(stage: Stage, choice: Variant) -> Call:
     """The Triton adapter with another choice."""
-    from sglang_helix.srt.layers.attention import triton_backend
+    from sglang_helix.srt.layers.attention import kv_splits
 
     name = "GQA" if stage.p.heads.kv else "MLA"
-    before = getattr(triton_backend, name)
-    kernel = triton_backend.get_exec().kernel
+    before = getattr(kv_splits, name)
+    kernel = kv_splits.get_exec().kernel
     try:
         if choice.tuning is not None:
-            setattr(triton_backend, name, choice.tuning)
+            setattr(kv_splits, name, choice.tuning)
         if choice.cap is None:
             return sharded(stage, "triton")
         # The flag of splits would take 8 for its default.
@@ -138,7 +138,7 @@ def variant(stage: Stage, choice: Variant) -> Call:
         with kernel.override(triton_attention_split_tile_size=tile):
             return sharded(stage, "triton")
     finally:
-        setattr(triton_backend, name, before)
+        setattr(kv_splits, name, before)
 
 
 class Candidate(NamedTuple):

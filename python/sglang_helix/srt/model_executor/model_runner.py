@@ -52,7 +52,7 @@ def load_model(result: None, runner: Any) -> None:
 def prepare_decode(result: None, runner: Any) -> None:
     """After the weights are loaded and before the pool is sized: what Triton's decode needs."""
     if get_parallel().attn_dcp_size > 1 and "triton" in attention_backends():
-        from sglang_helix.srt.layers.attention.triton_backend import prepare
+        from sglang_helix.srt.layers.attention.kv_splits import prepare
 
         decode = get_exec().graph.cuda_graph_config.decode
         captured = 0 if decode.backend == "disabled" else max(decode.bs or [], default=0)

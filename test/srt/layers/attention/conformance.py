@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from sglang_cpu_reference.stand_ins.kernel import on_the_device
-from sglang_helix.srt.layers.attention import triton_backend
+from sglang_helix.srt.layers.attention import kv_splits
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter
 from sglang_helix.srt.layers.dcp import planner
 from sglang_helix.srt.layers.dcp.ownership import KVShard
@@ -99,7 +99,7 @@ def build(
     kind = pkgutil.resolve_name(name)
     runner = runner_of(backend, slots.page // shard.size, pool, heads, mla, window)
     if backend == "triton":
-        runner.decode_scratch = triton_backend.prepare(runner, REQUESTS, REQUESTS)
+        runner.decode_scratch = kv_splits.prepare(runner, REQUESTS, REQUESTS)
     return kind(runner)
 
 

@@ -13,15 +13,29 @@ buffer, as large as the largest of the products, serves every batch.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from sglang.kernels.ops.attention.decode_attention import _MIN_BLOCK_KV
+from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
+from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
 
+from sglang_helix.srt.configs.model_config import sharded_heads
+from sglang_helix.srt.layers.attention.windows import attention_layers, sharded_layers
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+# SGLang's default of --triton-attention-num-kv-splits, which it does not tell from the same number
+# asked for: it leaves the splits to the adapter.
+NOT_ASKED = 8
 # Tokens that splits are whole multiples of.
 BLOCK = _MIN_BLOCK_KV
 # Splits that a request may have in any batch, however large.
@@ -184,6 +198,65 @@ class Scratch:
             out = self.out.new_empty(rows * width)
             return out.view(*shape, width), self.lse.new_empty(shape)
         return self.out[: rows * width].view(*shape, width), self.lse[:rows].view(shape)
+
+
+def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
+    """Allocate what decode leaves between its launches, once for a server.
+
+    Called between the weights and the pool, which is sized by what is left: as large as the pool
+    allows it could be too much (DeepSeek-V3 over 8 ranks: 10 to 32 GiB by upstream's formula).
+
+    Args:
+        runner: SGLang's, with its model.
+        captured: requests of the largest batch that is captured; 0 where none is.
+        largest: requests of the largest batch that is captured or may run.
+
+    Raises:
+        ValueError: it does not fit beside the weights under --mem-fraction-static.
+    """
+    parallel, config, kernel = get_parallel(), runner.model_config, get_exec().kernel
+    mla = runner.use_mla_backend
+    local_context = -(-config.context_len // parallel.attn_dcp_size)
+    asked = kernel.triton_attention_num_kv_splits
+    if tile := kernel.triton_attention_split_tile_size:
+        cap: int | None = -(-local_context // tile)
+    else:
+        cap = asked if asked != NOT_ASKED else None
+    layers, tuning = sharded_layers(runner.model, config), MLA if mla else GQA
+    kv_heads = {1} if mla else {layer.tp_k_head_num for layer in layers}
+    heads = sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size
+    # Drafts that are verified are heads of their requests, where decode's kernel takes so many.
+    folded_heads = heads * (get_spec().speculative_num_draft_tokens or 1)
+    if any(tuning.tile.fits(folded_heads, count) for count in kv_heads):
+        heads = folded_heads
+    plan = SplitPlan.of(
+        tuning,
+        heads,
+        max(kv_heads),
+        multiprocessors=get_device_core_count(runner.gpu_id),
+        local_context=local_context,
+        cap=cap,
+    )
+    # Windows decode in it too, wherever their pool is.
+    widths = (layer.v_head_dim for layer in attention_layers(runner.model))
+    width = config.kv_lora_rank if mla else max(widths)
+    index_rows = captured * local_context
+    size = plan.nbytes(largest, width, index_rows) / 2**30
+    slack = runner.pre_model_load_memory * (1 - get_schedule().mem_fraction_static)
+    left = get_available_gpu_memory(runner.device, runner.gpu_id) - slack
+    if size >= left:
+        raise ValueError(
+            f"--attention-backend triton: the partial results of decode for batches of up to "
+            f"{largest} take {size:.2f} GiB, and the weights leave {left:.2f} GiB under "
+            f"--mem-fraction-static {get_schedule().mem_fraction_static}. Lower "
+            "--cuda-graph-max-bs-decode, --max-running-requests, --context-length or "
+            "--triton-attention-num-kv-splits, or raise --mem-fraction-static"
+        )
+    logger.info(
+        "triton: up to %d splits of a request alone and %d in a batch of %d, in %.1f MiB",
+        *(plan.capacity(1), plan.capacity(largest), largest, size * 2**10),
+    )
+    return Scratch(plan, largest, width, index_rows, runner.device)
 
 
 @triton.jit(do_not_specialize=["batch", "programs", "tiles", "least", "most"])

@@ -15,42 +15,22 @@ W. Here it has W. Other window layers have a list of the W / K rows that this ra
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
-from sglang.kernels.ops.attention.decode_attention import (
-    _decode_att_m_fwd,
-    _fwd_grouped_kernel_stage1,
-)
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend, logit_capping_mod
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
-from sglang.srt.utils import get_available_gpu_memory, get_device_core_count
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from sglang_helix.helix import SeriesError
-from sglang_helix.srt.configs.model_config import sharded_heads
+from sglang_helix.srt.layers.attention.decode_attention import first_stage
 from sglang_helix.srt.layers.attention.drafts import Drafted
-from sglang_helix.srt.layers.attention.kv_splits import (
-    BLOCK,
-    GQA,
-    MLA,
-    Scratch,
-    SplitPlan,
-    Tile,
-)
+from sglang_helix.srt.layers.attention.kv_splits import BLOCK, Scratch
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, summed
-from sglang_helix.srt.layers.attention.windows import (
-    Tails,
-    attention_layers,
-    sharded_layers,
-    window_of,
-    windowed,
-)
+from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits, merge
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
@@ -58,12 +38,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-logger = logging.getLogger(__name__)
-
-# SGLang's default of --triton-attention-num-kv-splits, which it does not tell from the same number
-# asked for: it leaves the splits to the adapter.
-NOT_ASKED = 8
 
 
 class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
@@ -253,7 +227,7 @@ class ShardedTritonAttnBackend(ShardedAttention, TritonAttnBackend):
         # Splits were counted for a batch of this size.
         assert len(q) == len(indptr) - 1
         out, lse = self.scratch.of(len(q), q.shape[1], layer.v_head_dim)
-        _first_stage(
+        first_stage(
             q,
             keys,
             values,
@@ -475,137 +449,6 @@ def draft_pages(result: None, backend: Any, model_runner: Any, *args: Any, **kwa
     if get_parallel().attn_dcp_size > 1:
         raise SeriesError("a draft's attention was built outside draft_tp_context")
     backend.page_size = model_runner.token_to_kv_pool_allocator.page_size
-
-
-def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
-    """Allocate what decode leaves between its launches, once for a server.
-
-    Called between the weights and the pool, which is sized by what is left: as large as the pool
-    allows it could be too much (DeepSeek-V3 over 8 ranks: 10 to 32 GiB by upstream's formula).
-
-    Args:
-        runner: SGLang's, with its model.
-        captured: requests of the largest batch that is captured; 0 where none is.
-        largest: requests of the largest batch that is captured or may run.
-
-    Raises:
-        ValueError: it does not fit beside the weights under --mem-fraction-static.
-    """
-    parallel, config, kernel = get_parallel(), runner.model_config, get_exec().kernel
-    mla = runner.use_mla_backend
-    local_context = -(-config.context_len // parallel.attn_dcp_size)
-    asked = kernel.triton_attention_num_kv_splits
-    if tile := kernel.triton_attention_split_tile_size:
-        cap: int | None = -(-local_context // tile)
-    else:
-        cap = asked if asked != NOT_ASKED else None
-    layers, tuning = sharded_layers(runner.model, config), MLA if mla else GQA
-    kv_heads = {1} if mla else {layer.tp_k_head_num for layer in layers}
-    heads = sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size
-    # Drafts that are verified are heads of their requests, where decode's kernel takes so many.
-    folded_heads = heads * (get_spec().speculative_num_draft_tokens or 1)
-    if any(tuning.tile.fits(folded_heads, count) for count in kv_heads):
-        heads = folded_heads
-    plan = SplitPlan.of(
-        tuning,
-        heads,
-        max(kv_heads),
-        multiprocessors=get_device_core_count(runner.gpu_id),
-        local_context=local_context,
-        cap=cap,
-    )
-    # Windows decode in it too, wherever their pool is.
-    widths = (layer.v_head_dim for layer in attention_layers(runner.model))
-    width = config.kv_lora_rank if mla else max(widths)
-    index_rows = captured * local_context
-    size = plan.nbytes(largest, width, index_rows) / 2**30
-    slack = runner.pre_model_load_memory * (1 - get_schedule().mem_fraction_static)
-    left = get_available_gpu_memory(runner.device, runner.gpu_id) - slack
-    if size >= left:
-        raise ValueError(
-            f"--attention-backend triton: the partial results of decode for batches of up to "
-            f"{largest} take {size:.2f} GiB, and the weights leave {left:.2f} GiB under "
-            f"--mem-fraction-static {get_schedule().mem_fraction_static}. Lower "
-            "--cuda-graph-max-bs-decode, --max-running-requests, --context-length or "
-            "--triton-attention-num-kv-splits, or raise --mem-fraction-static"
-        )
-    logger.info(
-        "triton: up to %d splits of a request alone and %d in a batch of %d, in %.1f MiB",
-        *(plan.capacity(1), plan.capacity(largest), largest, size * 2**10),
-    )
-    return Scratch(plan, largest, width, index_rows, runner.device)
-
-
-def _first_stage(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    scaling: float,
-    logit_cap: float,
-    xai_temperature_len: int,
-    mla: bool,
-    tile: Tile,
-) -> None:
-    """Upstream's first decode stage: q [B, H, Dk] over rows of a pool -> out and lse by split.
-
-    Its launcher has one tile of heads for every model; a launch of its own takes others.
-    """
-    (batch, heads, width), (kv_heads, v_width), most = q.shape, values.shape[1:], out.shape[2]
-    if heads == kv_heads:
-        _decode_att_m_fwd(
-            q,
-            keys,
-            values,
-            out,
-            lse,
-            indptr,
-            indices,
-            counts,
-            most,
-            scaling,
-            logit_cap,
-            xai_temperature_len,
-        )
-        return
-    group = heads // kv_heads
-    # Rotary parts of MLA's keys make a tile of their own, since tiles are powers of two.
-    whole = {576: 512, 288: 256}.get(width, triton.next_power_of_2(width))
-    _fwd_grouped_kernel_stage1[(batch, -(-heads // min(tile.heads, group)), most)](
-        q,
-        keys,
-        values,
-        scaling,
-        indptr,
-        indices,
-        out,
-        lse,
-        counts,
-        *q.stride()[:2],
-        *keys.stride()[:2],
-        *values.stride()[:2],
-        *(0, 0, 0, 0),  # strides of pages, read where PAGE_SIZE is not 1
-        *out.stride()[:3],
-        kv_group_num=group,
-        q_head_num=heads,
-        BLOCK_DMODEL=whole,
-        BLOCK_DPE=max(0, width - whole),
-        BLOCK_DV=triton.next_power_of_2(v_width),
-        BLOCK_N=tile.tokens,
-        BLOCK_H=tile.heads,
-        MIN_BLOCK_KV=BLOCK,
-        logit_cap=logit_cap,
-        xai_temperature_len=xai_temperature_len,
-        Lk=width,
-        Lv=v_width,
-        HAS_MLA=mla,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
 
 
 def _in_rows(x: Tensor) -> Tensor:
