@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_observability, get_parallel, get_spec
 
 from sglang_helix.srt.compatibility.situation import replicates_v_proj
 from sglang_helix.srt.distributed.topology import Layout
-from sglang_helix.srt.layers.attention.sharded import with_prefixes
+from sglang_helix.srt.layers.attention.prefixes import with_prefixes
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.managers.invariant_checker import slots_of
 from sglang_helix.srt.models.value_switch import switch

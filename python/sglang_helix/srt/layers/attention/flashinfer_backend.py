@@ -25,11 +25,8 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.drafts import Drafted
 from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
-from sglang_helix.srt.layers.attention.sharded import (
-    ShardedAttention,
-    lens_on_host,
-    prefixed,
-)
+from sglang_helix.srt.layers.attention.prefixes import lens_on_host, prefixed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:

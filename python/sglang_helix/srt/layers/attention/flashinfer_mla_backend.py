@@ -17,7 +17,8 @@ from sglang.srt.layers.attention import flashinfer_mla_backend as upstream
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, lens_on_host, mla_parts
+from sglang_helix.srt.layers.attention.prefixes import lens_on_host
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, mla_parts
 from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:

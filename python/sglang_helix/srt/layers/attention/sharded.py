@@ -22,22 +22,21 @@ MLA                   the model gathers queries before decode and exchanges afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.logits_processor import get_in_autotune_dummy_run
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.speculative.spec_info import SpecInputType
 from torch import Tensor
 
 from sglang_helix.helix import SeriesError
 from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.drafts import Drafted, Drafts, fold, unfolded
-from sglang_helix.srt.layers.attention.local_pages import LocalPages
+from sglang_helix.srt.layers.attention.owned_rows import OwnedRows
+from sglang_helix.srt.layers.attention.prefixes import prefixed
 from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.comm import deferred
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
-class ShardedAttention(Drafts):
+class ShardedAttention(Drafts, OwnedRows):
     """Mixin in front of one of SGLang's attention backends.
 
     Shapes: T tokens of the batch, H query heads of the whole KVP group (H/K of them this rank's
@@ -64,12 +63,8 @@ class ShardedAttention(Drafts):
     # attends them, with its own metadata.
     upstream_prefill = False
 
-    captured_rows: Tensor | None = None
     # Whether the model has window layers, whose pool is whole.
     windows = False
-    # Keys that window layers see which share the pool of all layers; 0: the model has none.
-    window = 0
-    tails: Tails | None = None  # of the chunks at hand
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         if model_runner.is_draft_worker:
@@ -78,9 +73,9 @@ class ShardedAttention(Drafts):
         parallel = get_parallel()
         self.kvp_group = parallel.dcp_group
         self.shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
-        self.pool_page_size: int = model_runner.page_size
-        self.device: str = model_runner.device  # not every backend of SGLang keeps it
-        self.mla: bool = model_runner.use_mla_backend
+        self.pool_page_size = model_runner.page_size
+        self.device = model_runner.device  # not every backend of SGLang keeps it
+        self.mla = model_runner.use_mla_backend
         self.windows = isinstance(model_runner.token_to_kv_pool, SWAKVPool)
         if not self.windows:
             self.window = window_of(model_runner.model)
@@ -97,8 +92,6 @@ class ShardedAttention(Drafts):
             sharded_heads(model_runner.model_config) // parallel.tp_size * self.shard.size
         )
         self.base2: bool = record_of(type(self)).base2
-        # Of K and V: MLA's store finds the owners by itself.
-        self.write_rows: Tensor | None = None
 
     # Seam 3, supplied by the adapter.
 
@@ -302,66 +295,11 @@ class ShardedAttention(Drafts):
         out = merge(current, part, first=first, out_dtype=q.dtype, base2=self.base2, sinks=sinks)
         return out.flatten(1)
 
-    # What adapters share.
-
-    def prepare_writes(self, forward_batch: ForwardBatch) -> None:
-        """Rows to write in an eager forward pass, and what its windows reach back to."""
-        if not self.mla and forward_batch.out_cache_loc is not None:
-            self.write_rows = self.shard.write_rows(
-                forward_batch.out_cache_loc, self.pool_page_size
-            )
-        self.tails = None
-        mode = forward_batch.forward_mode
-        if self.window and mode.is_extend() and not mode.is_target_verify():
-            self.tails = Tails.of(
-                self.window,
-                forward_batch.extend_prefix_lens_cpu,
-                forward_batch.extend_seq_lens_cpu,
-                forward_batch.req_pool_indices,
-                self.req_to_token_pool.req_to_token,
-                self.shard,
-            )
-
-    @property
-    def local_window(self) -> int:
-        """How many of the last `window` tokens of a request this rank holds, at most."""
-        return self.window // self.shard.size
-
-    def allocate_captured_writes(self, max_num_tokens: int) -> None:
-        """Rows to write that captured graphs read."""
-        if not self.mla:
-            self.captured_rows = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
-
-    def prepare_captured_writes(self, forward_batch: ForwardBatch, in_capture: bool) -> None:
-        """Rows to write in the capture or one replay of a graph, in place.
-
-        A replay brings the slots of its real requests only; the graph writes padded rows too, so
-        these go to row 0, which SGLang never allocates. A verify pass brings one for each draft.
-        """
-        if self.captured_rows is None:
-            return  # MLA, or an eager pass of a backend that prepares both alike
-        slots = forward_batch.out_cache_loc
-        rows = self.captured_rows[: forward_batch.batch_size * self.captured_width]
-        rows.zero_()
-        rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
-        if in_capture:
-            self.write_rows = rows
-
-    def allocate_pages(self, requests: int, tokens: int) -> LocalPages:
-        """For so many requests of at most so many tokens over all ranks."""
-        return LocalPages.allocate(requests, tokens, self.shard, self.pool_page_size, self.device)
-
-    def fill_pages(self, pages: LocalPages, requests: Tensor, lens: Tensor) -> None:
-        """What this rank holds of the first lens [B] tokens of the requests [B], in place."""
-        pages.fill(
-            self.req_to_token_pool.req_to_token, requests, lens, self.shard, self.pool_page_size
-        )
+    # Between the seams.
 
     def mla_queries(self, q: Tensor, q_rope: Tensor, layer: RadixAttention) -> Any:
         """MLA's queries as `partial_decode` and the others take them: [T, heads, latent + rope]."""
         return joined(*mla_parts(q, q_rope, layer))
-
-    # Between the seams.
 
     def _window(
         self,
@@ -483,46 +421,6 @@ class ShardedAttention(Drafts):
             current = self.partial_current(queries, latent, k, layer, batch)
         return merge(part, current, out_dtype=k.dtype, base2=self.base2, return_lse=True)
 
-    def _store(
-        self, layer: RadixAttention, forward_batch: ForwardBatch, k: Tensor, v: Tensor
-    ) -> None:
-        assert self.write_rows is not None
-        loc = KVWriteLoc(
-            self.write_rows[: k.shape[0]], physical=forward_batch.out_cache_loc_is_physical
-        )
-        self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
-
-    def _store_mla(
-        self,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        latent: Tensor,
-        rope: Tensor,
-    ) -> None:
-        # The pool's MLA store takes widened slots and resolves their owner itself.
-        loc = KVWriteLoc.for_batch(forward_batch)
-        self.token_to_kv_pool.set_mla_kv_buffer(
-            layer, loc, latent, rope.view(*latent.shape[:-1], -1)
-        )
-
-
-def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
-    """Cached tokens of each request [B], where a kernel's plan is made: waits for none it can have.
-
-    The host's own lengths count the drafts for n-grams, whose step waits for the device anyway.
-    """
-    batch, drafted = forward_batch.batch_size, forward_batch.spec_info
-    if drafted is not None and drafted.spec_input_type != SpecInputType.EAGLE_VERIFY:
-        return forward_batch.seq_lens[:batch].cpu()
-    if forward_batch.seq_lens_cpu is None:
-        raise RuntimeError("the backend plans by lengths on the host, and this batch has none")
-    return forward_batch.seq_lens_cpu[:batch]
-
-
-def summed(lens: Tensor) -> Tensor:
-    """[B+1] int32: where each request's tokens begin, and where the last one's end."""
-    return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
-
 
 def _rope_parts(kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """MLA's rotary parts of query and key; refuses what no adapter computes."""
@@ -546,38 +444,3 @@ def _refuse_shared(layer: RadixAttention, k: Any) -> None:
             f"layer {layer.layer_id} reads another layer's cache, which is not supported "
             "with --dcp-size > 1: serve this model without --dcp-size"
         )
-
-
-class Prefixed(NamedTuple):
-    """A run of a batch's requests, their queries, and whether it is all of them."""
-
-    requests: slice
-    tokens: slice
-    all: bool
-
-
-def prefixed(forward_batch: ForwardBatch) -> Prefixed | None:
-    """The requests of a batch that attend cached tokens: the same on every rank.
-
-    None where there are none. The number of *local* cached tokens does not count: with a short
-    prefix some ranks hold none, and a rank that skipped the exchange would leave its peers waiting
-    for ever. All requests where the host does not know.
-    """
-    lens = forward_batch.extend_prefix_lens_cpu
-    if lens is None or forward_batch.forward_mode.is_target_verify():
-        return Prefixed(slice(None), slice(None), True)
-    return with_prefixes(lens, forward_batch.extend_seq_lens_cpu)
-
-
-def with_prefixes(prefix_lens: Sequence[int], extend_lens: Sequence[int]) -> Prefixed | None:
-    """From the first to the last request that has cached tokens; None where no request has any.
-
-    prefix_lens, extend_lens: cached tokens and queries of each request.
-    """
-    having = [request for request, length in enumerate(prefix_lens) if length]
-    if not having:
-        return None
-    first, end = having[0], having[-1] + 1
-    before, own = sum(extend_lens[:first]), slice(first, end)
-    queries = sum(extend_lens[own])
-    return Prefixed(own, slice(before, before + queries), end - first == len(prefix_lens))

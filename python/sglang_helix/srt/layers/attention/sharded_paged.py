@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, summed
+from sglang_helix.srt.layers.attention.prefixes import prefixed, summed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

@@ -29,7 +29,8 @@ from sglang_helix.helix import SeriesError
 from sglang_helix.srt.layers.attention.decode_attention import first_stage
 from sglang_helix.srt.layers.attention.drafts import Drafted
 from sglang_helix.srt.layers.attention.kv_splits import BLOCK, Scratch
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed, summed
+from sglang_helix.srt.layers.attention.prefixes import prefixed, summed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.attention.windows import Tails, window_of, windowed
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits, merge
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits

@@ -1,0 +1,66 @@
+"""What is cached of a batch's requests before the tokens at hand, as the host knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from sglang.srt.speculative.spec_info import SpecInputType
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class Prefixed(NamedTuple):
+    """A run of a batch's requests, their queries, and whether it is all of them."""
+
+    requests: slice
+    tokens: slice
+    all: bool
+
+
+def prefixed(forward_batch: ForwardBatch) -> Prefixed | None:
+    """The requests of a batch that attend cached tokens: the same on every rank.
+
+    None where there are none. The number of *local* cached tokens does not count: with a short
+    prefix some ranks hold none, and a rank that skipped the exchange would leave its peers waiting
+    for ever. All requests where the host does not know.
+    """
+    lens = forward_batch.extend_prefix_lens_cpu
+    if lens is None or forward_batch.forward_mode.is_target_verify():
+        return Prefixed(slice(None), slice(None), True)
+    return with_prefixes(lens, forward_batch.extend_seq_lens_cpu)
+
+
+def with_prefixes(prefix_lens: Sequence[int], extend_lens: Sequence[int]) -> Prefixed | None:
+    """From the first to the last request that has cached tokens; None where no request has any.
+
+    prefix_lens, extend_lens: cached tokens and queries of each request.
+    """
+    having = [request for request, length in enumerate(prefix_lens) if length]
+    if not having:
+        return None
+    first, end = having[0], having[-1] + 1
+    before, own = sum(extend_lens[:first]), slice(first, end)
+    queries = sum(extend_lens[own])
+    return Prefixed(own, slice(before, before + queries), end - first == len(prefix_lens))
+
+
+def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
+    """Cached tokens of each request [B], where a kernel's plan is made: waits for none it can have.
+
+    The host's own lengths count the drafts for n-grams, whose step waits for the device anyway.
+    """
+    batch, drafted = forward_batch.batch_size, forward_batch.spec_info
+    if drafted is not None and drafted.spec_input_type != SpecInputType.EAGLE_VERIFY:
+        return forward_batch.seq_lens[:batch].cpu()
+    if forward_batch.seq_lens_cpu is None:
+        raise RuntimeError("the backend plans by lengths on the host, and this batch has none")
+    return forward_batch.seq_lens_cpu[:batch]
+
+
+def summed(lens: Tensor) -> Tensor:
+    """[B+1] int32: where each request's tokens begin, and where the last one's end."""
+    return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
