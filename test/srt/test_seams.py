@@ -13,7 +13,8 @@ ATTENTION, DCP, DISTRIBUTED = "srt.layers.attention", "srt.layers.dcp", "srt.dis
 
 # What modules may import of these three packages, directly or not.
 FORMS = {f"{DCP}.partial", f"{DCP}.packed_rows"}
-COMBINE = FORMS | {f"{DCP}.lse_combine{part}" for part in ("", "_torch", "_triton")}
+WEIGHTS = f"{DCP}.lse_weights"
+COMBINE = FORMS | {WEIGHTS} | {f"{DCP}.lse_combine{part}" for part in ("", "_torch", "_triton")}
 KERNEL = {f"{DCP}.symm{part}" for part in ("", "_launch", "_layout", "_workspace")}
 SEAMS: dict[str, set[str]] = {
     # Topology, and the collective that process groups are given.
@@ -28,7 +29,8 @@ SEAMS: dict[str, set[str]] = {
     f"{DCP}.partial": set(),
     f"{DCP}.packed_rows": set(),
     f"{DCP}.lse_combine_torch": FORMS,
-    f"{DCP}.lse_combine_triton": FORMS,
+    WEIGHTS: set(),
+    f"{DCP}.lse_combine_triton": FORMS | {WEIGHTS},
     f"{DCP}.lse_combine": COMBINE,
     f"{DCP}.symm_layout": FORMS,
     f"{DCP}.symm": COMBINE | KERNEL,

@@ -48,7 +48,7 @@ import os
 import triton
 import triton.language as tl
 
-from sglang_helix.srt.layers.dcp.lse_combine_triton import (
+from sglang_helix.srt.layers.dcp.lse_weights import (
     live_splits,
     lse_of,
     shift_of,
