@@ -8,6 +8,7 @@ import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -113,6 +114,20 @@ def _config_as_it_is(model_config: Any, load_config: object, tp_size: int) -> An
     return model_config
 
 
+def _memory_of_one_rank() -> int:
+    """``get_free_cpu_memory``: bytes of this machine's that this process does not hold itself.
+
+    Ranks compare what is free before and after they load, as on a GPU of their own; what other
+    processes take and give back meanwhile must not decide whether a server starts.
+    """
+    from sglang.srt.utils.common import get_instance_memory_status
+
+    limit = get_instance_memory_status("/sys/fs/cgroup/memory.max")
+    capacity = psutil.virtual_memory().total
+    held = psutil.Process().memory_info().rss
+    return min(capacity, limit or capacity) - held
+
+
 def _read_mla_rows(
     pool: Any, layer: Any, loc: torch.Tensor, dst_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,6 +228,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp": _config_as_it_is,
+    "sglang.srt.utils.common.get_free_cpu_memory": _memory_of_one_rank,
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
     "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": _gated,

@@ -158,6 +158,18 @@ def test_compilation_is_refused() -> None:
         )
 
 
+def test_free_memory_is_moved_by_the_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers compare it as they start, beside others that start and end."""
+    from sglang_cpu_reference import plugin
+
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(available=0))
+    before = plugin._memory_of_one_rank()
+    held = torch.ones(1 << 26)  # 256 MiB
+    assert before - plugin._memory_of_one_rank() == pytest.approx(held.nbytes, rel=0.1)
+    assert before > 2 * held.nbytes
+
+
 def gather_and_scatter(rank: int, world_size: int) -> None:
     from sglang.srt.distributed.parallel_state import get_world_group
     from sglang.srt.plugins.hook_registry import HookRegistry

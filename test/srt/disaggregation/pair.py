@@ -7,8 +7,9 @@ SGLang's; the bytes are carried by `sglang_cpu_reference.transfer_engine`.
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from sglang_cpu_reference.server import free_port
@@ -18,10 +19,10 @@ from srt.models.serving import Answer, answer_to, command_line, generate_request
 Batches = Sequence[Sequence[Sequence[int]]]
 
 
-#: How soon a decode server takes a prefill server for dead, and its last write for done.
+#: How soon a decode server takes a prefill server for dead, and its last write for done. Only where
+#: one is killed: a live one that a busy machine keeps from answering would be taken for dead too.
 IMPATIENT = {
     "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
-    "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "1",
     "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "5",
 }
 
@@ -55,7 +56,9 @@ def outcomes(
     A rank's value is its answers to each batch. Those of the prefill side have no token; of the
     decode side `cached_tokens` are those that it had itself.
     """
-    return _outcomes(processes, model, prefill, decode, _serve, batches, new_tokens)
+    with TemporaryDirectory() as ended:
+        call = (_serve, batches, new_tokens, Path(ended), decode.tp)
+        return _outcomes(processes, model, prefill, decode, *call)
 
 
 def failures(
@@ -65,14 +68,21 @@ def failures(
 
     stalls: a path at which nothing is; the prefill server makes it when it stalls.
     """
-    return _outcomes(processes, model, prefill, decode, _fail, prompt, stalls)
+    call = (_fail, prompt, stalls)
+    return _outcomes(processes, model, prefill, decode, *call, env=IMPATIENT)
 
 
 def _outcomes(
-    processes: Fresh, model: Path, prefill: Side, decode: Side, call: Any, *args: Any
+    processes: Fresh,
+    model: Path,
+    prefill: Side,
+    decode: Side,
+    call: Any,
+    *args: Any,
+    env: Mapping[str, str] | None = None,
 ) -> tuple[list[Outcome], list[Outcome]]:
     calls = [(call, *rank, *args) for rank in ranks(model, prefill, decode)]
-    ended = processes.outcomes(calls, IMPATIENT)
+    ended = processes.outcomes(calls, env)
     return ended[: prefill.tp], ended[prefill.tp :]
 
 
@@ -149,8 +159,16 @@ class _Rank:
 
 
 def _serve(
-    rank: int, argv: list[str], port: int, batches: Batches, new_tokens: int
+    rank: int,
+    argv: list[str],
+    port: int,
+    batches: Batches,
+    new_tokens: int,
+    ended: Path,
+    decode_ranks: int,
 ) -> list[list[Answer]]:
+    from sglang.srt.runtime_context import get_parallel
+
     side = _Rank(rank, argv, port)
     answers: list[list[Answer]] = []
 
@@ -158,6 +176,13 @@ def _serve(
         for prompts in batches:
             side.ask(prompts, new_tokens)
             answers.append((yield from side.answers()))
+        if side.decodes:
+            (ended / str(rank)).touch()
+            return
+        # Its last words to the decode ranks would be lost with it.
+        group = get_parallel().tp_group
+        while not all(group.all_gather_object(len(list(ended.iterdir())) == decode_ranks)):
+            yield
 
     side.turn(script())
     return answers

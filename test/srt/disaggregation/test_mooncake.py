@@ -129,5 +129,5 @@ def test_failures_in_transfer(servers: Fresh, tmp_path: Path) -> None:
             assert not answer.completion.token_ids
         for answer in failed[1:]:
             assert "KVTransferError" in answer.finish["message"]
-        assert max(rank.value.seconds) < 30
+        assert max(rank.value.seconds) < 60
         assert len(set(rank.value.free)) == 1

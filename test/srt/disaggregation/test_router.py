@@ -31,7 +31,7 @@ def router(prefill: Server, decode: Server, bootstrap: str, log: Path) -> Iterat
     with log.open("w") as out:
         process = subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while True:
             try:
                 client.get("/readiness")
@@ -87,9 +87,9 @@ def test_answers_through_the_router(tmp_path: Path) -> None:
         asked = [clients.submit(client.generate, tokens, NEW_TOKENS) for tokens in others]
         prefill.kill_node(0)
         asked.append(clients.submit(client.generate, prompts[0], NEW_TOKENS))
-        refused = [answer.exception(60) for answer in asked]
+        refused = [answer.exception(120) for answer in asked]
         assert all(isinstance(error, ServerError | None) for error in refused)
         assert isinstance(refused[-1], ServerError)
-        decode.post("/flush_cache?timeout=30", None)  # which it does once nothing is held
-        assert time.monotonic() - began < 60
+        decode.post("/flush_cache?timeout=60", None)  # which it does once nothing is held
+        assert time.monotonic() - began < 120
         assert decode.get("/health") == ""
