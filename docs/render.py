@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import measured
 from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
@@ -291,7 +292,16 @@ def between_marks(page: str, source: str, rendered: str) -> str:
 def readme() -> str:
     """README.md: what stands between its marks is rendered."""
     text = between_marks((DOCS / README).read_text(), "from cost.py", pays_table())
+    text = between_marks(text, "from figures", measured.readme())
     return between_marks(text, "from adapters.py", textwrap.fill(backends_sentence(), 110))
+
+
+def benchmarks() -> str:
+    """docs/benchmarks.md: what stands between its marks is rendered, the rest is written there."""
+    text = (DOCS / "benchmarks.md").read_text()
+    for name, made in measured.TABLES.items():
+        text = between_marks(text, f"from figures: {name}", made())
+    return text
 
 
 def attention_backends() -> str:
@@ -387,6 +397,7 @@ def _listed(names: list[str]) -> str:
 
 PAGES = {
     README: readme,
+    "benchmarks.md": benchmarks,
     "compatibility.md": compatibility,
     "capacity.md": capacity,
     "when-it-pays.md": when_it_pays,

@@ -1,19 +1,14 @@
 """Generated pages are what the code would write, and links in the docs lead somewhere."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import render
 
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("render", ROOT / "docs/render.py")
-assert spec is not None
-assert spec.loader is not None
-render = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(render)
 
 
 @pytest.mark.parametrize("page", render.PAGES)
