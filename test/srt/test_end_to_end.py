@@ -23,19 +23,20 @@ from srt.models import serving
 FAMILIES = ("llama", "qwen3", "deepseek_v2")
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))
 BACKENDS = ("ag_rs", "a2a")
-# Family, ranks, K and exchange; "" where there is none.
+# Family, ranks, K and exchange, "" where there is none; an attention backend on stand-ins for its
+# kernels, "" for the reference.
 ON_SERVERS = (
-    ("llama", 1, 1, ""),
-    ("qwen3", 2, 2, "ag_rs"),
-    ("llama", 4, 2, "ag_rs"),
-    ("deepseek_v2", 4, 4, "a2a"),
+    ("llama", 1, 1, "", ""),
+    ("qwen3", 2, 2, "ag_rs", ""),
+    ("llama", 4, 2, "ag_rs", "fa3"),
+    ("deepseek_v2", 4, 4, "a2a", ""),
 )
 IN_SCHEDULERS = [
     (family, tp, dcp, backend)
     for family in FAMILIES
     for tp, dcp in LAYOUTS
     for backend in (BACKENDS if dcp > 1 else ("",))
-    if (family, tp, dcp, backend) not in ON_SERVERS
+    if (family, tp, dcp, backend, "") not in ON_SERVERS
 ]
 # Some layouts run with pages of 1, so that a widened page is as short as it can be.
 PAGE_SIZES = {(2, 2): 64, (4, 2): 1, (4, 4): 16, (1, 1): 1}
@@ -135,12 +136,19 @@ def prompts_of(tp: int, dcp: int) -> Prompts:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), ON_SERVERS)
-def test_layout(checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str) -> None:
+@pytest.mark.parametrize(("family", "tp", "dcp", "backend", "attention"), ON_SERVERS)
+def test_layout(
+    checkpoints: dict[str, Path], family: str, tp: int, dcp: int, backend: str, attention: str
+) -> None:
     checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
-    with serve(checkpoint, tp, dcp, backend, *sizes(tp, dcp)) as server:
+    flags, first = sizes(tp, dcp), ""
+    if attention:
+        flags += ("--attention-backend", attention)
+        first = f"from sglang_cpu_reference import stand_ins; stand_ins.install(['{attention}'])"
+    with serve(checkpoint, tp, dcp, backend, *flags, prelude=first) as server:
         info = server.server_info()
         assert dcp == 1 or info["dcp_comm_backend"] == backend
+        assert info["attention_backend"] == (attention or "torch_native")
         pool = info["sglang_helix"]
         check_pool(checkpoint, tp, dcp, pool["kv_tokens"], pool["kv_bytes"])
         cached = []
