@@ -18,7 +18,7 @@ import torch
 from benchmark.dcp import measure, report
 from benchmark.dcp.collectives_report import Row, mark, table_line
 from benchmark.dcp.kernels import BOUND, device_name, relative_error, software
-from benchmark.dcp.kernels_stage import DTYPE, SHAPES
+from benchmark.dcp.kernels_stage import DTYPE, SHAPES, Sizes
 
 SETS = 4  # of buffers; few, so that they stay in the cache
 SYMM = f"{report.OURS} symm"
@@ -27,22 +27,10 @@ Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Problem:
-    shape: str
-    heads: int
-    head_dim: int
-    ranks: int
-    batch: int
-
-    @property
-    def owned(self) -> int:
-        """Heads that a rank ends with: h."""
-        return self.heads // self.ranks
-
+class Problem(Sizes):
     @property
     def link_bytes(self) -> int:
-        per_head = self.head_dim * DTYPE.itemsize + torch.float32.itemsize
-        return (self.ranks - 1) * self.batch * self.owned * per_head
+        return (self.ranks - 1) * self.rows(self.owned)
 
 
 class Candidate(NamedTuple):

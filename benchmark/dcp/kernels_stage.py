@@ -13,13 +13,12 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Problem:
+class Sizes:
     shape: str
     heads: int
     head_dim: int
     ranks: int
     batch: int
-    device: torch.device
 
     @property
     def owned(self) -> int:
@@ -29,6 +28,11 @@ class Problem:
     def rows(self, heads: int) -> int:
         """Bytes of a batch of rows, payload and LSE."""
         return self.batch * heads * (self.head_dim * DTYPE.itemsize + 4)
+
+
+@dataclass(frozen=True)
+class Problem(Sizes):
+    device: torch.device
 
     def payload(self, heads: int) -> int:
         return self.batch * heads * self.head_dim * DTYPE.itemsize

@@ -18,10 +18,6 @@ class Completion(NamedTuple):
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
 
-    def smallest_margin(self) -> float:
-        """Least gap in log-probability between the first and second token of any position."""
-        return min(best[1] - second[1] for best, second, *_ in self.top)
-
 
 class Oracle:
     """A checkpoint loaded by transformers, in fp32 on the CPU.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from srt.fresh import Fresh
-from srt.model_loader.test_loader import configuration
+from srt.model_loader.configurations import configuration
 from srt.models.test_every_model import BUILT
 
 

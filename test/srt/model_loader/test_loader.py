@@ -4,22 +4,27 @@ Four ranks go through the scheduler's own start: plugins, published arguments, p
 SGLang's model loader. N = 4, K = 2, A = 2.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sglang_cpu_reference.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
+from sglang_cpu_reference.checkpoints import FAMILIES, make_checkpoint
 from srt.fresh import Fresh
+from srt.model_loader.configurations import (
+    HEAD_DIM,
+    HEADS,
+    SMALL,
+    built,
+    configuration,
+    vision_of_qwen,
+)
 from srt.models.serving import command_line
 from srt.rank import become_rank
 
 N, K = 4, 2
 A = N // K
-HEADS, HEAD_DIM = 8, 32
-HIDDEN = HEADS * HEAD_DIM
 
 
 def layout(checkpoint: Path, *flags: str) -> list[str]:
@@ -118,20 +123,6 @@ def save(model_type: str, directory: Path, **config: Any) -> Path:
     return directory
 
 
-SMALL = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 4,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-}
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Families with 1, 2, 4 and 8 key-value heads: fewer than A, as many as A, as many as N."""
@@ -180,21 +171,6 @@ VISION_OF_KIMI = {
     "init_pos_emb_height": 4,
     "init_pos_emb_width": 4,
 }
-
-
-def vision_of_qwen(heads: int) -> dict[str, Any]:
-    return {
-        "depth": 1,
-        "embed_dim": 128,
-        "hidden_size": HIDDEN,
-        "num_heads": heads,
-        "in_chans": 3,
-        "in_channels": 3,
-        "patch_size": 14,
-        "mlp_ratio": 2,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
 
 
 WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention"] * 3}
@@ -274,36 +250,12 @@ PLANNED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def configuration(architecture: str, model_type: str, entries: dict[str, Any], root: Path) -> Path:
-    directory = root / architecture
-    directory.mkdir()
-    written = {**SMALL, **entries, "architectures": [architecture], "model_type": model_type}
-    (directory / "config.json").write_text(json.dumps(written))
-    return directory
-
-
 def refusals(rank: int, argv: list[str], models: Mapping[str, Path]) -> dict[str, str]:
     """What the start of each model says: the error, or "built" and where its plan is from."""
-    import traceback
-
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader import loader
-    from sglang_helix.srt.model_loader.loader import ModelRefusedError
-
-    server_args = become_rank(rank, argv)
     said = {}
-    for architecture, directory in models.items():
-        try:
-            config = ModelConfig.from_server_args(server_args, model_path=str(directory))
-            with torch.device("meta"):
-                model = loader._initialize_model(config, LoadConfig())
-            plan = getattr(model, "prepare_context_parallel_metadata_for_dcp", None)
-            said[architecture] = f"built, plan of {getattr(plan, '__module__', None)}"
-        except ModelRefusedError as refused:
-            said[architecture] = str(refused)
-        except Exception:
-            said[architecture] = traceback.format_exc()
+    for architecture, error, model in built(rank, argv, models):
+        plan = getattr(model, "prepare_context_parallel_metadata_for_dcp", None)
+        said[architecture] = error or f"built, plan of {getattr(plan, '__module__', None)}"
     return said
 
 

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh
-from srt.model_loader.test_loader import SMALL, configuration, vision_of_qwen
+from srt.model_loader.configurations import SMALL, built, configuration, vision_of_qwen
 from srt.models.attention_classes import (
     ALL_HEADS,
     BY_CONFIGURATION,
@@ -36,7 +35,6 @@ from srt.models.attention_classes import (
     by_name,
     scan,
 )
-from srt.rank import become_rank
 
 # What the loader makes of a class where it has to fit it: fewer shards of attention than key-value
 # heads, or replicated queries.
@@ -382,26 +380,7 @@ LEFT_AS_BUILT = {
 
 def said_of(rank: int, argv: list[str], models: Mapping[str, Path]) -> dict[str, str]:
     """What building each model says on a rank: the refusal, another error, or "built"."""
-    import traceback
-
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader import loader
-    from sglang_helix.srt.model_loader.loader import ModelRefusedError
-
-    server_args = become_rank(rank, argv)
-    said = {}
-    for architecture, directory in models.items():
-        try:
-            config = ModelConfig.from_server_args(server_args, model_path=str(directory))
-            with torch.device("meta"):
-                loader._initialize_model(config, LoadConfig())
-            said[architecture] = "built"
-        except ModelRefusedError as refused:
-            said[architecture] = str(refused)
-        except Exception:
-            said[architecture] = traceback.format_exc()
-    return said
+    return {architecture: error or "built" for architecture, error, _ in built(rank, argv, models)}
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,37 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class ShardedFlashInferMLAAttnBackend(ShardedAttention, upstream.FlashInferMLAAttnBackend):
-    """`flashinfer` of MLA beside drafts: their verify pass; all else is upstream's."""
+class FlashInferPrefill(ShardedAttention):
+    """In front of FlashInfer's backend of MLA, or of one that prefills by it: all but drafts."""
 
     upstream_prefill = True
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE.
+
+        Of drafts, see `ShardedAttention.forward_extend`.
+        """
+        self._own_sinks(sinks)  # none: MLA's are refused
+        if forward_batch.forward_mode.is_target_verify():
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return upstream.FlashInferMLAAttnBackend.forward_extend(
+            self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+        )
+
+
+class ShardedFlashInferMLAAttnBackend(FlashInferPrefill, upstream.FlashInferMLAAttnBackend):
+    """`flashinfer` of MLA beside drafts: their verify pass; all else is upstream's."""
+
     forward_decode = upstream.FlashInferMLAAttnBackend.forward_decode
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -94,25 +121,6 @@ class ShardedFlashInferMLAAttnBackend(ShardedAttention, upstream.FlashInferMLAAt
                 kv_data_type=updater.data_type,
             )
         self.forward_metadata = upstream.PrefillMetadata(wrapper, False)
-
-    def forward_extend(
-        self,
-        q: Tensor,
-        k: Any,
-        v: Any,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        sinks: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upstream's; of drafts, see `ShardedAttention.forward_extend`."""
-        self._own_sinks(sinks)  # none: MLA's are refused
-        if forward_batch.forward_mode.is_target_verify():
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return upstream.FlashInferMLAAttnBackend.forward_extend(
-            self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
-        )
 
     def mla_queries(
         self, q: Tensor, q_rope: Tensor, layer: RadixAttention

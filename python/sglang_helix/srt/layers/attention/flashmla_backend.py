@@ -20,11 +20,11 @@ from sglang.kernels.ops.attention.flash_mla_interface import (
     get_mla_metadata,
 )
 from sglang.kernels.ops.quantization.fp8_kernel import scaled_fp8_quant
-from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 from sglang.srt.layers.attention.flashmla_backend import PAGE_SIZE, FlashMLABackend
 from sglang.srt.mem_cache.layout.paged_view import paged_view
 from torch import Tensor
 
+from sglang_helix.srt.layers.attention.flashinfer_mla_backend import FlashInferPrefill
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
 from sglang_helix.srt.layers.dcp.partial import Partial
@@ -46,10 +46,9 @@ class Schedule(NamedTuple):
     lens: Tensor
 
 
-class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
+class ShardedFlashMLABackend(FlashInferPrefill, ShardedPagedAttention, FlashMLABackend):
     """`flashmla` over a sharded cache: MLA, in bf16 or fp8, in pages of 64 tokens."""
 
-    upstream_prefill = True
     schedule: Schedule
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
@@ -135,28 +134,6 @@ class ShardedFlashMLABackend(ShardedPagedAttention, FlashMLABackend):
         if self.is_fp8_kvcache:
             lse = lse.masked_fill(self.pages.empty[:, None, None], -torch.inf)
         return Partial(out.flatten(0, 1), lse.flatten(0, 1))
-
-    def forward_extend(
-        self,
-        q: Tensor,
-        k: Any,
-        v: Any,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        sinks: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upstream's, absorbed and un-absorbed: [T, own heads * Dv], or with its LSE.
-
-        Of drafts, see `ShardedAttention.forward_extend`.
-        """
-        self._own_sinks(sinks)  # none: MLA's are refused
-        if forward_batch.forward_mode.is_target_verify():
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return FlashInferMLAAttnBackend.forward_extend(
-            self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
-        )
 
     def _schedule(self, pages: LocalPages, queries: int) -> Schedule:
         lens = pages.lens.clamp_min(1) if self.is_fp8_kvcache else pages.lens
