@@ -77,8 +77,7 @@ MODELS: tuple[Row, ...] = (
         "attention sinks of GQA and MHA models",
         "",
         "works",
-        "counted once, after the exchange, in fp32; answers on a CPU are transformers'; not yet "
-        "seen on a GPU",
+        "counted once, after the exchange, in fp32; answers on a CPU are transformers'",
         alone="wrong",
         proof="every rank's part would count the sink, layers/attention/triton_backend.py",
     ),

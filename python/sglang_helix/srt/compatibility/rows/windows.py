@@ -53,7 +53,7 @@ WINDOWS: tuple[Row, ...] = (
         "",
         "works",
         "window layers stay as plain TP keeps them, full layers are sharded; answers on a CPU are "
-        "transformers', both pools conserved exactly; not yet seen on a GPU",
+        "transformers', both pools conserved exactly",
         alone="wrong",
         proof="the allocator of windows does not widen, mem_cache/kv_cache_configurator.py",
     ),
