@@ -13,7 +13,7 @@ LOGS=$(mktemp -d)
 mapfile -t ports < <(python -c 'import sys
 from sglang_cpu_reference import checkpoints, server
 checkpoints.make_checkpoint(*sys.argv[1:])
-for _ in range(4): print(server.free_port())' "$family" "$LOGS/model")
+for _ in range(5): print(server.free_port())' "$family" "$LOGS/model")
 export LOGS PREFILL=127.0.0.1:${ports[0]} DECODE=127.0.0.1:${ports[1]} ROUTER=127.0.0.1:${ports[2]}
 export BOOTSTRAP=${ports[3]} MODEL=$LOGS/model SGLANG_PLATFORM=cpu_reference OMP_NUM_THREADS=1
 end() {
@@ -27,7 +27,7 @@ start() { # ROLE [flags]
 }
 start prefill --tp 1 --port "${PREFILL#*:}"
 start decode --tp 2 --dcp-size 2 --port "${DECODE#*:}"
-start router --port "${ROUTER#*:}"
+start router --port "${ROUTER#*:}" --prometheus-port "${ports[4]}"
 
 answers() { curl -sf -o /dev/null "http://$1"; }
 for address in "$PREFILL/health" "$DECODE/health" "$ROUTER/readiness"; do

@@ -28,6 +28,8 @@ def router(prefill: Server, decode: Server, bootstrap: str, log: Path) -> Iterat
     ports = {"PREFILL": prefill.port, "DECODE": decode.port}
     env = {name: f"127.0.0.1:{port}" for name, port in ports.items()} | {"BOOTSTRAP": bootstrap}
     command = [EXAMPLE, "router", "--host", "127.0.0.1", "--port", str(client.port)]
+    # Its own has one number for every router of a machine, and ends the second one.
+    command += ["--prometheus-port", str(free_port())]
     with log.open("w") as out:
         process = subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out)
     try:
