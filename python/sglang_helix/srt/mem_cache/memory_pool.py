@@ -50,7 +50,7 @@ def move_kv_cache(
     if getattr(pool, "dcp_replicated", False):
         original(pool, tgt_loc, src_loc)
         return
-    shard = _shard()
+    shard = KVShard.of(get_parallel())
     buffers = getattr(pool, "kv_buffer", None) or (*pool.k_buffer, *pool.v_buffer)
     # What stands in a row that another rank owns is not looked at.
     rows = torch.cat([buffer[src_loc // shard.size].flatten(1) for buffer in buffers], dim=1)
@@ -93,9 +93,5 @@ def load_cpu_copy(
 
 def _owned(pool: Any, slots: torch.Tensor) -> torch.Tensor:
     """Rows of a request's slots that this rank owns; of a draft's pool, which is whole, all."""
-    return slots if getattr(pool, "dcp_replicated", False) else _shard().read_rows(slots)
-
-
-def _shard() -> KVShard:
-    parallel = get_parallel()
-    return KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+    whole = getattr(pool, "dcp_replicated", False)
+    return slots if whole else KVShard.of(get_parallel()).read_rows(slots)

@@ -72,7 +72,7 @@ class ShardedAttention(Drafts, OwnedRows):
         super().__init__(model_runner, **kwargs)
         parallel = get_parallel()
         self.kvp_group = parallel.dcp_group
-        self.shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+        self.shard = KVShard.of(parallel)
         self.pool_page_size = model_runner.page_size
         self.device = model_runner.device  # not every backend of SGLang keeps it
         self.mla = model_runner.use_mla_backend

@@ -9,8 +9,11 @@ the tokens at positions j, j + K, j + 2K, ... of every request.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+Lens = TypeVar("Lens", torch.Tensor, int)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,12 @@ class KVShard:
     size: int
     rank: int
 
-    def lens(self, lens: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def of(cls, parallel: Any) -> KVShard:
+        """This rank's, by SGLang's `get_parallel()`."""
+        return cls(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+
+    def lens(self, lens: Lens) -> Lens:
         """How many of the first `lens` tokens of each request this rank holds (same shape)."""
         return (lens + (self.size - 1 - self.rank)) // self.size
 

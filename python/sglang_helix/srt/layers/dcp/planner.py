@@ -68,13 +68,11 @@ def prepare_decode_context_parallel_metadata(
     parallel = get_parallel()
     if not parallel.dcp_enabled:
         return None
-    shard = KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank)
+    shard = KVShard.of(parallel)
     prefix_total = sum(extend_prefix_lens_cpu)
 
     local_lens = shard.lens(extend_prefix_lens)
-    local_total = sum(
-        (length + shard.size - 1 - shard.rank) // shard.size for length in extend_prefix_lens_cpu
-    )
+    local_total = sum(map(shard.lens, extend_prefix_lens_cpu))
     # Of the table as one row: the first slot of each request that is this rank's, every K-th on.
     first = req_pool_indices * req_to_token.shape[1] + shard.rank
     slots = req_to_token.flatten()[_runs(first, local_lens, shard.size, local_total, torch.int64)]

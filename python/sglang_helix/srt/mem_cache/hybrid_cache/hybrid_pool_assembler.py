@@ -45,7 +45,7 @@ def build_kv_host_pool(
             f"--enable-hierarchical-cache with --dcp-size > 1 has no host pool in place of "
             f"{kind.__name__}: leave --enable-hierarchical-cache out"
         )
-    memory, parallel = get_memory(), get_parallel()
+    memory = get_memory()
     return _tagged(
         ShardedMHATokenToKVPoolHost(
             buffer_info,
@@ -53,7 +53,7 @@ def build_kv_host_pool(
             memory.hicache_size if host_size is None else host_size,
             page_size,
             memory.hicache_mem_layout,
-            shard=KVShard(parallel.attn_dcp_size, parallel.attn_dcp_rank),
+            shard=KVShard.of(get_parallel()),
             allocator_type=upstream._get_allocator_type(),
             pool_label=pool_label,
             **options,
