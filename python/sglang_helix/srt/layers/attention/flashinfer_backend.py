@@ -24,8 +24,8 @@ from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.drafts import Drafted
-from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
-from sglang_helix.srt.layers.attention.prefixes import lens_on_host, prefixed
+from sglang_helix.srt.layers.attention.local_pages import local_rows, planned
+from sglang_helix.srt.layers.attention.prefixes import lens_on_host, prefixed, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.dcp.partial import Partial
 

@@ -16,8 +16,8 @@ import torch
 from sglang.srt.layers.attention import flashinfer_mla_backend as upstream
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.local_pages import local_rows, planned, summed_on_host
-from sglang_helix.srt.layers.attention.prefixes import lens_on_host
+from sglang_helix.srt.layers.attention.local_pages import local_rows, planned
+from sglang_helix.srt.layers.attention.prefixes import lens_on_host, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, mla_parts
 from sglang_helix.srt.layers.dcp.partial import Partial
 

@@ -7,9 +7,8 @@ ranks; only lengths differ.
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,11 +134,6 @@ def local_rows(
     slots = req_to_token[requests[owner], place * shard.size + shard.rank]
     rows[:total] = slots // shard.size
     return rows[:total]
-
-
-def summed_on_host(lens: Iterable[int]) -> Tensor:
-    """Prefix sums on the host, from 0: int32 [B + 1]."""
-    return torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)
 
 
 _copied: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()

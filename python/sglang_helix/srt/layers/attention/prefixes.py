@@ -1,8 +1,9 @@
-"""What is cached of a batch's requests before the tokens at hand, as the host knows it."""
+"""What is cached of a batch's requests, as the host knows it, and where each one's tokens begin."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -64,3 +65,8 @@ def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
 def summed(lens: Tensor) -> Tensor:
     """[B+1] int32: where each request's tokens begin, and where the last one's end."""
     return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def summed_on_host(lens: Iterable[int]) -> Tensor:
+    """Prefix sums on the host, from 0: int32 [B + 1]."""
+    return torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)

@@ -19,7 +19,7 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
-from sglang_helix.srt.layers.attention.local_pages import summed_on_host
+from sglang_helix.srt.layers.attention.prefixes import summed_on_host
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 
 
