@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sglang_cpu_reference.oracle import reference_of
+
 #: One token per byte, then these, numbered from 256. The model's vocabulary is a little wider, as
 #: real ones are.
 SPECIAL_TOKENS = MappingProxyType(
@@ -97,6 +99,29 @@ _KDA = {
     "topk_group": 1,
     "moe_renormalize": True,
     "routed_scaling_factor": 1.0,  # SGLang's model leaves it to kernels, not to its torch experts
+}
+_LIGHTNING = {
+    "num_hidden_layers": 4,
+    "layer_group_size": 2,
+    "head_dim": 16,
+    "group_norm_size": 4,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "rope_interleave": True,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_qk_norm": True,
+    "linear_silu": False,
+    "first_k_dense_replace": 1,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "routed_scaling_factor": 1.0,  # left to kernels, as KDA's
 }
 _MAMBA2 = {
     "num_hidden_layers": 5,
@@ -228,6 +253,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
         ),
         "kimi_linear": Family("kimi_linear", {**_COMMON, **_MLA, **_KDA}),
+        "bailing_hybrid": Family(
+            "bailing_hybrid",
+            {**_COMMON, **_MLA, **_LIGHTNING, "rope_parameters": None},
+            {"rope_parameters": None},
+        ),
         "gpt_oss": Family(
             "gpt_oss",
             {
@@ -302,10 +332,13 @@ def make_checkpoint(
     model_type, config, written = family
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
-    model = kind.from_config(
-        AutoConfig.for_model(model_type, **{**config, **overrides}), dtype=torch.float32
-    )
+    if reference := reference_of(model_type):
+        model = reference(reference.config_class(**{**config, **overrides}))
+    else:
+        kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+        model = kind.from_config(
+            AutoConfig.for_model(model_type, **{**config, **overrides}), dtype=torch.float32
+        )
     _fill(model, seed)
     model.save_pretrained(directory)
     if written:
@@ -349,8 +382,9 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
                 centre -= 1.0  # the model adds it
             parameter.uniform_(centre - 0.3, centre + 0.3, generator=generator)
         else:
-            gain = 1.0 if owner == "embed_tokens" else _GAIN.get(owner, 1.0)
-            fan_in = 1 if owner == "embed_tokens" else parameter.shape[-1]
+            embedding = owner in ("embed_tokens", "word_embeddings")
+            gain = 1.0 if embedding else _GAIN.get(owner, 1.0)
+            fan_in = 1 if embedding else parameter.shape[-1]
             parameter.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):

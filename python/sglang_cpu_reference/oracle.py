@@ -19,6 +19,15 @@ class Completion(NamedTuple):
     top: list[list[tuple[int, float]]]
 
 
+def reference_of(model_type: str) -> Any | None:
+    """The class that stands for a model type that transformers lacks; None for all others."""
+    if model_type != "bailing_hybrid":
+        return None
+    from sglang_cpu_reference.bailing import BailingMoeV2_5ForCausalLM
+
+    return BailingMoeV2_5ForCausalLM
+
+
 class Oracle:
     """A checkpoint loaded by transformers, in fp32 on the CPU.
 
@@ -31,11 +40,15 @@ class Oracle:
             AutoConfig,
             AutoModelForCausalLM,
             AutoModelForImageTextToText,
+            PreTrainedConfig,
         )
 
-        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        if reference := reference_of(PreTrainedConfig.get_config_dict(checkpoint)[0]["model_type"]):
+            kind: Any = reference
+        else:
+            config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
         self.model = kind.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         ).eval()

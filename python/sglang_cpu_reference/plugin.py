@@ -23,6 +23,7 @@ from sglang_cpu_reference import (
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
 _EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
+_ROTARY = "sglang.srt.layers.rotary_embedding"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
 
 
@@ -41,10 +42,9 @@ def register() -> None:
         HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
-    for target, wrapper in speculative.AROUND.items():
-        HookRegistry.register(target, wrapper, HookType.AROUND)
     HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
-    HookRegistry.register(_EXPERTS, _experts_of_this_rank, HookType.AROUND)
+    for target, wrapper in _AROUND.items():
+        HookRegistry.register(target, wrapper, HookType.AROUND)
     linear_attention.install()
     speculative.install()
     transfer_engine.install()  # a rank makes its engine before it imports what runs models
@@ -224,6 +224,28 @@ def _capped(full_logits: torch.Tensor, final_logit_softcapping: float) -> torch.
     return full_logits.div_(cap).tanh_().mul_(cap)
 
 
+def _rotary(original: Callable[..., Any], *args: Any) -> Any:
+    """Around ``get_rope_cpu``, which knows DeepSeek's scaling alone; else as everywhere.
+
+    args: as `get_rope_wrapper` hands them on, the scaling sixth and the device last.
+    """
+    from sglang.srt.layers.rotary_embedding import get_rope
+
+    scaling = args[5]
+    known = scaling is not None and scaling["rope_type"] == "deepseek_yarn"
+    return original(*args) if known else get_rope(*args[:-1])
+
+
+def _rotated(embedding: Any, *args: Any, **kwargs: Any) -> Any:
+    """``RotaryEmbedding.forward_cuda``, which Ring-2.5's latent attention asks for by name."""
+    return embedding.forward_native(*args, **kwargs)
+
+
+_AROUND: dict[str, Callable[..., Any]] = {
+    _EXPERTS: _experts_of_this_rank,
+    f"{_ROTARY}.factory.get_rope_cpu": _rotary,
+    **speculative.AROUND,
+}
 _REPLACED: dict[str, Callable[..., Any]] = {
     f"{_BOOTSTRAP}._bind_threads_if_cpu": _bind_threads,
     f"{_BOOTSTRAP}._init_cpu_threads_env": _no_threads_env,
@@ -234,6 +256,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": _gated,
     "sglang.kernels.ops.activation.softcap.softcap_inplace_logits": _capped,
     "sglang.kernels.ops.moe.ep_moe_kernels.zero_experts_compute_triton": _identity_experts,
+    f"{_ROTARY}.base.RotaryEmbedding.forward_cuda": _rotated,
     "torch.cuda.synchronize": _nothing_to_wait_for,
     "torch.cuda.current_device": _the_cpu,
     "torch.Tensor.pin_memory": _not_pinned,
@@ -244,7 +267,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 def verify() -> None:
     """Stop the process unless every hook took; called in each rank before it builds a group."""
-    hooked = {*_REPLACED, *speculative.AROUND, _HOST_POOL, _EXPERTS}
+    hooked = {*_REPLACED, *_AROUND, _HOST_POOL}
     missing = sorted(hooked - HookRegistry._patched)
     if missing:
         raise SystemExit(

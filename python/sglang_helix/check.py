@@ -118,10 +118,13 @@ def layouts(
     Raises OSError or ValueError where the configuration cannot be read.
     """
     from sglang_helix.layout import shape_of
+    from sglang_helix.srt.configs.model_config import state_heads
     from sglang_helix.srt.distributed.topology import legal_layouts
 
-    shape = shape_of(configuration_of(model_path, machine))
-    found = []
+    config = configuration_of(model_path, machine)
+    if any(heads % tp_size for heads in state_heads(config)):
+        return []
+    shape, found = shape_of(config), []
     for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
         if layout.kvp_size > 1:
             gain = layout.capacity_ratio(shape.kv_heads)

@@ -135,12 +135,11 @@ def test_inactive_unless_selected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hook_that_did_not_take_stops_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang_cpu_reference import plugin, speculative
+    from sglang_cpu_reference import plugin
     from sglang_cpu_reference.platform import CpuReferencePlatform
 
     platform = CpuReferencePlatform()
-    wrapped = {*speculative.AROUND, plugin._HOST_POOL, plugin._EXPERTS}
-    hooked = wrapped | set(plugin._REPLACED)
+    hooked = {*plugin._AROUND, *plugin._REPLACED, plugin._HOST_POOL}
     monkeypatch.setattr(HookRegistry, "_patched", hooked)
     assert platform.get_group_coordinator_device(0) == torch.device("cpu")
     for lost in hooked:

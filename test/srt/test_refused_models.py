@@ -216,3 +216,13 @@ def test_heads_of_states_are_cut_by_all_ranks(resolved: Resolve, tmp_path: Path)
     model = written(tmp_path, architectures=["Qwen3NextForCausalLM"], **config)
     refused = resolved("Hopper", model, tp_size=4, dcp_size=2).error
     assert "--tp-size 4: 6 heads of this model's recurrent layers cannot be split" in refused
+
+
+def test_groups_of_heads_of_states_are_cut_by_all_ranks(resolved: Resolve, tmp_path: Path) -> None:
+    model_type, config, left_out = FAMILIES["bailing_hybrid"]
+    entries = {name: value for name, value in config.items() if name not in left_out}
+    architectures = ["BailingMoeV2_5ForCausalLM"]
+    model = written(tmp_path, model_type=model_type, architectures=architectures, **entries)
+    assert resolved("Hopper", model, tp_size=4, dcp_size=2).error == ""
+    refused = resolved("Hopper", model, tp_size=8, dcp_size=2).error
+    assert "--tp-size 8: 4 heads of this model's recurrent layers cannot be split" in refused

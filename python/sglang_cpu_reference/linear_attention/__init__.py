@@ -26,6 +26,7 @@ from sglang_cpu_reference.linear_attention.layers import (
     split_qkvz_ba,
     split_whole_qkvz_ba,
 )
+from sglang_cpu_reference.linear_attention.lightning import lightning
 from sglang_cpu_reference.linear_attention.mamba2 import ssd_decode, ssd_scan
 
 _KERNELS = "sglang.kernels.ops"
@@ -63,6 +64,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     f"{_KERNELS}.attention.fla.kda.chunk_kda": chunk_kda,
     f"{_KERNELS}.mamba.triton_ops.ssd_combined.mamba_chunk_scan_combined": ssd_scan,
     f"{_KERNELS}.mamba.triton_ops.mamba_ssm.selective_state_update": ssd_decode,
+    f"{_KERNELS}.attention.linear.seg_la.seg_la_fwd": lightning,
     f"{_KERNELS}.attention.fla.fused_norm_gate.rms_norm_gated": rms_norm_gated,
     f"{_KERNELS}.attention.fla.layernorm_gated.rms_norm_gated": grouped_rms_norm_gated,
     f"{_KERNELS}.attention.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat": split_qkvz_ba,

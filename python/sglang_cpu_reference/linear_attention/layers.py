@@ -131,5 +131,9 @@ def grouped_rms_norm_gated(
     from sglang.kernels.ops.attention.fla.layernorm_gated import rms_norm_ref
 
     assert is_rms_norm
-    assert activation in ("swish", "silu")
-    return rms_norm_ref(x, weight, bias, None if z is None else z.reshape(x.shape), **how)
+    z = None if z is None else z.reshape(x.shape)
+    if activation in ("swish", "silu") or z is None:
+        return rms_norm_ref(x, weight, bias, z, **how)
+    assert activation == "sigmoid"
+    assert how.pop("norm_before_gate")
+    return rms_norm_ref(x, weight, bias, **how) * z.sigmoid()

@@ -23,7 +23,7 @@ from sglang_helix.srt.compatibility.verdict import (
     refusals_of_flags,
     verdict_of,
 )
-from sglang_helix.srt.configs.model_config import sharded_heads
+from sglang_helix.srt.configs.model_config import sharded_heads, state_heads
 from sglang_helix.srt.distributed.topology import Layout, LayoutError, layout_of
 from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster, heads_name
@@ -237,7 +237,7 @@ def _check_heads(situation: Situation) -> None:
         decoupled=situation.attn_tp_size is not None,
     )
     ranks = situation.args.tp_size
-    for heads in situation.state_heads:
+    for heads in state_heads(situation.model):
         if heads % ranks:
             raise LayoutError(
                 f"--tp-size {ranks}: {heads} heads of this model's recurrent layers cannot be "

@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "Ring": (
         "Blackwell",
         "ring",
-        {"attention_backend": "flashinfer"},
+        {"attention_backend": "flashinfer", "enable_mixed_chunk": True},
         ("(BailingMoeV2_5ForCausal",),
     ),
     "heads of AMD": (

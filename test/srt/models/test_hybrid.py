@@ -97,13 +97,19 @@ CASES = [
     ("qwen3_5_moe_vl", 2, 2, "a2a", text("qwen3_5_moe_vl", **ONE_HEAD)),
     ("kimi_linear", 2, 2, "ag_rs", {}),
     ("kimi_linear", 4, 4, "queries replicated", {}),
+    ("bailing_hybrid", 2, 2, "a2a", {}),
+    ("bailing_hybrid", 4, 2, "queries replicated", {}),
     ("nemotron_h", 4, 2, "a2a", {}),
     ("granitemoehybrid", 2, 2, "ag_rs", ONE_HEAD),
     ("falcon_h1", 2, 2, "a2a", ONE_HEAD),
     ("lfm2", 4, 4, "a2a", ONE_HEAD),
 ]
 #: Numbers in a cached row of one layer and rank: the latent, or one head's K and V.
-WIDTHS = {"kimi_linear": 512 + 64, "granitemoehybrid": 2 * 16, "lfm2": 2 * 16}
+WIDTHS = {
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), 512 + 64),
+    "granitemoehybrid": 2 * 16,
+    "lfm2": 2 * 16,
+}
 
 
 @pytest.mark.parametrize(("family", "tp", "dcp", "backend", "overrides"), CASES)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, Family
+from sglang_cpu_reference.oracle import reference_of
 
 ROOT = Path(__file__).parents[3]
 PROOFS: dict[str, str] = json.loads((ROOT / "docs/models/proof.json").read_text())
@@ -55,6 +56,8 @@ def class_of(family: Family) -> str:
     """The class that the configuration of a tiny checkpoint asks for."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if reference := reference_of(family.model_type):
+        return str(reference.__name__)
     kind = AutoModelForImageTextToText if "vision_config" in family.config else AutoModelForCausalLM
     config = type(AutoConfig.for_model(family.model_type, **family.config))
     return str(kind._model_mapping[config].__name__)

@@ -63,20 +63,6 @@ class Situation:
         return mambaish_config(self.model)
 
     @property
-    def state_heads(self) -> list[int]:
-        """Numbers of heads that a hybrid model's recurrent layers cut by tp size, as plain TP."""
-        config = self.hybrid
-        linear = getattr(config, "linear_attn_config", None) or {}
-        names = (
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "mamba_num_heads",
-            "mamba_n_heads",
-        )
-        counts = [linear.get("num_heads"), *(getattr(config, name, None) for name in names)]
-        return [count for count in counts if count is not None]
-
-    @property
     def attention_ranks(self) -> int:
         """Ranks of an attention replica, which divide its heads: SGLang's attention TP size."""
         args = self.args

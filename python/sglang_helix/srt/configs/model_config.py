@@ -16,6 +16,24 @@ def sharded_heads(model_config: Any) -> int:
     return int(model_config.get_max_num_attention_heads())
 
 
+def state_heads(model_config: Any) -> list[int]:
+    """Heads, and groups of them, that layers with recurrent states cut by tp size, as plain TP."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    config = mambaish_config(model_config)
+    linear = getattr(config, "linear_attn_config", None) or {}
+    names = (
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "mamba_num_heads",
+        "mamba_n_heads",
+        "num_linear_key_value_heads",
+        "group_norm_size",
+    )
+    counts = [linear.get("num_heads"), *(getattr(config, name, None) for name in names)]
+    return [count for count in counts if count is not None]
+
+
 def configured_window(model_config: Any) -> int | None:
     """Keys that a window layer sees, the query's own included; None where nothing says so."""
     config = model_config.hf_text_config

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -78,7 +79,7 @@ def initialize_model(
         if model_config.attention_arch == AttentionArch.MLA:
             model = build()
             _check(model, model_config, layout.kvp_size)
-            _check_mla(model)
+            _check_mla(model, model_config)
         elif layout.attn_tp_size >= kv_heads and not queries:
             model = build()
             windows = _check_windows(model, model_config, layout.tp_size)
@@ -205,14 +206,17 @@ def _check(
                 raise _Misfit(name, reason)
 
 
-def _check_mla(model: nn.Module) -> None:
+def _check_mla(model: nn.Module, model_config: Any) -> None:
     """Refuse MLA other than DeepSeek's class: only there does upstream gather and exchange.
 
+    Layers that keep a recurrent state in the place of a cache stay as plain TP has them (Ring-2.5).
     What plans an extend over a sharded prefix needs nothing of the model: where a class of model,
     or of a wrapper around one, has no such method, it is given the series'.
     """
-    modules = dict(model.named_modules())
-    for name, _ in _attention_layers(model):
+    modules, states = dict(model.named_modules()), mambaish_config(model_config)
+    for name, layer in _attention_layers(model):
+        if states is not None and layer.layer_id not in states.full_attention_layer_ids:
+            continue
         parent = modules[name.rpartition(".")[0]]
         if not hasattr(parent, "attn_mqa_for_dcp_decode"):
             raise _Misfit(name, "latent attention of a class of its own")

@@ -8,6 +8,7 @@ from sglang_helix.srt.compatibility.situation import Situation
 
 # Hybrid models that the series serves where plain TP groups their heads.
 _HYBRIDS = {
+    "BailingMoeV2_5ForCausalLM",
     "FalconH1ForCausalLM",
     "GraniteMoeHybridForCausalLM",
     "KimiLinearForCausalLM",
@@ -82,8 +83,8 @@ def _chunk_without_states(situation: Situation) -> object | None:
 
 HYBRIDS: tuple[Row, ...] = (
     Row(
-        "hybrid linear attention of Qwen3-Next, Qwen3.5, Kimi-Linear, Nemotron-H, Granite-4-H, "
-        "Falcon-H1 and LFM2",
+        "hybrid linear attention of Qwen3-Next, Qwen3.5, Kimi-Linear, Ring-2.5, Nemotron-H, "
+        "Granite-4-H, Falcon-H1 and LFM2",
         "",
         "works",
         "answers are transformers', hits asserted; A a multiple of KV heads, states as in plain TP",

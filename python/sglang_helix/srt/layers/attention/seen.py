@@ -281,7 +281,7 @@ PARTS: tuple[Part, ...] = (
         "`a2a` by Triton, Qwen3-Next by FA3 too",
     ),
     Part(
-        "hybrid models: Qwen3.5, Kimi-Linear, Granite-4-H, Falcon-H1, LFM2",
+        "hybrid models: Qwen3.5, Kimi-Linear, Ring-2.5, Granite-4-H, Falcon-H1, LFM2",
         "as above",
     ),
     Part(
