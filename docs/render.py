@@ -17,7 +17,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang_helix import cost
 from sglang_helix.__main__ import print_compatibility
 from sglang_helix.build import Builder, first_line
-from sglang_helix.check import check, layouts
+from sglang_helix.check import check, configuration_of, layouts
 from sglang_helix.layout import CACHE_BYTES, beside_a_draft, rows, shape_of, table
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Adapter, Attention, serving
 from sglang_helix.srt.layers.attention.seen import (
@@ -144,17 +144,23 @@ model of the same class with `transformers`, not this model itself, or shows the
 # copy in docs/models has besides. And what SGLang computes wrongly, sharded or not.
 READ_WITH = {
     "LongCat-Flash-Chat": "SGLang builds it where its configuration has a scaling: give "
-    "`--json-model-override-args` `rope_scaling` of type yarn and factor 1, which is none. On more "
-    "ranks than one SGLang answers wrongly, sharded or not: each adds the experts that give back "
-    "their input (`zero_expert_num`) to what is summed up",
+    "`--json-model-override-args` `rope_scaling` of type yarn and factor 1, which is none. Plain "
+    "SGLang answers wrongly: it leaves `routed_scaling_factor` off the experts that give back "
+    "their input (`zero_expert_num`), and each of its ranks adds them to what is summed up",
     "MiMo-V2-Flash": 'read with `--trust-remote-code`, or with `rope_parameters` of type "default"',
+    "Mistral-Large-3-675B": "as published, in Mistral's format, but for the widths of its vision "
+    "tower, which nobody here has read. Queries are scaled by position in every chunk and by every "
+    "backend, which plain SGLang leaves out in many",
     "Step-3.5-Flash": "read with `--trust-remote-code`, or with an empty `per_layer_config`",
 }
 
 
 def architecture_of(model: Path) -> str:
     """The class that a configuration asks SGLang for."""
-    (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
+    given = model / "config.json"
+    if not given.exists():  # of Mistral's own format
+        return str(configuration_of(str(model)).hf_config.architectures[0])
+    (architecture,) = json.loads(given.read_text())["architectures"]
     return str(architecture)
 
 
@@ -175,7 +181,7 @@ def proven_by(architecture: str, verdict: str) -> str:
 
 def model_directories() -> list[Path]:
     """The published configurations in docs/models."""
-    return sorted(path.parent for path in DOCS.glob("models/*/config.json"))
+    return sorted(path for path in DOCS.glob("models/*") if path.is_dir())
 
 
 def model_layout(model: Path) -> tuple[list[str], list[str]]:

@@ -32,7 +32,7 @@ class BailingMoeV2_5Config(PreTrainedConfig):  # noqa: N801 as published
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": given["rope_theta"]}
 
 
 class _States(DynamicCache):
@@ -151,7 +151,7 @@ class _Layer(nn.Module):
         normed = self.input_layernorm(x)
         if self.full:
             turns = _rotations(positions, self.rotated, self.theta)
-            later = torch.arange(positions[-1] + 1) > positions[:, None]
+            later = torch.arange(int(positions[-1]) + 1) > positions[:, None]
             mask = torch.zeros(later.shape).masked_fill(later, -torch.inf)[None, None]
             x = x + self.attention(normed, turns, mask, cache)[0]
         else:

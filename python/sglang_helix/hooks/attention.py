@@ -32,6 +32,18 @@ ATTENTION: tuple[Hook, ...] = (
         until="upstream's Triton backend serves MLA under DCP",
     ),
     Hook(
+        target="sglang.srt.models.deepseek_v2.DeepseekV2AttentionMLA.forward_prepare",
+        kind="around",
+        stage="serve",
+        impl=f"{_SRT}.models.deepseek_v2:forward_prepare",
+        signature="self, positions, hidden_states, forward_batch, zero_allocator, "
+        "input_on_attn_tp_slices=, llama_4_scaling=, prev_topk_indices=",
+        why="queries that are not absorbed are not scaled by position",
+        how="scales them",
+        upstream="none",
+        until="upstream scales queries in one place",
+    ),
+    Hook(
         target="sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
         ".DeepseekMLAForwardMixin.forward_absorb_core",
         kind="around",
@@ -39,10 +51,10 @@ ATTENTION: tuple[Hook, ...] = (
         impl=f"{_SRT}.models.deepseek_v2:forward_absorb_core",
         signature="self, q_pe, k_pe, q_nope_out, k_nope, forward_batch, zero_allocator, "
         "positions, topk_indices, llama_4_scaling, fusion_plan=, attention_output_gate=",
-        why="the branch of the listed backends leaves the scaling of queries by position to "
-        "them, which the one for all others applies",
-        how="scales the queries of an adapter that the series appended to the list; where "
-        "values are projected before the exchange, attends, projects and exchanges",
+        why="the branch of the listed backends leaves the scaling of queries by position "
+        "(Mistral-Large-3) to them, and few apply it",
+        how="scales the queries; where values are projected before the exchange, attends, "
+        "projects and exchanges",
         upstream="none",
         until="upstream scales queries in one place",
     ),

@@ -83,9 +83,8 @@ PLANNED = {
             "mlp_layer_types": ["dense", "sparse"],
         },
     ),
-    # Two attention layers in one. Without the experts that give back their input, which every rank
-    # of SGLang's adds to what is summed up; and with a scaling of the rotary embedding, which is
-    # none, since its class can be built with one alone.
+    # Two attention layers in one, and experts that give back their input. With a scaling of the
+    # rotary embedding, which is none, since its class can be built with one alone.
     "longcat_flash": Family(
         "longcat_flash",
         {
@@ -93,9 +92,9 @@ PLANNED = {
             "head_dim": 64,
             "ffn_hidden_size": 256,
             "expert_ffn_hidden_size": 64,
-            "zero_expert_num": 0,
+            "zero_expert_num": 4,
             "moe_topk": 3,
-            "routed_scaling_factor": 1.0,
+            "routed_scaling_factor": 2.5,
             "rope_parameters": ROPE,
         },
         {

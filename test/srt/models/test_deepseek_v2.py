@@ -11,13 +11,13 @@ import torch
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.hook import Hook
 from sglang_helix.series import hooks
-from sglang_helix.srt.layers.attention.attention_registry import absorbed_mla_backends
 from sglang_helix.srt.models.deepseek_v2 import forward_absorb_core
 from srt.expected import oracle
 from srt.fresh import Fresh
 from srt.models.test_models import CHUNK, serve_and_check
 
-ORIGINAL_MAX, BETA = CHUNK + 2, 1.0
+# Chunks with a prefix and without, and prompts, end on both sides of it.
+ORIGINAL_MAX, BETA = CHUNK // 2, 1.0
 
 
 def scaling(positions: torch.Tensor) -> torch.Tensor:
@@ -42,20 +42,22 @@ def scale_queries_of(model: Any) -> None:
         layer.self_attn.q_b_proj.register_forward_hook(scale)
 
 
-@pytest.mark.parametrize("attn_tp", [1, 2])
+@pytest.mark.parametrize(("processes", "backend"), [("ready", "torch_native"), ("kernels", "fa3")])
 def test_queries_scaled_by_position_equal_transformers(
-    ready: Fresh, tmp_path: Path, attn_tp: int
+    request: pytest.FixtureRequest, tmp_path: Path, processes: str, backend: str
 ) -> None:
-    # Prompts end on both sides of ORIGINAL_MAX. No chunk without a prefix reaches it: such a chunk
-    # is not absorbed, and there upstream scales nothing, in plain TP either.
+    """By backends of both lists; FA3 attends prefixes that are not absorbed, too."""
     model = make_checkpoint(
         "deepseek_v2",
         tmp_path,
         num_hidden_layers=2,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
         llama_4_scaling={"original_max_position_embeddings": ORIGINAL_MAX, "beta": BETA},
     )
     scale_queries_of(oracle(model).model)
-    serve_and_check(ready, model, 2 * attn_tp, attn_tp, "a2a")
+    ranks: Fresh = request.getfixturevalue(processes)
+    serve_and_check(ranks, model, 2, 1, "a2a", "--attention-backend", backend)
 
 
 def core(layer: Any, q_pe: Any, k_pe: Any, q_nope_out: Any, *args: Any) -> tuple[Any, ...]:
@@ -72,8 +74,8 @@ def reaching_core(backend: str, factors: torch.Tensor | None) -> tuple[Any, ...]
     return found
 
 
-@pytest.mark.parametrize("backend", absorbed_mla_backends())
-def test_every_appended_backend_gets_scaled_queries(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["triton", "fa3", "trtllm_mla"])
+def test_every_backend_gets_scaled_queries(backend: str) -> None:
     factors = scaling(torch.tensor([0, ORIGINAL_MAX - 1, ORIGINAL_MAX, 1000]))[:, None, None]
     q_pe, q_nope_out, left = reaching_core(backend, factors)
     assert left is None
@@ -81,19 +83,6 @@ def test_every_appended_backend_gets_scaled_queries(backend: str) -> None:
     assert torch.equal(q_pe, wanted)
     assert torch.equal(q_nope_out, wanted)
     assert reaching_core(backend, None)[2] is None
-
-
-def test_upstreams_own_backends_keep_the_scaling() -> None:
-    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
-
-    # An appended name that is in upstream's list already would be scaled, and in plain TP not.
-    assert not set(absorbed_mla_backends()) & set(FORWARD_ABSORB_CORE_ATTENTION_BACKENDS)
-    factors = torch.full((4, 1, 1), 2.0)
-    for backend in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
-        q_pe, q_nope_out, left = reaching_core(backend, factors)
-        assert left is factors
-        assert torch.equal(q_pe, torch.ones_like(q_pe))
-        assert torch.equal(q_nope_out, torch.ones_like(q_nope_out))
 
 
 _DEEPSEEK = "models/deepseek_common/attention_forward_methods"

@@ -35,6 +35,7 @@ from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.windows import windowed
 from sglang_helix.srt.layers.dcp.planner import prepare_decode_context_parallel_metadata
 from sglang_helix.srt.layers.linear import heads_shared_by, is_shared
+from sglang_helix.srt.models.longcat_flash import share_identity_experts
 
 # Upstream asks the model for its plan of an extend, by this name.
 _PLAN = "prepare_context_parallel_metadata_for_dcp"
@@ -80,6 +81,7 @@ def initialize_model(
             model = build()
             _check(model, model_config, layout.kvp_size)
             _check_mla(model, model_config)
+            share_identity_experts(model, layout.tp_size)
         elif layout.attn_tp_size >= kv_heads and not queries:
             model = build()
             windows = _check_windows(model, model_config, layout.tp_size)

@@ -5,8 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_helix.srt.layers.attention.attention_registry import absorbed_mla_backends
+import torch
+
 from sglang_helix.srt.models import value_projection
+
+
+def forward_prepare(
+    original: Callable[..., Any],
+    layer: Any,
+    positions: Any,
+    hidden_states: Any,
+    forward_batch: Any,
+    zero_allocator: Any,
+    input_on_attn_tp_slices: bool = False,
+    llama_4_scaling: Any = None,
+    prev_topk_indices: Any = None,
+) -> Any:
+    """Scale the queries of a chunk that is not absorbed by position: upstream scales none of them.
+
+    llama_4_scaling [T, 1, 1] or None; its queries [T, heads, .].
+    """
+    prepared = original(
+        layer,
+        *(positions, hidden_states, forward_batch, zero_allocator, input_on_attn_tp_slices),
+        *(llama_4_scaling, prev_topk_indices),
+    )
+    if llama_4_scaling is None or not isinstance(prepared, tuple):
+        return prepared
+    hidden, method, batch, state = prepared
+    if state is None or not method.name.startswith("MHA"):
+        return prepared
+    return hidden, method, batch, (_scaled(state[0], llama_4_scaling), *state[1:])
+
+
+def _scaled(queries: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    """Queries by their scaling, of their own dtype and within its range."""
+    most = torch.finfo(queries.dtype).max
+    return (queries * scaling.to(torch.float32)).clamp(-most, most).to(queries.dtype)
 
 
 def forward_absorb_core(
@@ -24,17 +59,14 @@ def forward_absorb_core(
     fusion_plan: Any = None,
     attention_output_gate: Any = None,
 ) -> Any:
-    """Scale queries by position before the core, where plain TP's branch would scale them in it.
+    """Scale queries by position before the core, which leaves it to the backends: few do it.
 
-    q_pe and q_nope_out [T, heads, .], llama_4_scaling [T, 1, 1] or None. Only for the names that
-    the series appends: for those of upstream's own list plain TP takes the same branch as here.
-    A chunk without a prefix is not absorbed, and upstream scales no query of it in any layout.
+    q_pe and q_nope_out [T, heads, .], llama_4_scaling [T, 1, 1] or None.
 
     Large batches of decode may project values first; see `value_projection`.
     """
-    if llama_4_scaling is not None and layer.current_attention_backend in absorbed_mla_backends():
-        q_pe = (q_pe * llama_4_scaling).to(q_pe.dtype)
-        q_nope_out = (q_nope_out * llama_4_scaling).to(q_nope_out.dtype)
+    if llama_4_scaling is not None:
+        q_pe, q_nope_out = _scaled(q_pe, llama_4_scaling), _scaled(q_nope_out, llama_4_scaling)
         llama_4_scaling = None
     attended = layer, q_pe, k_pe, q_nope_out, k_nope, forward_batch
     if value_projection.comes_first(layer, forward_batch, len(q_nope_out)):
