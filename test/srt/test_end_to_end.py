@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.checkpoints import Family, make_checkpoint
 from sglang_cpu_reference.server import Server
 from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models import serving
+from srt.models.test_windows import OTHERS
 
 FAMILIES = ("llama", "qwen3", "deepseek_v2")
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))
@@ -206,6 +207,34 @@ def test_layout_in_schedulers(
         prompts.check_cached(cached, PAGE_SIZES[tp, dcp] * dcp)
         assert aborted["type"] == "abort"
         check(checkpoint, prompt(33, seed=5), again, NEW_TOKENS)
+
+
+# Recurrent states; windows in a pool of their own, with sinks. Ranks, and the tokens of 133 that a
+# longer prompt has from the cache.
+OTHER_CACHES: dict[str, tuple[str | Family, int, int]] = {
+    "qwen3_next": ("qwen3_next", 2, 128),
+    "granite_swa": (OTHERS["granite_swa"], 4, 132),
+}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", OTHER_CACHES)
+def test_states_windows_and_sinks(tmp_path: Path, name: str) -> None:
+    """Beside a sharded cache, on a server."""
+    family, tp, cached = OTHER_CACHES[name]
+    heads = {"num_key_value_heads": tp // 2}
+    checkpoint = make_checkpoint(family, tmp_path, **heads)
+    flags = ("--page-size", "2", "--chunked-prefill-size", "100", "--max-total-tokens", "512")
+    with serve(checkpoint, tp, 2, "a2a", *flags) as server:
+        first = prompt(133, seed=20)
+        for tokens, had in ((first, 0), (first + prompt(6, seed=24), cached)):
+            answer = server.generate(tokens, NEW_TOKENS)
+            check(checkpoint, tokens, answer, NEW_TOKENS)
+            assert answer.cached_tokens == had
+        batch = [prompt(length, seed=3) for length in (1, 19)]
+        for tokens, answer in zip(batch, server.generate_batch(batch, NEW_TOKENS), strict=True):
+            check(checkpoint, tokens, answer, NEW_TOKENS)
+        everything_is_free(server)
 
 
 def everything_is_free(server: Server) -> None:

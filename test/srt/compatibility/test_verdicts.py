@@ -51,6 +51,7 @@ OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         {**NIXL, "disaggregation_mode": "prefill", "attention_backend": "cutedsl_mla"},
         (PD, HYBRID),
     ),
+    "Kimi-K3": ("Blackwell", "kimi_k3", {}, (HYBRID,)),
     "Qwen3.5": ("Blackwell", "qwen3_5", {"attention_backend": "triton", **SPLIT}, (HYBRID,)),
     "Qwen3.5 on Hopper": (
         "Hopper",
@@ -246,6 +247,12 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         "ring",
         {"attention_backend": "flashinfer", "enable_mixed_chunk": True},
         ("(BailingMoeV2_5ForCausal",),
+    ),
+    "Kimi-K3 on Hopper": (
+        "Hopper",
+        "kimi_k3",
+        {},
+        ("CuteDSL MLA backend is only supported on Blackwell GPUs",),
     ),
     "heads of AMD": (
         "AMD",

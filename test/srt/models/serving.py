@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from sglang_cpu_reference.oracle import Completion
@@ -52,16 +53,19 @@ def serve(
     batches: Sequence[Sequence[Sequence[int]]],
     new_tokens: int,
     nodes: int = 1,
+    retracting: bool = False,
     **env: str,
 ) -> list[Report]:
     """Answer batches of prompts, one batch after the other, on `tp` ranks; their reports.
 
-    env: environment variables of the ranks.
+    retracting: of each batch of several, one request is retracted, and resumes. env: environment
+    variables of the ranks.
     """
     argv = command_line(model, tp, *flags)
     if nodes > 1:
         argv += ["--nnodes", str(nodes), "--dist-init-addr", f"127.0.0.1:{free_port()}"]
-    return processes.ranks(_serve, tp, argv, tp // nodes, batches, new_tokens, **env)
+    given = (argv, tp // nodes, batches, new_tokens, retracting)
+    return processes.ranks(_serve, tp, *given, **env)
 
 
 def command_line(model: Path, tp: int, *flags: str) -> list[str]:
@@ -72,15 +76,22 @@ def command_line(model: Path, tp: int, *flags: str) -> list[str]:
     ]
 
 
-def _serve(rank: int, argv: list[str], a_node: int, batches: Any, new_tokens: int) -> Report:
+def _serve(
+    rank: int,
+    argv: list[str],
+    a_node: int,
+    batches: Any,
+    new_tokens: int,
+    retracting: bool = False,
+) -> Report:
     scheduler = scheduler_of(rank, [*argv, "--node-rank", str(rank // a_node)])
-    return answer_all(scheduler, batches, new_tokens)
+    return answer_all(scheduler, batches, new_tokens, retracting)
 
 
-def answer_all(scheduler: Any, batches: Any, new_tokens: int) -> Report:
-    """In a rank's process: answer batches of prompts, one batch after the other."""
+def answer_all(scheduler: Any, batches: Any, new_tokens: int, retracting: bool = False) -> Report:
+    """In a rank's process: answer batches of prompts, one batch after the other; see `serve`."""
     pool = scheduler.get_init_info()["sglang_helix"]
-    answers = [answer(scheduler, prompts, new_tokens) for prompts in batches]
+    answers = [answer(scheduler, prompts, new_tokens, retracting) for prompts in batches]
     return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
 
 
@@ -98,17 +109,39 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
     return scheduler
 
 
-def answer(scheduler: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
-    """Admit the prompts at once and turn the scheduler's loop until it is idle; on every rank."""
+def answer(
+    scheduler: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    retracting: bool = False,
+) -> list[Answer]:
+    """Admit the prompts at once and turn the scheduler's loop until it is idle; on every rank.
+
+    retracting: as soon as several decode, one is retracted, as if the pool were full.
+    """
     scheduler.process_input_requests(
         [generate_request(str(number), prompt, new_tokens) for number, prompt in enumerate(prompts)]
     )
     requests = list(scheduler.waiting_queue)
     assert len(requests) == len(prompts)
+    left = retracting and len(requests) > 1
     while not scheduler.is_fully_idle():
-        turn(scheduler)
+        if left and len(scheduler.running_batch.reqs) > 1:
+            turn_with_a_full_pool(scheduler)
+            left = not any(request.retraction_count for request in requests)
+        else:
+            turn(scheduler)
+    assert not left
     scheduler.on_idle()  # ends the rank if a slot of its pool is lost
     return [answer_to(request) for request in requests]
+
+
+def turn_with_a_full_pool(scheduler: Any) -> None:
+    """A pass in which, if requests decode, one is retracted: SGLang's own switch for tests."""
+    from sglang.srt.managers import scheduler as module
+
+    with mock.patch.multiple(module, TEST_RETRACT=True, TEST_RETRACT_INTERVAL=1):
+        turn(scheduler)
 
 
 def oversubscribed(

@@ -1,7 +1,8 @@
 """Hybrid models: recurrent states beside a cache, in plain TP and sharded, and ``transformers``.
 
 Full attention layers are sharded by sequence, states stay as plain TP keeps them. A prefix can be
-answered from where the tree has a state: at whole pages of the group and chunks of the kernels.
+answered from where the tree has a state: at whole pages of the group and chunks of the kernels. Of
+the batch of three a request is retracted, and resumes.
 Every rank checks at idle that no slot of the cache and no state is lost.
 """
 
@@ -63,9 +64,8 @@ def serve_and_check(
     page, chunk, cached = LAYOUTS[dcp]
     # Not a multiple of what chunks are cut to: whole pages of the group, and 64 tokens.
     flags += ("--page-size", str(page), "--chunked-prefill-size", str(chunk))
-    reports = serve(
-        processes, model, tp, ("--max-total-tokens", str(ROWS), *flags), BATCHES, NEW_TOKENS
-    )
+    flags += ("--max-total-tokens", str(ROWS))
+    reports = serve(processes, model, tp, flags, BATCHES, NEW_TOKENS, retracting=True)
     for report in reports:
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         hits = [answers[0].cached_tokens for answers in report.answers]

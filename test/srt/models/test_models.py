@@ -1,8 +1,9 @@
 """Model families and head layouts against ``transformers``, on several ranks.
 
 Each case serves the same load: a prompt of several chunks, a batch of three that is new to the
-cache, and a prompt that continues a cached one. Every rank must give the oracle's tokens and
-log-probabilities, and a rank's pool must hold as much as the layout says.
+cache, and a prompt that continues a cached one; one of the three is retracted and resumes. Every
+rank must give the oracle's tokens and log-probabilities, and a rank's pool must hold as much as the
+layout says.
 """
 
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def serve_and_check(
     """Serve the load with replicated or with gathered queries, and check every answer."""
     sizes = ("--attn-tp-size", attn_tp) if replicated else ("--dcp-size", tp // attn_tp)
     layout = (*map(str, sizes), "--dcp-comm-backend", backend, *flags)
-    reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS)
+    reports = serve(ready, model, tp, (*layout, *SIZES), BATCHES, NEW_TOKENS, retracting=True)
     check_reports(model, reports, PAGE * tp // attn_tp)
     return reports
 

@@ -44,7 +44,7 @@ def served_by(function: FunctionType, case: str) -> Iterator[str]:
         found = function.__globals__.get(name)
         if isinstance(found, Mapping) and case in found:
             found = found[case]
-        if isinstance(found, tuple) and found[0] in FAMILIES and not isinstance(found, Family):
+        if isinstance(found, tuple) and not isinstance(found, Family) and str(found[0]) in FAMILIES:
             found = FAMILIES[found[0]]
         if isinstance(found, Family):
             yield class_of(found)

@@ -39,7 +39,7 @@ def test_gpt_oss_equals_transformers(kernels: Fresh, gpt_oss: Path, exchange: st
     flags = (*FLAGS, "--dcp-comm-backend", exchange)
     flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256")
-    for report in serve(kernels, gpt_oss, 4, flags, BATCHES, NEW_TOKENS):
+    for report in serve(kernels, gpt_oss, 4, flags, BATCHES, NEW_TOKENS, retracting=True):
         check_all(gpt_oss, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 
@@ -136,7 +136,7 @@ def test_windows_equal_transformers(ready: Fresh, tmp_path: Path, family: str) -
     flags = ("--attention-backend", "torch_native", "--dcp-size", "2", "--dcp-comm-backend", "a2a")
     flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256", "--dtype", "float32")
-    for report in serve(ready, model, 4, flags, BATCHES, NEW_TOKENS):
+    for report in serve(ready, model, 4, flags, BATCHES, NEW_TOKENS, retracting=True):
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 
@@ -202,7 +202,7 @@ def test_step_equals_transformers(kernels: Fresh, tmp_path: Path) -> None:
     (served / "config.json").write_text(json.dumps(STEP_3_5))
     flags = (*FLAGS, "--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256", "--dtype", "float32")
-    for report in serve(kernels, served, 4, flags, BATCHES, NEW_TOKENS):
+    for report in serve(kernels, served, 4, flags, BATCHES, NEW_TOKENS, retracting=True):
         check_all(oracle, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 
@@ -290,7 +290,7 @@ def test_cut_windows_equal_transformers(kernels: Fresh, tmp_path: Path, family: 
     flags = (*FLAGS, "--dcp-comm-backend", "a2a")
     flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256", "--dtype", "float32")
-    for report in serve(kernels, model, 2, flags, BATCHES, NEW_TOKENS):
+    for report in serve(kernels, model, 2, flags, BATCHES, NEW_TOKENS, retracting=True):
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 
@@ -341,7 +341,7 @@ def test_gemma4_equals_transformers(interpreted: Fresh, tmp_path: Path) -> None:
     flags += ("--attention-backend", "triton", "--chunked-prefill-size", "16")
     batch = [prompt(length, seed=6) for length in (1, 19)]
     batches = [batch, batch[1:]]
-    for report in serve(interpreted, model, 2, flags, batches, 3):
+    for report in serve(interpreted, model, 2, flags, batches, 3, retracting=True):
         check_all(model, batches, report.answers, 3)
 
 
