@@ -73,7 +73,6 @@ while GQA and MHA answer wrongly unless the ranks of a group hold the same heads
 (sgl-project/sglang#34355); *starts*, and nothing of its code, tests or docs speaks of it; starts
 and is *wrong*, or crashes; *refuses* it; *lacks* it. Files and tests named there are SGLang's
 (files below `sglang/srt`): read, not run; no GPU test of this project covers them.
-
 {printed.getvalue()}"""
 
 

@@ -296,13 +296,15 @@ def print_advice(options: argparse.Namespace, model_config: Any) -> int:
 
 
 def print_compatibility() -> int:
-    """Print the compatibility table as Markdown."""
+    """Print the compatibility table as Markdown, group by group."""
     from sglang_helix.srt.compatibility.row import Row
     from sglang_helix.srt.compatibility.rows.beside_own import BESIDE_OWN
-    from sglang_helix.srt.compatibility.table import TABLE
+    from sglang_helix.srt.compatibility.table import GROUPS
 
-    def rows(table: tuple[Row, ...]) -> None:
-        print("| feature | flag | verdict | why | instead | SGLang 0.5.23 alone |")
+    def rows(heading: str, table: tuple[Row, ...]) -> None:
+        print(
+            f"\n## {heading}\n\n| feature | flag | verdict | why | instead | SGLang 0.5.23 alone |"
+        )
         print("|---|---|---|---|---|---|")
         for row in table:
             flag = f"`{row.flag}`" if row.flag else ""
@@ -311,9 +313,9 @@ def print_compatibility() -> int:
                 f"| {row.feature} | {flag} | {row.status} | {row.why} | {row.instead} | {alone} |"
             )
 
-    rows(TABLE)
-    print("\nWhere the verdict is own, this is refused besides:\n")
-    rows(BESIDE_OWN)
+    for heading, table in GROUPS.items():
+        rows(heading, table)
+    rows("Refused besides, where the verdict is own", BESIDE_OWN)
     return 0
 
 

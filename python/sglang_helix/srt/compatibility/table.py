@@ -19,16 +19,18 @@ from sglang_helix.srt.compatibility.rows.transfers import TRANSFERS
 from sglang_helix.srt.compatibility.rows.weights import WEIGHTS
 from sglang_helix.srt.compatibility.rows.windows import WINDOWS
 
-TABLE: tuple[Row, ...] = (
-    *SERVING,
-    *EXECUTION,
-    *PARALLEL,
-    *EXCHANGES,
-    *CACHES,
-    *DRAFTS,
-    *TRANSFERS,
-    *WEIGHTS,
-    *MODELS,
-    *WINDOWS,
-    *HYBRIDS,
-)
+# By what the rows of a group speak of, as the page heads them.
+GROUPS: dict[str, tuple[Row, ...]] = {
+    "Requests and batches": SERVING,
+    "Graphs, compilation and passes": EXECUTION,
+    "Other parallelism, and machines": PARALLEL,
+    "The exchange": EXCHANGES,
+    "The cache": CACHES,
+    "Speculative decoding": DRAFTS,
+    "Prefill-decode disaggregation": TRANSFERS,
+    "Weights": WEIGHTS,
+    "Kinds of attention": MODELS,
+    "Sliding windows": WINDOWS,
+    "Recurrent states": HYBRIDS,
+}
+TABLE: tuple[Row, ...] = tuple(row for rows in GROUPS.values() for row in rows)
