@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from sglang_helix.srt.layers.attention import measured
@@ -136,16 +135,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--variants", action="store_true", help="the Triton adapter's choices too")
     parser.add_argument("--quick", action="store_true", help="few and small sizes, in seconds")
     parser.add_argument("--samples", type=int, default=10, help="per candidate and turn, 2 turns")
-    parser.add_argument("--csv", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
+    report.add_files(parser)
     parser.add_argument(
         "--ship",
         type=int,
         metavar="MAJOR",
         help="of the GPU's compute capability: write the adapters' times where servers read them",
-    )
-    parser.add_argument(
-        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
     )
     options = parser.parse_args(argv)
     shapes = SHAPES if not options.quick else QUICK

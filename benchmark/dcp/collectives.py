@@ -26,7 +26,6 @@ import argparse
 import os
 import tempfile
 import time
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -110,11 +109,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=20, help="per candidate and turn, 2 turns")
     parser.add_argument("--eager", action="store_true", help="capture no CUDA graphs")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each group size")
-    parser.add_argument("--csv", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
-    parser.add_argument(
-        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
-    )
+    report.add_files(parser)
     options = parser.parse_args(argv)
     ranks = options.ranks or groups_that_exist(options.device, options.shape)
     if options.samples < 2:

@@ -27,7 +27,6 @@ import math
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -123,12 +122,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256, 4096], metavar="B")
     parser.add_argument("--samples", type=int, default=20, help="per candidate and turn, 2 turns")
-    parser.add_argument("--csv", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
+    report.add_files(parser)
     parser.add_argument("--plot-ranks", type=int, default=8, metavar="N", help="the plot's N")
-    parser.add_argument(
-        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
-    )
     options = parser.parse_args(argv)
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: at least 2 are needed for percentiles")

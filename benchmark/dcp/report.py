@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -52,6 +53,15 @@ class Row(Measured, Size):
     @property
     def ours(self) -> bool:
         return self.name.startswith(OURS)
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """A command's flags for the files that it writes and reads."""
+    parser.add_argument("--csv", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
+    parser.add_argument(
+        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
+    )
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -333,11 +333,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one request")
     parser.add_argument("--start-timeout", type=float, default=3600, help="seconds for one server")
-    parser.add_argument("--csv", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
-    parser.add_argument(
-        "--from-csv", nargs="+", type=Path, help="measure nothing, report on these figures together"
-    )
+    report.add_files(parser)
     options = parser.parse_args(own)
     if options.from_csv:
         rows = [row for path in options.from_csv for row in report.read_csv(path, Row)]
