@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sglang_cpu_reference import warm
 from sglang_cpu_reference.server import Server
+from srt.fresh import source
 
 # What a process of tests takes with its servers and ranks, GiB.
 MEMORY_OF_A_WORKER = 9
@@ -17,6 +19,7 @@ MEMORY_OF_A_WORKER = 9
 def pytest_configure() -> None:
     # The tests of the platform itself start the command (`cold`).
     Server.forks = True
+    warm.make = source
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,7 +6,7 @@ import, before any plugin is loaded, and forks: the child is the launcher, becom
 ``python -m sglang.launch_server`` is, and forks the fork server of its ranks before it does
 anything. From there on all is as after a cold start, but for the modules that are imported earlier.
 
-One such process lives as long as the one that uses it.
+One such process lives as long as the one that uses it; `make` may be another way to one.
 """
 
 import gc
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -67,22 +67,19 @@ class Forked:
 
 
 class Source:
-    """The process that servers are forked from, with this environment. Ends with its user."""
+    """A process that servers are forked from: it runs `serve`, and ends with its user."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, connection: Connection, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self._lock = threading.Lock()
-        self._connection, theirs = Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
+        self._connection = connection
+        self._process = process  # is reaped with this one
 
     def alive(self) -> bool:
-        """Whether it can still fork."""
-        return self._process.poll() is None
+        """Whether it can still fork: it says nothing unasked, so what can be read is its end."""
+        with self._lock:
+            return not self._connection.poll()
 
     def start(
         self, flags: Sequence[str], env: Mapping[str, str], log: Path, prelude: str = ""
@@ -101,20 +98,34 @@ class Source:
             return self._connection.recv()
 
 
+def started() -> Source:
+    """A new process with this one's environment, on the CPU platform."""
+    connection, theirs = Pipe()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "SGLANG_PLATFORM": PLATFORM_NAME},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+    return Source(connection, process)
+
+
+#: What makes this process's own source, on the first call of `source`.
+make: Callable[[], Source] = started
 _source: Source | None = None
 
 
 def source() -> Source:
-    """This process's own, on the CPU platform; made on the first call."""
+    """This process's own."""
     global _source
     if _source is None or not _source.alive():
-        _source = Source({**os.environ, "HF_HUB_OFFLINE": "1", "SGLANG_PLATFORM": PLATFORM_NAME})
+        _source = make()
     return _source
 
 
-def main() -> None:
+def serve(connection: Connection) -> None:
     """Import, then fork a server for each request; returns in a server that has ended."""
-    connection = Connection(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks, and has its forks end
     for name in _IMPORTED:
         import_module(name)
@@ -154,4 +165,4 @@ def _launch(flags: list[str], env: dict[str, str], folder: str, log: str, prelud
 
 
 if __name__ == "__main__":
-    main()
+    serve(Connection(int(sys.argv[1])))

@@ -5,26 +5,29 @@ process that has imported what SGLang's launcher and scheduler import, with no p
 every call happens in a fork of it, or in several that are ranks of one another.
 
 The import costs twenty seconds of CPU time. It happens once for each platform, and once more for
-Triton's interpreter: a `Fresh` is itself a fork, of a process that lives as long as this one.
+Triton's interpreter, in a run of the tests: a `Fresh` is itself a fork, and so is what servers are
+forked from, of a process that all processes of the run share, and that lives as long as they do.
 """
 
+import contextlib
 import gc
-import multiprocessing
 import os
 import pickle
+import secrets
 import select
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, NamedTuple, Self
-from unittest import mock
 
-import torch
+from sglang_cpu_reference import PLATFORM_NAME, warm
 
 PRELOAD = (
     "sglang.srt.entrypoints.engine",
@@ -66,7 +69,9 @@ class Fresh:
         interpreted: bool = False,
     ) -> None:
         self.timeout = timeout
-        self._connection, self._pid = _imported(platform, interpreted).fork(preload)
+        self._connection, self._pid = _imported(platform, interpreted).fork(
+            partial(_serve, tuple(preload))
+        )
 
     def outcomes(
         self, functions: list[tuple[Any, ...]], env: Mapping[str, str] | None = None
@@ -113,70 +118,123 @@ def _value(outcome: Outcome) -> Any:
     return outcome.value
 
 
+def source() -> warm.Source:
+    """What servers are forked from, see `warm`."""
+    return warm.Source(_imported(PLATFORM_NAME, False).fork(warm.serve)[0])
+
+
 @cache
 def _imported(platform: str | None, interpreted: bool) -> "_Imported":
     return _Imported(platform, interpreted)
 
 
+# Known to the processes of one run: those of pytest-xdist, or this one.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or secrets.token_hex(16)
+
+
 class _Imported:
-    """A process that has imported SGLang on a platform, and forks those of `Fresh`."""
+    """A process that has imported SGLang on a platform, and forks those of `Fresh`.
+
+    The first of a run's processes to ask for one starts it; it ends when none is connected.
+    """
 
     def __init__(self, platform: str | None, interpreted: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        process = context.Process(target=_fork_each, args=(theirs,), daemon=True)
-        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with mock.patch.dict(os.environ, env):
-            os.environ.pop("SGLANG_PLATFORM", None)
-            if platform is not None:
-                os.environ["SGLANG_PLATFORM"] = platform
-            if interpreted:  # read as kernels are decorated, at import
-                os.environ["TRITON_INTERPRET"] = "1"
-            process.start()
-        theirs.close()
+        # Of Linux's abstract namespace: nothing to remove, and the first to bind it has it.
+        self._address = f"\0sglang-helix-{_RUN}-{platform}-{interpreted}"
+        self._env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if platform is not None:
+            self._env["SGLANG_PLATFORM"] = platform
+        if interpreted:  # read as kernels are decorated, at import
+            self._env["TRITON_INTERPRET"] = "1"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection = self._connected()
 
-    def fork(self, preload: Sequence[str]) -> tuple[Connection, int]:
-        """A new process that answers, and its id."""
+    def fork(self, body: Callable[[Connection], None]) -> tuple[Connection, int]:
+        """A new process that runs a function of a connection to it; that, and its id."""
         with Listener(family="AF_UNIX") as listener:
-            self._connection.send((listener.address, tuple(preload)))
+            self._connection.send((listener.address, body))
             connection = listener.accept()
         return connection, connection.recv()
 
+    def _connected(self) -> Connection:
+        while True:
+            # Refused before it listens; lost where it was about to end.
+            with contextlib.suppress(ConnectionError, EOFError):
+                return Client(self._address, "AF_UNIX", _RUN.encode())
+            status = self._process.poll() if self._process else 0
+            if status:
+                raise RuntimeError(f"the process that imports SGLang ended with status {status}")
+            if status == 0:
+                self._start()
+            time.sleep(0.05)
 
-def _fork_each(connection: Connection) -> None:
-    """Body of a process that has imported SGLang; ends when its parent does."""
+    def _start(self) -> None:
+        env = {name: os.environ[name] for name in os.environ if name != "SGLANG_PLATFORM"}
+        program = "import pickle, sys; sys.path[:], address, key = pickle.load(sys.stdin.buffer)"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"{program}; from {__name__} import main; main(address, key)"],
+            env={**env, **self._env},
+            stdin=subprocess.PIPE,
+        )
+        assert self._process.stdin
+        self._process.stdin.write(pickle.dumps((sys.path, self._address, _RUN.encode())))
+        self._process.stdin.flush()  # and stays open
+
+
+def main(address: str, key: bytes) -> None:
+    """Import SGLang, then fork for whoever connects; ends when nobody is connected any more."""
+    try:
+        listener = Listener(address, "AF_UNIX", 16, key)
+    except OSError:  # another process of the run was faster
+        return
+    starter = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name in PRELOAD:
         import_module(name)
     gc.freeze()  # a collection in a fork would look through every module, and copy its pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that it forks
-    while True:
-        try:
-            address, preload = connection.recv()
-        except EOFError:
-            return
-        if os.fork() == 0:
-            connection.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks
+    accepts = listener._listener._socket  # type: ignore[attr-defined]
+    users: list[Any] = [starter]
+    while users:
+        for ready in wait([accepts, *users]):
+            if ready is accepts:
+                users.append(listener.accept())
+                continue
             try:
-                _serve(Client(address), preload)
-            finally:
-                os._exit(0)
+                answer_at, body = ready.recv() if ready is not starter else (None, None)
+            except EOFError:
+                body = None
+            if body is None:
+                ready.close()
+                users.remove(ready)
+            elif os.fork() == 0:
+                for connection in (listener, *users):
+                    connection.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                connection = Client(answer_at)
+                connection.send(os.getpid())
+                body(connection)
+                return
 
 
-def _serve(connection: Connection, preload: Sequence[str]) -> None:
+def _serve(preload: Sequence[str], connection: Connection) -> None:
     """Body of the process to fork from; ends when who asks does."""
-    connection.send(os.getpid())
-    for name in preload:
-        import_module(name)
-    while True:
-        try:
+    try:
+        for name in preload:
+            import_module(name)
+        while True:
             what, env, timeout = connection.recv()
-        except EOFError:
-            return
-        if isinstance(what, tuple):
-            connection.send(_called(*what))
-            continue
-        connection.send(in_forks(what, env, timeout))
+            if isinstance(what, tuple):
+                connection.send(_called(*what))
+            else:
+                connection.send(in_forks(what, env, timeout))
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def in_forks(
@@ -229,6 +287,8 @@ class _Fork:
 
 def _run(function: Callable[..., Any], args: list[Any], writer: int) -> None:
     """Body of a fork; ends the process."""
+    import torch
+
     status = 0
     # The first to ask torch for its thread pool after a fork makes a new one, and who asks
     # meanwhile finds none ("Invalid thread pool!"): ranks that are threads would.
