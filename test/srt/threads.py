@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: fast enough for many cases, and a deadlock shows in seconds."""
+"""Ranks as threads of one process: fast enough for many cases, and a deadlock shows."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
 
-TIMEOUT = 20.0
+# Seconds that a rank waits for the others; what they do meanwhile may be interpreted kernels.
+TIMEOUT = 120.0
 
 
 class ThreadGroup:

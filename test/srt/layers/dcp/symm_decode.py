@@ -1,10 +1,11 @@
 """Ranks that attend over their own tokens and exchange by one kernel, one rank after the other.
 
-All ranks send before any receives, so a step is played twice on every rank, once for each phase.
+All ranks send before any receives: they are threads, of which one runs at a time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,29 +21,39 @@ from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND
 from sglang_helix.srt.layers.dcp.symm_layout import Layout
 from srt.interpreter import DEVICE
 from srt.layers.dcp.symm_ranks import Ranks as Workspaces
+from srt.threads import TIMEOUT, run_threads
 
 
-class Phase:
-    """A rank's prepared exchange in the interpreter: sends, or receives."""
+class Prepared:
+    """A rank's prepared exchange: sends, and receives once all have sent; or one `phase` alone."""
 
     def __init__(self, workspace: Any) -> None:
-        self.workspace, self.phase = workspace, SEND
+        self.workspace = workspace
+        self.phase: Any = None
+        self.all_have_sent: Callable[[], None] = lambda: None  # waits for it
         self.forms: set[str] = set()
         self.max_tokens = workspace.layout.max_tokens
 
     def __call__(self, partial: Partial | Splits, layer: int, **options: Any) -> Partial:
         self.forms.add("splits" if isinstance(partial, Splits) else "rows")
-        return symm_launch.exchange(self.workspace, partial, phase=self.phase, **options)
+        if self.phase is not None:
+            return self._launched(partial, self.phase, options)
+        self._launched(partial, SEND, options)
+        self.all_have_sent()
+        return self._launched(partial, RECEIVE, options)
+
+    def _launched(self, partial: Partial | Splits, phase: Any, options: dict[str, Any]) -> Partial:
+        return symm_launch.exchange(self.workspace, partial, phase=phase, **options)
 
 
 class Ranks:
-    """All ranks of a group, one after the other in each phase."""
+    """All ranks of a group."""
 
     def __init__(
         self, size: int, heads: int, width: int, dtype: torch.dtype, tokens: int = 6
     ) -> None:
         self.kernels = [
-            Phase(workspace)
+            Prepared(workspace)
             for workspace in Workspaces(Layout(size, heads, width, dtype, tokens), DEVICE).apart
         ]
         self.groups = [
@@ -54,12 +65,27 @@ class Ranks:
             group.exchanger._kernels[heads, width, dtype] = kernel
 
     def play(self, step: Callable[[int, Any], torch.Tensor]) -> list[torch.Tensor]:
-        """What step(rank, group) returns on each rank, once all have sent."""
-        for phase in (SEND, RECEIVE):
-            for kernel in self.kernels:
-                kernel.phase = phase
-            results = [step(rank, group) for rank, group in enumerate(self.groups)]
-        return results
+        """What step(rank, group), which exchanges once, returns on each rank."""
+        turn, everyone = threading.Lock(), threading.Barrier(len(self.kernels))
+
+        def all_have_sent() -> None:
+            turn.release()
+            try:
+                everyone.wait(TIMEOUT)
+            finally:
+                turn.acquire()
+
+        def played(rank: int, _group: Any) -> torch.Tensor:
+            with turn:  # the interpreter runs one program at a time
+                try:
+                    return step(rank, self.groups[rank])
+                except BaseException:
+                    everyone.abort()
+                    raise
+
+        for kernel in self.kernels:
+            kernel.all_have_sent = all_have_sent
+        return run_threads(played, len(self.kernels))
 
 
 LENGTHS = (0, 1, 33, 200)
