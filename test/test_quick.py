@@ -89,7 +89,7 @@ def test_the_tests_of_a_file_share_a_process(tmp_path: Path) -> None:
             "        said.write(os.environ['PYTEST_XDIST_WORKER'] + '\\n')\n"
         )
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *options[0].split()]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
     said = [(tmp_path / name).read_text().split() for name in "ab"]
     assert [len(workers) for workers in said] == [6, 6]
     assert [len(set(workers)) for workers in said] == [1, 1]

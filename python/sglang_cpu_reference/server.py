@@ -92,8 +92,8 @@ class Client:
         return self.get("/server_info")
 
     def flush_cache(self) -> None:
-        """Empty the prefix cache; the server must be idle."""
-        self.post("/flush_cache", None)
+        """Empty the prefix cache, once the server is idle."""
+        self.post("/flush_cache?timeout=120", None)
 
     def get(self, path: str, timeout: float = 60) -> Any:
         """The JSON (or, where it is not JSON, the text) that a GET of the path answers."""

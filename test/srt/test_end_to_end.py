@@ -20,6 +20,7 @@ from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models import serving
 from srt.models.test_windows import OTHERS
+from srt.underway import prompts_are_taken
 
 FAMILIES = ("llama", "qwen3", "deepseek_v2")
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))
@@ -78,10 +79,10 @@ def abort_midway(server: Server, tokens: list[int]) -> None:
         "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True, "temperature": 0},
     }
     request = threading.Thread(target=lambda: outcome.append(server.post("/generate", body)))
-    request.start()
-    time.sleep(1.0)
+    with prompts_are_taken(server):
+        request.start()
     server.post("/abort_request", {"rid": "to-be-aborted"})
-    request.join(60)
+    request.join(120)
     assert not request.is_alive()
     assert outcome, "the aborted request was not answered"
     assert outcome[0]["meta_info"]["finish_reason"]["type"] == "abort"  # type: ignore[index]

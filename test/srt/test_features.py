@@ -19,6 +19,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server, ServerError
 from srt.expected import LOGPROB_TOLERANCE, check, prompt
+from srt.underway import prompts_are_taken, wait_until
 
 TOKENS = 12
 
@@ -213,9 +214,18 @@ def test_metrics_of_every_rank(servers: tuple[Server, Server]) -> None:
     plain, sharded = servers
     assert "sglang_helix:" not in plain.get("/metrics")
     generate(sharded, prompt(40, seed=9), max_new_tokens=5)
-    time.sleep(0.5)
-    found: dict[str, dict[str, dict[str, float]]] = {"0": {}, "1": {}}
     line = r"sglang_helix:(\w+){(.*)} ([\d.e+]+)"
+
+    def idle() -> bool:
+        """Whether both ranks have said that the prompt is cached, and nothing runs any more."""
+        rows: dict[str, list[float]] = {"used": [], "cached": []}
+        for _, labels, value in re.findall(line, sharded.get("/metrics")):
+            if state := re.search(r'state="(used|cached)"', labels):
+                rows[state[1]].append(float(value))
+        return rows["used"] == [0, 0] and min(rows["cached"]) >= 20
+
+    wait_until(idle)
+    found: dict[str, dict[str, dict[str, float]]] = {"0": {}, "1": {}}
     for name, labels, value in re.findall(line, sharded.get("/metrics")):
         said = dict(re.findall(r'(\w+)="([^"]*)"', labels))
         what = next((said[key] for key in ("state", "exchange", "peer") if key in said), "")
@@ -256,19 +266,19 @@ def test_a_terminated_server_answers_first(tmp_path: Path) -> None:
             threading.Thread(target=lambda n=n: answers.append((n, server.generate(prompt(n), 60))))
             for n in (5, 70)
         ]
-        for request in requests:
-            request.start()
-        time.sleep(1.0)
+        with prompts_are_taken(server, len(requests)):
+            for request in requests:
+                request.start()
         assert not answers, "too late: nothing runs any more"
         family = psutil.Process(server.session).children(recursive=True)
         os.kill(server.session, signal.SIGTERM)
         for request in requests:
-            request.join(60)
-        assert server.wait_until_gone(60)
+            request.join(120)
+        assert server.wait_until_gone(120)
         for length, answer in answers:
             check(checkpoint, prompt(length), answer, 60)
         assert len(answers) == len(requests)
-        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 @pytest.mark.server
@@ -287,11 +297,11 @@ def test_a_killed_rank_ends_the_server(tmp_path: Path, victim: int) -> None:
                 outcome.append(refused)
 
         request = threading.Thread(target=ask)
-        request.start()
-        time.sleep(1.0)
+        with prompts_are_taken(server):
+            request.start()
         os.kill(scheduler_pid(server, victim), signal.SIGKILL)
         assert server.wait_until_gone(60)
-        request.join(30)
+        request.join(120)
         assert not request.is_alive()
         assert isinstance(outcome[0], ServerError), outcome[0]
 

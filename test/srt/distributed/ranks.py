@@ -62,7 +62,7 @@ def run_ranks(
     world_size: int,
     *args: Any,
     backend: str = "gloo",
-    timeout: float = 60.0,
+    timeout: float = 240.0,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` once on the ranks of a new ``World``."""
@@ -90,7 +90,7 @@ class World:
         self,
         world_size: int,
         backend: str = "gloo",
-        timeout: float = 60.0,
+        timeout: float = 240.0,
         env: dict[str, str] | None = None,
     ) -> None:
         self.closed = False

@@ -56,7 +56,7 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     return results
 
 
@@ -137,7 +137,7 @@ def test_rank_0_stays_until_the_others_have_read(ranks: list[Agreement]) -> None
         time.sleep(0.3 if rank else 0)
         if rank:
             order.append(rank)
-        ranks[rank].leave(10)
+        ranks[rank].leave(60)
         if not rank:
             order.append(rank)
 

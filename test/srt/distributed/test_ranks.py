@@ -55,8 +55,8 @@ def return_the_unpicklable(rank: int, world_size: int) -> object:
 def test_failures_are_told_at_once(function: object, reason: str) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match=f"(?s){reason}"):
-        run_ranks(function, 2, timeout=60.0)
-    assert time.monotonic() - start < 30
+        run_ranks(function, 2, timeout=480.0)
+    assert time.monotonic() - start < 240
 
 
 def report_pid_and_hang(rank: int, world_size: int, folder: str) -> None:
@@ -64,10 +64,14 @@ def report_pid_and_hang(rank: int, world_size: int, folder: str) -> None:
     time.sleep(1000)
 
 
-def test_hanging_ranks_are_killed_and_say_where(tmp_path: Path) -> None:
-    run_ranks(sum_of_ranks, 1, 0)  # the first world of a session needs longer
-    with pytest.raises(RankError, match=r"(?s)did not finish;.*report_pid_and_hang"):
-        run_ranks(report_pid_and_hang, 2, str(tmp_path), timeout=8.0)
+def test_hanging_ranks_are_killed_and_say_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with World(2) as world:
+        world.run(sum_of_ranks, 0)  # they are up, however long that took
+        monkeypatch.setattr(world, "_timeout", 5.0)
+        with pytest.raises(RankError, match=r"(?s)did not finish;.*report_pid_and_hang"):
+            world.run(report_pid_and_hang, str(tmp_path))
     for rank in range(2):
         pid = int((tmp_path / str(rank)).read_text())
         assert not os.path.exists(f"/proc/{pid}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,27 +167,28 @@ def word(stall: Stall) -> int:
     return stall.epoch << 32 | stall.layer << 16 | stall.peer + 1
 
 
-def run_watchdog(monkeypatch: pytest.MonkeyPatch, report: Any, seconds: float) -> list[Stall]:
-    """Let `report(status, i)` play the device for a while."""
-    monkeypatch.setattr(symm_workspace, "_WATCH_INTERVAL", 0.05)
-    status, stalls = torch.zeros(4, dtype=torch.int64), []
-    watchdog = Watchdog(status, 3, 0.4, stalls.append)
-    end, i = time.monotonic() + seconds, 0
-    while time.monotonic() < end and not stalls:
-        report(status, i)
-        time.sleep(0.01)
-        i += 1
-    watchdog.stop()
+def said_of(monkeypatch: pytest.MonkeyPatch, epochs: Iterable[int]) -> list[Stall]:
+    """Stalls by a watchdog of 0.4 s, of a program that reports these epochs 0.05 s apart."""
+    now, coming, stalls = 0.0, iter(epochs), list[Stall]()
+
+    def reported(_watchdog: Watchdog) -> torch.Tensor | None:
+        nonlocal now
+        now += 0.05
+        epoch = next(coming, None)
+        if epoch is None:
+            return None
+        return torch.tensor([0, 0, word(Stall(rank=3, peer=1, layer=60, epoch=epoch)), 0])
+
+    monkeypatch.setattr(symm_workspace, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Watchdog, "_reported", reported)
+    watchdog = Watchdog(torch.zeros(4, dtype=torch.int64), 3, 0.4, stalls.append)
+    watchdog._thread.join(60)
     return stalls
 
 
 def test_a_program_that_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     stall = Stall(rank=3, peer=1, layer=60, epoch=2**31 - 1)
-
-    def stuck(status: torch.Tensor, i: int) -> None:
-        status[2] = word(stall)
-
-    assert run_watchdog(monkeypatch, stuck, 20.0) == [stall]
+    assert said_of(monkeypatch, itertools.repeat(stall.epoch)) == [stall]
     assert str(stall) == (
         "symm exchange is stuck: rank 3 of the KVP group waits in layer 60, epoch 2147483647, "
         "for rank 1"
@@ -207,10 +210,8 @@ def test_seconds_of_waiting_are_counted_by_peer() -> None:
 
 
 def test_slow_progress_is_not_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(status: torch.Tensor, i: int) -> None:
-        status[2] = word(Stall(rank=3, peer=1, layer=5, epoch=1 + i // 15))
-
-    assert run_watchdog(monkeypatch, slow, 1.5) == []
+    assert said_of(monkeypatch, (1 + i // 3 for i in range(30))) == []
+    assert said_of(monkeypatch, (1 + i // 12 for i in range(30)))
 
 
 def test_by_default_a_stall_ends_the_process(
