@@ -5,6 +5,7 @@ installed but SGLang, the plugin and the CPU platform; SGLang is a tree's, and t
 project's, told where modules are in that tree.
 """
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -14,14 +15,41 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sglang_helix.__main__ import main
 from sglang_helix.export.modules import Modules
 from sglang_helix.export.tree import Tree, git
 
 _TEST = Path(__file__).parents[2]
 _PROJECT = _TEST.parent
 _LEFT_OUT = ("sglang-", "sglang_helix", "sglang_cpu_reference", "__editable__")
+
+
+class Exported(NamedTuple):
+    """A checkout with the branch `helix`, its commits, files for ``git am``; to be read only."""
+
+    checkout: Path
+    commits: list[str]
+    patches: Path
+
+
+def exported_once(base: Path) -> Exported:
+    """The export of a run of the tests: the first of its processes to ask makes it.
+
+    base: this process's folder of temporary files.
+    """
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    root.mkdir(exist_ok=True)
+    checkout, patches, done = root / "sglang", root / "patches", root / "done"
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            repository(checkout)
+            assert main(["export", str(checkout), "--format-patch", str(patches)]) == 0
+            done.touch()
+    commits = git(checkout, "rev-list", "--reverse", "HEAD..helix").split()
+    return Exported(checkout, commits, patches)
 
 
 @cache

@@ -5,7 +5,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
@@ -16,7 +16,7 @@ from sglang_helix.export import in_tree
 from sglang_helix.export.modules import lands_in_tree
 from sglang_helix.export.tree import Tree, git
 from sglang_helix.hook import Hook, SeriesError
-from srt.export.exported import repository
+from srt.export.exported import Exported, exported_once
 
 _SRT = Path(export.__file__).parents[1] / "srt"
 _NAMES = re.compile(r"(?<!torch\.ops\.)\bsglang_helix\.\w+")
@@ -24,21 +24,9 @@ _NAMES = re.compile(r"(?<!torch\.ops\.)\bsglang_helix\.\w+")
 _MACHINERY = re.compile(r"entry_points|SUPPORTED_SGLANG|HookRegistry|_patched")
 
 
-class Exported(NamedTuple):
-    """A checkout with the branch `helix`, its commits, and files for ``git am``."""
-
-    checkout: Path
-    commits: list[str]
-    patches: Path
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    root = tmp_path_factory.mktemp("export")
-    checkout = repository(root / "sglang")
-    assert main(["export", str(checkout), "--format-patch", str(root / "patches")]) == 0
-    commits = git(checkout, "rev-list", "--reverse", "HEAD..helix").split()
-    return Exported(checkout, commits, root / "patches")
+    return exported_once(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

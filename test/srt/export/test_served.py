@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 from sglang_cpu_reference import drafts
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from sglang_helix.export import export
 from sglang_helix.series import SERIES
 from sglang_helix.srt.observability.metrics_collector import BATCHES as BATCHES_BY_EXCHANGE
 from sglang_helix.srt.observability.metrics_collector import LAYOUT
 from srt.disaggregation import pair
 from srt.disaggregation.pair import Side
 from srt.expected import check_all, prompt
-from srt.export.exported import called_in, environment, plugin_alone, repository, tree_at
+from srt.export.exported import called_in, environment, exported_once, plugin_alone, tree_at
 from srt.models.serving import command_line
 
 NEW_TOKENS = 6
@@ -115,8 +114,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     root = tmp_path_factory.mktemp("served")
     models = {name: make_checkpoint(name, root / name) for name in ("llama", "deepseek_v2")}
     models["eagle"], draft = drafts.make_eagle(root / "eagle")
-    checkout = repository(root / "sglang")
-    commits = export(checkout, "helix")
+    checkout, commits, _ = exported_once(tmp_path_factory.getbasetemp())
 
     plain = {}
     for model, flags in PLAIN:
