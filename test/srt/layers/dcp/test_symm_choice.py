@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,13 @@ pytest.importorskip("triton")
 from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.layers.attention import sharded
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
-from sglang_helix.srt.layers.dcp import comm, exchange, symm_layout, symm_workspace
+from sglang_helix.srt.layers.dcp import (
+    comm,
+    exchange,
+    symm_launch,
+    symm_layout,
+    symm_workspace,
+)
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from sglang_helix.srt.layers.dcp.symm_layout import Layout
@@ -235,3 +243,39 @@ def test_sglangs_groups_without_gpus_are_refused_on_every_rank() -> None:
     for message in run_ranks(refused_on_rank, 2):
         assert "symm needs CUDA devices" in message
         assert message.endswith("use --dcp-comm-backend a2a instead of symm")
+
+
+def test_an_eager_call_works_nothing_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made once a layer, where no graph hides what the host does."""
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        symm_launch,
+        "exchange_kernel",
+        {(5, 1): lambda *args, **options: launched.append((len(args), options["BASE2"]))},
+    )
+    layout = Layout(2, 8, 16, torch.bfloat16, 4)
+    workspace = symm_workspace.one_device(layout, torch.device("cpu"), 5)
+    workspace = replace(workspace, local_ranks=1, epochs=workspace.epochs[0])
+    ours = str(Path(symm_launch.__file__).parent)
+    called: list[str] = []
+
+    def note(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(ours):
+            called.append(frame.f_code.co_name)
+
+    def call(tokens: int, base2: bool) -> list[str]:
+        """The series' functions that it runs."""
+        called.clear()
+        partial = some(tokens)
+        sys.setprofile(note)
+        try:
+            symm_launch.exchange(workspace, partial, base2=base2, layer=len(launched))
+        finally:
+            sys.setprofile(None)
+        return [name for name in called if name != "<genexpr>"]
+
+    for form in ((2, False), (4, False), (2, True)):
+        assert "_prepare" in call(*form)
+        for _ in range(3):
+            assert sorted(call(*form)) == ["_form"] * 3 + ["exchange"]
+    assert [base2 for _, base2 in launched] == [False] * 8 + [True] * 4
