@@ -122,21 +122,24 @@ class World:
             self.close()
             raise
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float | None = None
+    ) -> list[Any]:
         """Call ``function(rank, world_size, *args)`` on every rank; return the results by rank.
 
         Function, arguments and results are pickled, so the function stands at the top level of a
-        module.
+        module. timeout: of this run, where it is not the world's.
 
         Raises:
             RankError: a rank raised, died or ran out of time; the world is closed.
         """
-        deadline = time.monotonic() + self._timeout
+        timeout = timeout or self._timeout
+        deadline = time.monotonic() + timeout
         outcomes: dict[int, tuple[bool, Any]] = {}
         try:
             for connection in self._connections:
                 with contextlib.suppress(OSError):  # it died; what it said is read below
-                    connection.send((function, args))
+                    connection.send((function, args, timeout))
             waiting = {connection: rank for rank, connection in enumerate(self._connections)}
             while waiting and time.monotonic() < deadline:
                 for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
@@ -199,10 +202,10 @@ def _run_rank(
             _join_world(rank, world_size, backend, folder, timeout)
         while True:
             try:
-                function, args = connection.recv()
+                function, args, limit = connection.recv()
             except EOFError:
                 break
-            with _limited(timeout, stack):
+            with _limited(limit, stack):
                 connection.send((True, function(rank, world_size, *args)))
     except BaseException:
         connection.send((False, traceback.format_exc()))

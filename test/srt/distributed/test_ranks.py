@@ -64,14 +64,11 @@ def report_pid_and_hang(rank: int, world_size: int, folder: str) -> None:
     time.sleep(1000)
 
 
-def test_hanging_ranks_are_killed_and_say_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_ranks_are_killed_and_say_where(tmp_path: Path) -> None:
     with World(2) as world:
         world.run(sum_of_ranks, 0)  # they are up, however long that took
-        monkeypatch.setattr(world, "_timeout", 5.0)
         with pytest.raises(RankError, match=r"(?s)did not finish;.*report_pid_and_hang"):
-            world.run(report_pid_and_hang, str(tmp_path))
+            world.run(report_pid_and_hang, str(tmp_path), timeout=5.0)
     for rank in range(2):
         pid = int((tmp_path / str(rank)).read_text())
         assert not os.path.exists(f"/proc/{pid}")
