@@ -208,7 +208,8 @@ def when_it_pays() -> str:
 Milliseconds from one token to the next, computed for 8 H200s with `symm` and FA3 by the cost
 model of `python -m sglang_helix layout --model-path DIR --tp 8 --gpu h200` (with
 `--weight-dtype fp8` where config.json does not say what the weights are), which takes your
-contexts, your concurrency and other GPUs, lists `a2a` and `ag_rs` too and plots
+contexts, your concurrency and other GPUs, lists `a2a` and `ag_rs` too, counts with
+`--dcp-replicate-v-proj` where it is given that, and plots
 ([as here, DeepSeek-V3](figures/when-it-pays.png), `--plot`). "3 fit": the cache holds no more
 such requests.
 

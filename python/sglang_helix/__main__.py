@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     cost.add_argument(
         "--weight-dtype", choices=("bf16", "fp8", "fp4"), help="default: as config.json has it"
     )
+    cost.add_argument(
+        "--dcp-replicate-v-proj", action="store_true", help="all of them with this flag, of MLA"
+    )
     cost.add_argument("--plot", type=Path, metavar="PNG", help="write a PNG; needs matplotlib")
     layout.add_argument(
         "--draft-model-path", help="a draft model's directory; of MTP layers, the model's own"
@@ -282,6 +285,7 @@ def print_advice(options: argparse.Namespace, model_config: Any) -> int:
             kv_memory_gib=options.kv_memory_gib,
             cache_bytes=CACHE_BYTES[options.kv_cache_dtype],
             weight_element=cost.weight_element_of(model_config, options.weight_dtype),
+            values_first=options.dcp_replicate_v_proj,
         )
         print("\n" + cost.advice(compared, options.contexts, options.concurrency))
         if options.plot:

@@ -3,15 +3,17 @@
 A step of decode reads the weights of a rank and its part of the cache; around that stand a fixed
 time for each layer, and, over a sharded cache, the exchange and the gathering of queries:
 
-    step = layers * (layer + mla + exchange + gather) + moe layers * moe
+    step = layers * (layer + mla + exchange + gather + projection) + moe layers * moe
          + weights / weight bandwidth + layers * attention + sent bytes / link bandwidth
          + recurrent states, read and written, / cache bandwidth
 
 `attention` is a kernel's least time plus the longer of reading its rows and of its arithmetic
-(for MLA with many heads the latter). Bytes are counted from the model's configuration. The rest are
-the parameters of `cost.json`, which `python -m benchmark.dcp fit` writes and refuses to write where
-a measured row is missed by more than 15%. What no figure of docs/figures has seen (other GPUs than
-H100 and H200, more than 4 ranks, fp8) is computed from the vendor's bandwidths.
+(for MLA with many heads the latter). `projection` is what it takes more to project values before
+the exchange (`--dcp-replicate-v-proj`), which then sends less. Bytes are counted from the model's
+configuration. The rest are the parameters of `cost.json`, which `python -m benchmark.dcp fit`
+writes and refuses to write where a measured row is missed by more than 15%. What no figure of
+docs/figures has seen (other GPUs than H100 and H200, more than 4 ranks, fp8, values projected
+first) is computed from the vendor's bandwidths.
 
 Units: bytes, microseconds, tokens; results in milliseconds.
 """
@@ -24,8 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sglang_helix.layout import Row, Shape, rows, tokens_in
+from sglang_helix.layout import Row, Shape, rows, tokens_in, values_bytes, wire_bytes
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.models.value_switch import switch
 
 PARAMETERS = Path(__file__).with_name("cost.json")
 
@@ -101,6 +104,7 @@ class Model(NamedTuple):
     routed: int  # experts of a layer
     chosen: int  # of these, by a token
     state: int = 0  # bytes of a request's recurrent states, on all ranks together
+    value: int = 0  # of MLA: the width of what a head's latent is projected to
 
 
 def model_of(model_config: Any) -> Model:
@@ -142,6 +146,7 @@ def model_of(model_config: Any) -> Model:
         routed=routed,
         chosen=one_of("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
         state=state_bytes(model_config, 1) or 0,
+        value=0 if shape.kv_heads is not None else value,
     )
 
 
@@ -152,11 +157,12 @@ def fitted() -> Parameters:
 
 
 class Choice(NamedTuple):
-    """How a server is started: its layout, exchange and where queries come from."""
+    """How a server is started: its layout, exchange, where queries come from, and values."""
 
     row: Row
     exchange: str  # "" for plain TP
     replicated: bool
+    values_first: bool = False  # of MLA: projected before the exchange
 
     @property
     def flags(self) -> str:
@@ -164,9 +170,11 @@ class Choice(NamedTuple):
         layout = self.row.layout
         if layout.kvp_size == 1:
             return "plain TP"
+        size = f"--dcp-size {layout.kvp_size}"
         if self.replicated:
-            return f"--attn-tp-size {layout.attn_tp_size} --dcp-comm-backend {self.exchange}"
-        return f"--dcp-size {layout.kvp_size} --dcp-comm-backend {self.exchange}"
+            size = f"--attn-tp-size {layout.attn_tp_size}"
+        values = " --dcp-replicate-v-proj" if self.values_first else ""
+        return f"{size} --dcp-comm-backend {self.exchange}{values}"
 
 
 def weight_bytes(
@@ -214,10 +222,14 @@ def step_ms(
     if layout.kvp_size > 1:
         wire = "ag_rs" if choice.exchange == "ag_rs" else "a2a"
         sent = row.wire_bytes[f"{wire}+q"]
+        gathered = row.wire_bytes[wire] - sent
+        if choice.values_first and switch().pays(requests):
+            sent = wire_bytes(shape._replace(output_width=model.value), layout)[f"{wire}+q"]
+            heads = row.query_heads - row.own_heads
+            layer += _projection_us(model, heads, requests, gpu, parameters)
         layer += parameters.exchange[choice.exchange]
         layer += requests * sent / (link * parameters.link[choice.exchange])
         if not choice.replicated:
-            gathered = row.wire_bytes[wire] - sent
             layer += parameters.gather + requests * gathered / (link * parameters.link["ag_rs"])
     if shape.kv_heads is None:
         layer += parameters.mla
@@ -230,6 +242,20 @@ def step_ms(
         + weights / (memory * parameters.weights)
         + states / (memory * parameters.cache)
     ) / 1e3
+
+
+# Of what makes values of latents: the series replicates no other than full precision.
+_VALUE_ELEMENT = 2
+
+
+def _projection_us(
+    model: Model, heads: int, requests: int, gpu: Gpu, parameters: Parameters
+) -> float:
+    """Microseconds a layer to project latents of so many heads: their weights, or arithmetic."""
+    elements = heads * model.shape.output_width * model.value
+    read = _VALUE_ELEMENT * elements / (gpu.memory_tb_s * 1e6 * parameters.weights)
+    computed = 2 * requests * elements / (gpu.tflops * 1e6 * parameters.arithmetic)
+    return max(read, computed)
 
 
 # Of a GPU's memory, what SGLang gives to weights and cache by default on such GPUs, about.
@@ -309,12 +335,18 @@ def advise(
     cache_bytes: int,
     weight_element: float = 2,
     exchanges: Sequence[str] = ("symm", "a2a", "ag_rs"),
+    values_first: bool = False,
 ) -> Advice:
     """Every legal layout by each exchange; `kv_memory_gib`: of each rank, None: what weights leave.
 
+    values_first: of MLA, with values projected before the exchange.
+
     Raises:
-        ValueError: the weights leave no memory, or N ranks cannot serve the model.
+        ValueError: the weights leave no memory, N ranks cannot serve the model, or it has no values
+            to project.
     """
+    if values_first and not model.value:
+        raise ValueError("--dcp-replicate-v-proj: only MLA projects values behind attention")
 
     def choices() -> Iterator[Choice]:
         for row in rows(model.shape, tp_size, 0, cache_bytes):
@@ -323,6 +355,8 @@ def advise(
                 memory = kv_memory_gib
                 if memory is None:
                     held = weight_bytes(model, row.layout, replicated, None, weight_element)
+                    if values_first and sharded:
+                        held += values_bytes(model.shape, model.value, row.layout, _VALUE_ELEMENT)
                     memory = gpu.memory_gib * _STATIC - held / 2**30
                 if memory <= 0:
                     raise ValueError(
@@ -331,7 +365,12 @@ def advise(
                     )
                 tokens = tokens_in(memory * 2**30, row.layout, row.kv_bytes)
                 for exchange in exchanges if sharded else ("",):
-                    yield Choice(row._replace(kv_tokens=tokens), exchange, replicated)
+                    yield Choice(
+                        row._replace(kv_tokens=tokens),
+                        exchange,
+                        replicated,
+                        values_first and sharded,
+                    )
 
     listed = tuple(choices())
     if not listed:
@@ -371,6 +410,27 @@ def on_queries(
             f"{-saved(1):.2f} ms a token slower"
         )
     return f"to replicate queries is {when} (computed)"
+
+
+def on_values(
+    compared: Advice, layout: Layout, exchange: str, requests: Sequence[int]
+) -> str | None:
+    """What values projected before the exchange save, in words; None where it is never done."""
+    row = next(one.row for one in compared.choices if one.row.layout == layout)
+    behind = Choice(row, exchange, False)
+    before = behind._replace(values_first=True)
+    saved = [
+        f"{compared.ms(behind, 0, count) - compared.ms(before, 0, count):.2f} ms with {count}"
+        for count in requests
+        if compared.model.value and switch().pays(count)
+    ]
+    if not saved:
+        return None
+    held = values_bytes(compared.model.shape, compared.model.value, layout, _VALUE_ELEMENT)
+    return (
+        f"--dcp-replicate-v-proj takes {held / 2**30:.2f} GiB a rank and, with {exchange}, saves "
+        f"a token {', '.join(saved)} at once (computed)"
+    )
 
 
 def advice_on_queries(
@@ -436,10 +496,13 @@ def advice(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) -
             + (f"from {length(crossing)} tokens each on." if crossing else "at no length.")
         )
     exchange = compared.choices[-1].exchange
+    fastest = next((choice.exchange for choice in compared.choices[1:]), "")
     for choice in compared.choices:
         if choice.replicated and choice.exchange == exchange:
             says = on_queries(compared.model, choice.row.layout, compared.gpu, exchange, element)
             lines.append(f"- K = {choice.row.layout.kvp_size}: {says}.")
+            if values := on_values(compared, choice.row.layout, fastest, requests):
+                lines.append(f"- K = {choice.row.layout.kvp_size}: {values}.")
     return "\n".join(lines)
 
 

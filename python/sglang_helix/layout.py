@@ -122,8 +122,14 @@ def rows(
             kv_tokens=tokens_in(memory, layout, kv_bytes),
             ratio=in_plain_tp * layout.kvp_size / kv_bytes,
             collectives=_collectives(layout),
-            wire_bytes=_wire_bytes(shape, layout),
+            wire_bytes=wire_bytes(shape, layout),
         )
+
+
+def values_bytes(shape: Shape, value: int, layout: Layout, element: float) -> float:
+    """What --dcp-replicate-v-proj takes of each rank: latent to `value`, of the group's heads."""
+    heads = shape.query_heads // layout.attn_tp_size
+    return heads * shape.output_width * value * element * shape.layers
 
 
 def values_first(model_config: Any, tp_size: int) -> str:
@@ -137,9 +143,8 @@ def values_first(model_config: Any, tp_size: int) -> str:
     narrow = shape._replace(output_width=value)
     for layout in legal_layouts(tp_size, shape.query_heads, 1):
         if layout.kvp_size > 1:
-            heads = shape.query_heads // layout.attn_tp_size
-            held = heads * shape.output_width * value * element * shape.layers / 2**30
-            sent = [_wire_bytes(of, layout)["a2a+q"] / 1024 for of in (shape, narrow)]
+            held = values_bytes(shape, value, layout, element) / 2**30
+            sent = [wire_bytes(of, layout)["a2a+q"] / 1024 for of in (shape, narrow)]
             cells.append(
                 f"{held:.2f} GiB a rank at `--dcp-size {layout.kvp_size}`, {sent[1]:.1f} KiB in "
                 f"place of {sent[0]:.1f} behind attention"
@@ -192,8 +197,8 @@ def _collectives(layout: Layout) -> dict[str, int]:
     return {"a2a": reduce + 2, "a2a+q": reduce + 1, "ag_rs": reduce + 3, "ag_rs+q": reduce + 2}
 
 
-def _wire_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
-    """Bytes a rank sends to its KVP group for one decoded token in one layer."""
+def wire_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
+    """Bytes a rank sends to its KVP group for one decoded token in one layer, as `Row` has them."""
     from torch import bfloat16
 
     from sglang_helix.srt.layers.dcp.packed_rows import packed_row_bytes

@@ -251,6 +251,52 @@ def test_replicated_queries_are_advised_where_they_pay() -> None:
     assert f"from {pays} requests at once on, and alone {alone:.2f} ms a token slower" in said
 
 
+def test_values_projected_first_cost_memory_and_save_bytes() -> None:
+    """DeepSeek-V3 at K = 8: 128 heads of 512 x 128 on every rank, 16 of which it had."""
+    model = fit.model("docs/models/DeepSeek-V3")
+    behind, before = (
+        cost.advise(
+            model,
+            8,
+            cost.GPUS["h200"],
+            kv_memory_gib=None,
+            cache_bytes=2,
+            weight_element=1,
+            exchanges=("symm",),
+            values_first=first,
+        )
+        for first in (False, True)
+    )
+    assert before.choices[0] == behind.choices[0], "plain TP has no exchange"
+    last, first = behind.choices[-1], before.choices[-1]
+    assert first.flags == "--attn-tp-size 1 --dcp-comm-backend symm --dcp-replicate-v-proj"
+    layers, heads, latent, value = 61, 128, 512, 128
+    fewer = last.row.kv_tokens - first.row.kv_tokens
+    held = layers * heads * latent * value * 2
+    assert fewer == pytest.approx(8 * held / (layers * 576 * 2), rel=1e-4)
+    # Below the switch nothing changes but the memory; from it on the weights of the other 7/8 of
+    # the heads are read, or multiplied with, and of each row that is sent 384 elements stay.
+    assert before.ms(first, 4096, 15) == behind.ms(last, 4096, 15)
+    parameters, gpu, others = cost.fitted(), cost.GPUS["h200"], heads * 7 / 8 * latent * value
+    for requests in (16, 1024):
+        read = 2 * others / (gpu.memory_tb_s * 1e6 * parameters.weights)
+        flops = 2 * requests * others / (gpu.tflops * 1e6 * parameters.arithmetic)
+        sent = requests * 16 * 7 * 384 * 2 / (gpu.link_gb_s * 1e3 * parameters.link["symm"])
+        saved = behind.ms(last, 4096, requests) - before.ms(first, 4096, requests)
+        assert saved == pytest.approx(layers * (sent - max(read, flops)) / 1e3)
+        assert saved > 0
+    said = cost.advice(behind, [4096], [1, 64])
+    gained = behind.ms(last, 0, 64) - before.ms(first, 0, 64)
+    assert f"- K = 8: --dcp-replicate-v-proj takes {held / 2**30:.2f} GiB a rank" in said
+    assert f"with symm, saves a token {gained:.2f} ms with 64 at once (computed)." in said
+
+
+def test_values_of_other_models_are_not_projected_first(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["layout", "--model-path", str(MODELS / "Llama-3-8B"), "--tp", "2", "--gpu", "h200"]
+    assert main([*command, "--dcp-replicate-v-proj"]) == 1
+    assert "--dcp-replicate-v-proj: only MLA projects values" in capsys.readouterr().err
+
+
 def test_a_start_says_what_replicated_queries_cost() -> None:
     from sglang.srt.configs.model_config import ModelConfig
 
