@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sglang_cpu_reference.stand_ins import flash_attention
-from sglang_cpu_reference.stand_ins.kernel import demand
+from sglang_cpu_reference.stand_ins.kernel import demand, on_the_device
 
 # What it shares with FlashAttention-3, whose operator has some of it under other names.
 _SAME = (
@@ -27,6 +27,7 @@ def install() -> None:
     module = import_module("sglang.kernels.ops.attention.flash_attention_v4")
     real = inspect.signature(module.__dict__["_flash_attn_varlen_func"])
 
+    @on_the_device
     def varlen(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         bound = real.bind(*args, **kwargs)
         bound.apply_defaults()

@@ -15,6 +15,7 @@ from sglang_cpu_reference.stand_ins.kernel import (
     attend,
     demand,
     demand_int32,
+    on_the_device,
     pages_of,
 )
 
@@ -36,6 +37,7 @@ def install() -> None:
     module = import_module("flashinfer.decode")
     real = inspect.signature(module.trtllm_batch_decode_with_kv_cache)
 
+    @on_the_device
     def decode(*args: Any, **kwargs: Any) -> Any:
         bound = real.bind(*args, **kwargs)
         bound.apply_defaults()

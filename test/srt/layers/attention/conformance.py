@@ -90,6 +90,7 @@ def build(
     mla: bool,
     dtype: torch.dtype = torch.float32,
     window: int = 0,
+    of_model: torch.dtype = torch.float32,
 ) -> Any:
     """A rank's adapter, as SGLang would have it made; dtype is its cache's."""
     shard = KVShard(group.world_size, rank)
@@ -97,13 +98,21 @@ def build(
     pool.keys, pool.values = pool.keys.to(dtype), pool.values.to(dtype)
     name = adapter(backend).own_class("MLA" if mla else "GQA", drafts=True)
     kind = pkgutil.resolve_name(name)
-    runner = runner_of(backend, slots.page // shard.size, pool, heads, mla, window)
+    runner = runner_of(backend, slots.page // shard.size, pool, heads, mla, window, of_model)
     if backend == "triton":
         runner.decode_scratch = kv_splits.prepare(runner, REQUESTS, REQUESTS)
     return kind(runner)
 
 
-def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool, window: int) -> Any:
+def runner_of(
+    backend: str,
+    page_size: int,
+    pool: Any,
+    heads: Heads,
+    mla: bool,
+    window: int,
+    dtype: torch.dtype,
+) -> Any:
     """What a backend's constructor asks of its ModelRunner."""
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
@@ -143,9 +152,9 @@ def runner_of(backend: str, page_size: int, pool: Any, heads: Heads, mla: bool, 
         max_running_requests=REQUESTS,
         device="cpu",
         gpu_id=0,
-        dtype=torch.float32,
+        dtype=dtype,
         kv_cache_dtype=pool.keys.dtype,
-        kv_cache_dtype_str="auto" if pool.keys.dtype == torch.float32 else "fp8_e4m3",
+        kv_cache_dtype_str="auto" if pool.keys.dtype == dtype else "fp8_e4m3",
         req_to_token_pool=requests,
         token_to_kv_pool=pool,
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),

@@ -1,6 +1,5 @@
 """What the Triton adapter prepares; its kernels run in test_symm_exchange.py and on servers."""
 
-from collections import defaultdict
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBa
 from sglang_helix.srt.layers.dcp import comm, lse_combine, lse_combine_triton, packed_rows
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.ownership import KVShard
-from torch.utils._python_dispatch import TorchDispatchMode
+from srt.layers.attention.launches import Launches
 
 pytestmark = pytest.mark.quick
 
@@ -132,38 +131,6 @@ def test_rows_are_counted_without_asking_the_device(
         backend.init_forward_metadata(batch)
     (indices,) = found
     assert (len(indices), indices.dtype) == (rows, torch.int64)
-
-
-class Launches(TorchDispatchMode):
-    """What the device would be given to do, in order: operations that touch memory, by name."""
-
-    # Of no device's work: views, and memory that nobody fills.
-    FREE = (
-        "view",
-        "detach",
-        "reshape",
-        "slice",
-        "select",
-        "transpose",
-        "permute",
-        "unsqueeze",
-        "alias",
-    )
-    FREE += ("empty", "empty_like", "new_empty", "_unsafe_view", "as_strided", "split", "expand")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in self.FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def kernel(self, name: str) -> Any:
-        """In the place of a kernel: notes that it was launched."""
-        return defaultdict(lambda: lambda *args, **options: self.names.append(name))
 
 
 RANKS, OWN = 2, 4

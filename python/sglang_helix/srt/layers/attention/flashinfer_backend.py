@@ -212,7 +212,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         if forward_batch.forward_mode.is_target_verify():
             return self.attend_drafts(q, k, v, layer)
         out, lse = self.prefill_wrapper_ragged.forward_return_lse(
-            q.contiguous(), k.contiguous(), v.contiguous(), causal=True, sm_scale=layer.scaling
+            q.contiguous(), k, v, causal=True, sm_scale=layer.scaling
         )
         return Partial(out, lse)
 
