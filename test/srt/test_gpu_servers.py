@@ -407,8 +407,8 @@ def test_a_draft_model(
     ("family", "layout", "attention", "scaled"),
     [
         ("llama", "a2a", "triton", False),
-        *itertools.product(["llama"], ["symm"], ["triton", "fa3"], [False, True]),
-        ("deepseek_v2", "symm", "flashmla", False),
+        *itertools.product(["llama"], ["symm"], ["triton", "fa3", "flashinfer"], [False, True]),
+        *itertools.product(["deepseek_v2"], ["symm"], ["flashmla"], [False, True]),
     ],
 )
 def test_an_fp8_cache_costs_no_more_than_on_one_rank(
