@@ -301,7 +301,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "sliding windows in a pool of their own: Gemma-4, Granite-SWA, Laguna, Mellum, MiMo-V2, "
         "Step-3.5",
-        "as above",
+        "as above; a server of Granite-SWA",
     ),
     Part(
         "drafts: n-grams of GQA and MLA, EAGLE, MTP",
