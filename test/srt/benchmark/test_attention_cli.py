@@ -6,9 +6,6 @@ Triton's kernels run in its interpreter, those of other backends are stand-ins.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +18,7 @@ pytest.importorskip("triton")
 from sglang.srt import runtime_context
 from sglang_cpu_reference import stand_ins
 from sglang_helix.srt.layers.attention import adapters, measured
+from srt.fresh import Fresh
 
 from benchmark.dcp import (
     attention,
@@ -29,30 +27,17 @@ from benchmark.dcp import (
     attention_stage,
     report,
 )
-
-ROOT = Path(__file__).parents[3]
+from benchmark.dcp.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("attention") / "figures.csv"
-    command = [sys.executable, "-m", "benchmark.dcp", "attention", "--quick", "--device", "cpu"]
-    ran = subprocess.run(
-        [*command, "--csv", path],
-        check=False,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TRITON_INTERPRET": "1",
-            "CUDA_VISIBLE_DEVICES": "",  # the same candidates on every machine
-            stand_ins.VARIABLE: "fa3,fa4,flashinfer,flashmla",
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    command = ["attention", "--quick", "--device", "cpu", "--csv", str(path)]
+    kernels = {stand_ins.VARIABLE: "fa3,fa4,flashinfer,flashmla"}
+    with Fresh("cpu_reference", 500, interpreted=True) as process:
+        ran = process.outcome(main, command, **kernels)
+    assert ran.value == 0, ran.output[-3000:]
     return path
 
 
