@@ -245,6 +245,38 @@ def test_metrics_of_every_rank(servers: tuple[Server, Server]) -> None:
         assert of_rank["exchange_slow_seconds"] == {"0": 0, "1": 0}
 
 
+# The last to ask these servers.
+@pytest.mark.server
+def test_a_killed_rank_ends_the_server(
+    servers: tuple[Server, Server], request: pytest.FixtureRequest
+) -> None:
+    """Under load: within a minute the server is gone, and no answer came after the kill."""
+    server = servers[1]
+    victim = ["llama", "deepseek_v2"].index(request.node.callspec.params["servers"])
+    outcome: list[Any] = []
+
+    def ask() -> None:
+        try:
+            outcome.append(generate(server, prompt(5), max_new_tokens=3000))
+        except ServerError as refused:
+            outcome.append(refused)
+
+    asking = threading.Thread(target=ask)
+    with prompts_are_taken(server):
+        asking.start()
+    os.kill(scheduler_pid(server, victim), signal.SIGKILL)
+    assert server.wait_until_gone(60)
+    asking.join(120)
+    assert not asking.is_alive()
+    assert isinstance(outcome[0], ServerError), outcome[0]
+
+
+def scheduler_pid(server: Server, rank: int) -> int:
+    """Process of a rank: the fork server, the launcher's child, starts the ranks in order."""
+    family = psutil.Process(server.session).children(recursive=True)
+    return sorted(process.pid for process in family if process.ppid() != server.session)[rank]
+
+
 @pytest.mark.server
 def test_pipeline_stages(tmp_path: Path) -> None:
     """Two stages of two ranks: KVP groups lie inside a stage."""
@@ -279,34 +311,3 @@ def test_a_terminated_server_answers_first(tmp_path: Path) -> None:
             check(checkpoint, prompt(length), answer, 60)
         assert len(answers) == len(requests)
         assert not psutil.wait_procs(family, timeout=60)[1]
-
-
-@pytest.mark.server
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_server(tmp_path: Path, victim: int) -> None:
-    """Under load: within a minute the server is gone, and no answer came after the kill."""
-    checkpoint = make_checkpoint("llama", tmp_path / "llama")
-    flags = ("--tp", "2", "--attn-tp-size", "1", "--dcp-comm-backend", "a2a")
-    with Server(checkpoint, *flags) as server:
-        outcome: list[Any] = []
-
-        def ask() -> None:
-            try:
-                outcome.append(generate(server, prompt(5), max_new_tokens=3000))
-            except ServerError as refused:
-                outcome.append(refused)
-
-        request = threading.Thread(target=ask)
-        with prompts_are_taken(server):
-            request.start()
-        os.kill(scheduler_pid(server, victim), signal.SIGKILL)
-        assert server.wait_until_gone(60)
-        request.join(120)
-        assert not request.is_alive()
-        assert isinstance(outcome[0], ServerError), outcome[0]
-
-
-def scheduler_pid(server: Server, rank: int) -> int:
-    """Process of a rank: the fork server, the launcher's child, starts the ranks in order."""
-    family = psutil.Process(server.session).children(recursive=True)
-    return sorted(process.pid for process in family if process.ppid() != server.session)[rank]

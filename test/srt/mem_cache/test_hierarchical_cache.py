@@ -9,6 +9,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Generation, Server
 from srt.expected import check, prompt
 from srt.test_end_to_end import everything_is_free, serve
+from srt.underway import nothing_left_of
 
 NEW_TOKENS = 4
 PAGE = 4
@@ -64,9 +65,11 @@ def test_prefixes_come_back_from_the_host(
     length = 2 * ROWS * dcp // PROMPTS
     prefixes = [prompt(length + number, seed=number) for number in range(PROMPTS)]
     whole_pages = [len(prefix) // (PAGE * dcp) * PAGE * dcp for prefix in prefixes]
-    # That of MLA is started by the command: GQA's is by benchmark/test_serve_cli.py.
+    # That of MLA is started by the command: GQA's is by benchmark/test_serve_cli.py, and plain TP.
     cold = family == "deepseek_v2"
-    with serve(checkpoint, tp, dcp, "a2a", *flags, late_env=files, cold=cold) as server:
+    server = serve(checkpoint, tp, dcp, "a2a", *flags, late_env=files, cold=cold)
+    assert server.warm != cold
+    with nothing_left_of(server):
         first, continued = ask_and_continue(server, prefixes, NEW_TOKENS)
         for tokens, answer in first:
             check(checkpoint, tokens, answer, NEW_TOKENS)
