@@ -282,7 +282,7 @@ class Server(Client):
     def _ended(self, elapsed: float) -> str:
         """How a start has failed. One node's end has the others end soon."""
         for node in range(self.nodes):
-            self.wait_until_gone(15, node)
+            self.wait_until_gone(60, node)
         stories = []
         for node, process in enumerate(self._processes):
             named = f"node {node} of the server" if self.nodes > 1 else "the server"

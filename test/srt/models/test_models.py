@@ -16,6 +16,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check_all, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Report, answer_all, command_line, scheduler_of, serve
+from srt.test_end_to_end import row_bytes
 
 NEW_TOKENS = 4
 PAGE = 2
@@ -132,22 +133,32 @@ def small(checkpoint: Any, kv_heads: int | None) -> Path:
     return checkpoint("llama", num_hidden_layers=2, num_key_value_heads=kv_heads)
 
 
+def plain_pool(model: Path, tp: int) -> tuple[int, int]:
+    """Tokens and bytes of a rank's pool under plain TP."""
+    return ROWS, (ROWS + PAGE) * row_bytes(model, tp)
+
+
 @pytest.fixture(scope="module")
-def plain(checkpoint: Any) -> Iterator[Any]:
-    """Plain TP of so many ranks and key-value heads: the ranks' pools."""
+def without_the_series() -> Iterator[Fresh]:
     with Fresh("cpu_reference", preload=("srt.models.plugins_loaded",)) as processes:
+        yield processes
 
-        @cache
-        def pools(tp: int, kv_heads: int | None) -> list[Report]:
-            return serve(processes, small(checkpoint, kv_heads), tp, SIZES, (), 0)
 
-        yield pools
+# Whole heads, replicated ones, latents.
+@pytest.mark.parametrize(("tp", "kv_heads"), [(2, 8), (2, 1), (8, 4), (2, None)])
+def test_pool_of_plain_tp(
+    without_the_series: Fresh, checkpoint: Any, tp: int, kv_heads: int | None
+) -> None:
+    """What layouts are compared with."""
+    model = small(checkpoint, kv_heads)
+    for report in serve(without_the_series, model, tp, SIZES, (), 0):
+        assert (report.kv_tokens, report.kv_bytes) == plain_pool(model, tp)
 
 
 @pytest.mark.parametrize("kv_heads", KV_HEADS, ids=lambda heads: f"kv{heads}" if heads else "mla")
 @pytest.mark.parametrize(("tp", "attn_tp"), LAYOUTS, ids=[f"tp{n}-A{a}" for n, a in LAYOUTS])
 def test_layout_equals_transformers(
-    ready: Fresh, checkpoint: Any, plain: Any, tp: int, attn_tp: int, kv_heads: int | None
+    ready: Fresh, checkpoint: Any, tp: int, attn_tp: int, kv_heads: int | None
 ) -> None:
     """With each exchange."""
     model = small(checkpoint, kv_heads)
@@ -161,6 +172,7 @@ def test_layout_equals_transformers(
         times = kvp_size
     else:
         times = max(1, kv_heads // tp) * kvp_size // max(1, kv_heads // attn_tp)
-    for (ours, *_), theirs in zip(by_rank, plain(tp, kv_heads), strict=True):
+    tokens, nbytes = plain_pool(model, tp)
+    for ours, *_ in by_rank:
         # Tokens in a byte of a rank's memory, beside plain TP.
-        assert ours.kv_tokens * theirs.kv_bytes == times * theirs.kv_tokens * ours.kv_bytes
+        assert ours.kv_tokens * nbytes == times * tokens * ours.kv_bytes
