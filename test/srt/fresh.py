@@ -11,6 +11,7 @@ forked from, of a process that all processes of the run share, and that lives as
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import pickle
 import secrets
@@ -152,7 +153,9 @@ class _Imported:
     def fork(self, body: Callable[[Connection], None]) -> tuple[Connection, int]:
         """A new process that runs a function of a connection to it; that, and its id."""
         with Listener(family="AF_UNIX") as listener:
-            self._connection.send((listener.address, body))
+            # Tensors travel as files, to who knows the key.
+            key = bytes(multiprocessing.current_process().authkey)
+            self._connection.send((listener.address, key, body))
             connection = listener.accept()
         return connection, connection.recv()
 
@@ -202,10 +205,10 @@ def main(address: str, key: bytes) -> None:
                 users.append(listener.accept())
                 continue
             try:
-                answer_at, body = ready.recv() if ready is not starter else (None, None)
+                request = ready.recv() if ready is not starter else None
             except EOFError:
-                body = None
-            if body is None:
+                request = None
+            if request is None:
                 ready.close()
                 users.remove(ready)
             elif os.fork() == 0:
@@ -213,6 +216,8 @@ def main(address: str, key: bytes) -> None:
                     connection.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                answer_at, key, body = request
+                multiprocessing.current_process().authkey = key
                 connection = Client(answer_at)
                 connection.send(os.getpid())
                 body(connection)
