@@ -8,7 +8,6 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models import serving
-from srt.models.serving import serve
 from srt.models.test_models import BATCHES, NEW_TOKENS
 
 DCP = ("--dcp-size", "2", "--dcp-comm-backend", "a2a")
@@ -41,6 +40,40 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def retracts(backend: str, family: str) -> bool:
+    """Whether a case has a small pool, too: one of every backend."""
+    return family == ("deepseek_v2" if backend == "flashmla" else "llama")
+
+
+def small_pool(ranks: int, page: int) -> tuple[tuple[str, ...], list[list[int]]]:
+    """A pool of one group, by its flags, and prompts that it cannot hold together to their end.
+
+    Each has 28 tokens to come, of which admission expects 4.
+    """
+    widened = ranks * page
+    # Admission counts a page for each beside its tokens; all but the shortest pages are crossed.
+    rows, length = (13 * widened // ranks, widened - 24) if widened > 24 else (256 // ranks, 20)
+    flags = ("--max-total-tokens", str(rows), "--schedule-conservativeness", "0.05")
+    return flags, [prompt(length, seed=seed) for seed in range(30, 37)]
+
+
+def served(
+    rank: int, argv: list[str], many: list[list[int]]
+) -> tuple[serving.Report, list[serving.Answer]]:
+    """In a rank: answers to `BATCHES`, and to prompts that do not fit together."""
+    scheduler = serving.scheduler_of(rank, argv)
+    report = serving.answer_all(scheduler, BATCHES, NEW_TOKENS)
+    serving.expect_few_tokens()
+    return report, serving.answer(scheduler, many, 28)
+
+
+def check_retracted(model: Path, many: list[list[int]], answers: list[serving.Answer]) -> None:
+    """Some of them gave their slots back, and all were answered."""
+    assert sum(answer.retractions for answer in answers) > 0
+    for tokens, answer in zip(many, answers, strict=True):
+        check(model, tokens, answer, 28)
+
+
 @pytest.mark.parametrize(("backend", "family", "tp", "layout", "page", "chunk"), CASES)
 def test_equals_transformers(
     kernels: Fresh,
@@ -52,12 +85,16 @@ def test_equals_transformers(
     page: int,
     chunk: int,
 ) -> None:
+    """Where it retracts, requests go on."""
+    model, (rows, many) = checkpoints[family], small_pool(tp, page)
+    if tp > 2 or not retracts(backend, family):
+        rows, many = ("--max-total-tokens", str(max(512, 16 * page))), []
     sizes = ("--page-size", str(page), "--chunked-prefill-size", str(chunk))
-    rows = ("--max-total-tokens", str(max(512, 16 * page)))
     flags = ("--attention-backend", backend, *layout, *sizes, *rows)
-    reports = serve(kernels, checkpoints[family], tp, flags, BATCHES, NEW_TOKENS)
-    for report in reports:
-        check_all(checkpoints[family], BATCHES, report.answers, NEW_TOKENS)
+    for report, answers in kernels.ranks(served, tp, serving.command_line(model, tp, *flags), many):
+        check_all(model, BATCHES, report.answers, NEW_TOKENS)
+        if many:
+            check_retracted(model, many, answers)
         if page < 64:  # else no prompt fills a page of all ranks
             assert report.answers[-1][0].cached_tokens > 0
 
@@ -128,12 +165,14 @@ def test_a_long_prefix_is_attended_without_absorbing_it(
         check_all(checkpoints["deepseek_v2"], LONG, report.answers, NEW_TOKENS)
 
 
-def on_blackwell(rank: int, argv: list[str], ranks: int) -> serving.Report:
-    """A rank's answers where SGLang is told of a GPU that these backends are for."""
+def on_blackwell(
+    rank: int, argv: list[str], many: list[list[int]]
+) -> tuple[serving.Report, list[serving.Answer]]:
+    """As `served`, where SGLang is told of a GPU that these backends are for."""
     from sglang.srt.runtime_context import override_platform
 
     with override_platform(is_sm100=True, is_sm100_or_sm110=True):
-        return serving._serve(rank, argv, ranks, BATCHES, NEW_TOKENS)
+        return served(rank, argv, many)
 
 
 @pytest.mark.parametrize(
@@ -148,21 +187,12 @@ def test_equals_transformers_on_blackwell(
     tp: int,
     layout: tuple[str, ...],
 ) -> None:
-    sizes = ("--page-size", "16", "--chunked-prefill-size", "80", "--max-total-tokens", "512")
-    flags = ("--attention-backend", backend, *layout, *sizes)
-    argv = serving.command_line(checkpoints[family], tp, *flags)
-    for report in kernels.ranks(on_blackwell, tp, argv, tp):
-        check_all(checkpoints[family], BATCHES, report.answers, NEW_TOKENS)
-
-
-MANY = [prompt(20, seed=seed) for seed in range(30, 38)]
-
-
-def test_retracted_requests_go_on(kernels: Fresh, checkpoints: dict[str, Path]) -> None:
-    """128 rows a rank are 256 tokens, eight requests want 60 each, and are expected to want 24."""
-    sizes = ("--page-size", "1", "--max-total-tokens", "128", "--schedule-conservativeness", "0.05")
-    argv = serving.command_line(checkpoints["llama"], 2, "--attention-backend", "fa3", *DCP, *sizes)
-    for answers in kernels.ranks(serving.oversubscribed, 2, argv, MANY, 40):
-        assert sum(answer.retractions for answer in answers) > 0
-        for tokens, answer in zip(MANY, answers, strict=True):
-            check(checkpoints["llama"], tokens, answer, 40)
+    model, (rows, many) = checkpoints[family], small_pool(tp, 16)
+    if not retracts(backend, family):
+        rows, many = ("--max-total-tokens", "512"), []
+    sizes = ("--page-size", "16", "--chunked-prefill-size", "80", *rows)
+    argv = serving.command_line(model, tp, "--attention-backend", backend, *layout, *sizes)
+    for report, answers in kernels.ranks(on_blackwell, tp, argv, many):
+        check_all(model, BATCHES, report.answers, NEW_TOKENS)
+        if many:
+            check_retracted(model, many, answers)
