@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 SEEN: tuple[Seen, ...] = (
     Seen(
         *("fa3", "GQA", "CPU", FEATURES),
-        "SGLang's schedulers against `transformers`, and the conformance suite",
+        "a server and SGLang's schedulers against `transformers`, and the conformance suite",
     ),
     Seen(
         *("fa3", "GQA", "one H200", FEATURES),
@@ -93,7 +93,8 @@ SEEN: tuple[Seen, ...] = (
         *("flashinfer", "GQA", "one H200", ("graph", "extend", "verify")),
         "Llama-shaped `a2a`, `symm`, `--attn-tp-size 1` and `symm` of 4, all four at once on the "
         "GPU, which gave wrong tokens before plans waited for each other's copies; n-gram drafts "
-        "verified from graphs",
+        "verified from graphs. All before a chunk's keys and values were read where they lie, as "
+        "plain TP reads them",
     ),
     Seen(
         *("flashinfer", "GQA", "several GPUs", ("graph", "extend")),
