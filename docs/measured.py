@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from sglang_helix.advice import length
+
 FIGURES = Path(__file__).parent / "figures"
 Line = dict[str, str]
 
@@ -90,11 +92,6 @@ def said(number: float) -> str:
     )
 
 
-def short(tokens: int) -> str:
-    """A context's length: 8K, 1M."""
-    return f"{tokens >> 20}M" if tokens >> 20 else f"{tokens >> 10}K"
-
-
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table."""
     head = list(head)
@@ -135,7 +132,7 @@ def servers() -> str:
                 row.append(_beside(*both[0]) if both else "")
             rows.append(row)
     head = ["hardware, date", "model's shape, layout", "KV tokens", "requests"]
-    return markdown(head + [" or ".join(map(short, one)) for one in COLUMNS], rows)
+    return markdown(head + [" or ".join(map(length, one)) for one in COLUMNS], rows)
 
 
 def _beside(plain: float | None, sharded: float | None) -> str:
@@ -155,7 +152,7 @@ def readme() -> str:
         found = times(run, context, requests)
         assert found is not None
         plain, sharded = ("does not fit" if one is None else f"{one:.1f}" for one in found)
-        load = f"{requests} x {short(context)}"
+        load = f"{requests} x {length(context)}"
         rows.append([run.where, run.what, load, plain, sharded])
     head = ["hardware, date", "model's shape", "load", "plain TP, FA3", "sharded, `symm`"]
     return markdown(head, rows)

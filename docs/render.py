@@ -14,7 +14,7 @@ from pathlib import Path
 
 import measured
 from sglang.srt.configs.model_config import ModelConfig
-from sglang_helix import cost
+from sglang_helix import advice, cost
 from sglang_helix.__main__ import print_compatibility
 from sglang_helix.build import Builder, first_line
 from sglang_helix.check import check, configuration_of, layouts
@@ -226,7 +226,7 @@ as many key-value heads as GPUs, which store nothing twice. There plain TP is fa
     for name, element, says in PAYS:
         compared = _on_8_h200s(name, element)
         parts.append(f"## {name}, {says} weights, bf16 cache\n")
-        parts.append(cost.advice(compared, (8192, 32768, 131072, 524288), (1, 8, 32)) + "\n")
+        parts.append(advice.table(compared, (8192, 32768, 131072, 524288), (1, 8, 32)) + "\n")
     return "\n".join(parts)
 
 
@@ -246,7 +246,7 @@ def pays_table() -> str:
     """README's table: plain TP's time per token over the best sharded layout's, on 8 H200s."""
     contexts, requests = (8192, 32768, 131072, 524288), (1, 8, 32)
     lines = [
-        "| plain TP's time / sharded | " + " | ".join(map(cost.length, contexts)) + " |",
+        "| plain TP's time / sharded | " + " | ".join(map(advice.length, contexts)) + " |",
         "|---" * (1 + len(contexts)) + "|",
     ]
     for name, element, says in PAYS:

@@ -274,7 +274,7 @@ def print_layouts(options: argparse.Namespace) -> int:
 
 def print_advice(options: argparse.Namespace, model_config: Any) -> int:
     """Print, and plot where asked, milliseconds per token of every layout; 1: it cannot."""
-    from sglang_helix import cost
+    from sglang_helix import advice, cost
     from sglang_helix.layout import CACHE_BYTES
 
     try:
@@ -287,9 +287,9 @@ def print_advice(options: argparse.Namespace, model_config: Any) -> int:
             weight_element=cost.weight_element_of(model_config, options.weight_dtype),
             values_first=options.dcp_replicate_v_proj,
         )
-        print("\n" + cost.advice(compared, options.contexts, options.concurrency))
+        print("\n" + advice.table(compared, options.contexts, options.concurrency))
         if options.plot:
-            cost.plot(compared, options.contexts, options.concurrency, options.plot)
+            advice.plot(compared, options.contexts, options.concurrency, options.plot)
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -245,7 +245,7 @@ def step_ms(
 
 
 # Of what makes values of latents: the series replicates no other than full precision.
-_VALUE_ELEMENT = 2
+VALUE_ELEMENT = 2
 
 
 def _projection_us(
@@ -253,7 +253,7 @@ def _projection_us(
 ) -> float:
     """Microseconds a layer to project latents of so many heads: their weights, or arithmetic."""
     elements = heads * model.shape.output_width * model.value
-    read = _VALUE_ELEMENT * elements / (gpu.memory_tb_s * 1e6 * parameters.weights)
+    read = VALUE_ELEMENT * elements / (gpu.memory_tb_s * 1e6 * parameters.weights)
     computed = 2 * requests * elements / (gpu.tflops * 1e6 * parameters.arithmetic)
     return max(read, computed)
 
@@ -262,8 +262,6 @@ def _projection_us(
 _STATIC = 0.88
 # The longest context that a crossing point is looked for in.
 _LONGEST = 1 << 24
-# The largest batch in which replicated queries are looked for to be faster than gathered ones.
-_MOST_REQUESTS = 1 << 12
 
 
 class Advice(NamedTuple):
@@ -303,10 +301,10 @@ class Advice(NamedTuple):
             fastest = min(self.ms(choice, context, requests) for choice in sharded)
             return fastest < self.ms(plain, context, requests)
 
-        return _first(wins, _LONGEST) if sharded else None
+        return first(wins, _LONGEST) if sharded else None
 
 
-def _first(holds: Callable[[int], bool], last: int) -> int | None:
+def first(holds: Callable[[int], bool], last: int) -> int | None:
     """The least n in 1..last from which `holds`, which does not stop holding; None: none."""
     if not holds(last):
         return None
@@ -356,7 +354,7 @@ def advise(
                 if memory is None:
                     held = weight_bytes(model, row.layout, replicated, None, weight_element)
                     if values_first and sharded:
-                        held += values_bytes(model.shape, model.value, row.layout, _VALUE_ELEMENT)
+                        held += values_bytes(model.shape, model.value, row.layout, VALUE_ELEMENT)
                     memory = gpu.memory_gib * _STATIC - held / 2**30
                 if memory <= 0:
                     raise ValueError(
@@ -376,157 +374,3 @@ def advise(
     if not listed:
         raise ValueError(f"--tp {tp_size} cannot serve {model.shape.query_heads} query heads")
     return Advice(model, gpu, listed, weight_element)
-
-
-def on_queries(
-    model: Model, layout: Layout, gpu: Gpu, exchange: str, weight_element: float = 2
-) -> str:
-    """What replicated queries cost beside gathered ones, in words; contexts do not matter."""
-    row = next(row for row in rows(model.shape, layout.tp_size, 0, 2) if row.layout == layout)
-
-    def saved(requests: int) -> float:
-        gathered, replicated = (
-            step_ms(
-                model,
-                Choice(row, exchange, replicated),
-                gpu,
-                fitted(),
-                context=0,
-                requests=requests,
-                weight_element=weight_element,
-            )
-            for replicated in (False, True)
-        )
-        return gathered - replicated
-
-    from_requests = _first(lambda requests: saved(requests) > 0, _MOST_REQUESTS)
-    if from_requests == 1:
-        when = f"faster than to gather them at any batch, alone by {saved(1):.2f} ms a token"
-    elif from_requests is None:
-        when = f"slower than to gather them at any batch, alone by {-saved(1):.2f} ms a token"
-    else:
-        when = (
-            f"faster than to gather them from {from_requests} requests at once on, and alone "
-            f"{-saved(1):.2f} ms a token slower"
-        )
-    return f"to replicate queries is {when} (computed)"
-
-
-def on_values(
-    compared: Advice, layout: Layout, exchange: str, requests: Sequence[int]
-) -> str | None:
-    """What values projected before the exchange save, in words; None where it is never done."""
-    row = next(one.row for one in compared.choices if one.row.layout == layout)
-    behind = Choice(row, exchange, False)
-    before = behind._replace(values_first=True)
-    saved = [
-        f"{compared.ms(behind, 0, count) - compared.ms(before, 0, count):.2f} ms with {count}"
-        for count in requests
-        if compared.model.value and switch().pays(count)
-    ]
-    if not saved:
-        return None
-    held = values_bytes(compared.model.shape, compared.model.value, layout, _VALUE_ELEMENT)
-    return (
-        f"--dcp-replicate-v-proj takes {held / 2**30:.2f} GiB a rank and, with {exchange}, saves "
-        f"a token {', '.join(saved)} at once (computed)"
-    )
-
-
-def advice_on_queries(
-    layout: Layout, model_config: Any, device: str, exchange: str, replicated: bool
-) -> list[str]:
-    """A line for the log of a start; none for a GPU, an exchange or a model that nobody fitted.
-
-    device: what CUDA calls the GPU. replicated: what this server does.
-    """
-    gpu = gpu_called(device)
-    if gpu is None or exchange not in fitted().exchange:
-        return []
-    try:
-        model = model_of(model_config)
-    except (AttributeError, TypeError, ValueError):  # fields of a class that it was not made for
-        return []
-    element = weight_element_of(model_config)
-    here = "replicated" if replicated else "gathered"
-    says = on_queries(model, layout, gpu, exchange, element)
-    return [f"Queries are {here} (--[no-]dcp-replicate-q-proj); {says}"]
-
-
-def length(tokens: int) -> str:
-    """4096 as 4K, 1048576 as 1M."""
-    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
-        if tokens >= size:
-            return f"{tokens / size:.3g}{unit}"
-    return str(tokens)
-
-
-def advice(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) -> str:
-    """Milliseconds per token as a Markdown table, and what follows from it, a line each."""
-    places = [(context, count) for count in requests for context in contexts]
-    layout, element = compared.choices[0].row.layout, compared.weight_element
-    held = weight_bytes(compared.model, layout, False, None, element)
-    lines = [
-        f"Weights, counted from config.json: {held / 2**30:.1f} GiB a rank with plain TP. If the "
-        "checkpoint says otherwise, so will the times.",
-        "",
-        "| ms per token, computed | KV tokens | "
-        + " | ".join(f"{count} x {length(context)}" for context, count in places)
-        + " |",
-        "|---" * (len(places) + 2) + "|",
-    ]
-    for choice in compared.choices:
-        cells = (
-            f"{compared.ms(choice, context, count):.2f}"
-            if compared.fits(choice, context) >= count
-            else f"{compared.fits(choice, context)} fit"
-            for context, count in places
-        )
-        tokens = f"{choice.row.kv_tokens:,}"
-        lines.append(f"| {choice.flags} | {tokens} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for context, count in places:
-        best = compared.best(context, count)
-        says = best.flags if best else "no layout holds them"
-        lines.append(f"- {count} x {length(context)}: {says}")
-    for count in requests:
-        crossing = compared.crossing(count)
-        lines.append(
-            f"- With {count} at once a sharded cache is faster than plain TP "
-            + (f"from {length(crossing)} tokens each on." if crossing else "at no length.")
-        )
-    exchange = compared.choices[-1].exchange
-    fastest = next((choice.exchange for choice in compared.choices[1:]), "")
-    for choice in compared.choices:
-        if choice.replicated and choice.exchange == exchange:
-            says = on_queries(compared.model, choice.row.layout, compared.gpu, exchange, element)
-            lines.append(f"- K = {choice.row.layout.kvp_size}: {says}.")
-            if values := on_values(compared, choice.row.layout, fastest, requests):
-                lines.append(f"- K = {choice.row.layout.kvp_size}: {values}.")
-    return "\n".join(lines)
-
-
-def plot(compared: Advice, contexts: Sequence[int], requests: Sequence[int], path: Path) -> None:
-    """Milliseconds per token over context as a PNG, a panel for each number of requests.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
-
-    figure = Figure(figsize=(5 * len(requests), 4), layout="constrained")
-    for place, count in enumerate(requests):
-        axes = figure.add_subplot(1, len(requests), place + 1)
-        for choice in compared.choices:
-            if choice.exchange in ("", "symm"):
-                held = [n for n in contexts if compared.fits(choice, n) >= count]
-                style = {"color": "black"} if not choice.exchange else {}
-                axes.plot(
-                    held, [compared.ms(choice, n, count) for n in held], label=choice.flags, **style
-                )
-        axes.set(xscale="log", xlabel="context of each request, tokens", ylim=(0, None))
-        axes.set(title=f"{count} at once", ylabel="ms per token, computed")
-        axes.set_xticks(contexts, [length(n) for n in contexts])
-        axes.minorticks_off()
-        axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=150)

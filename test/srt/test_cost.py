@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scipy.optimize import least_squares
 from sglang.srt.configs.model_config import ModelConfig
-from sglang_helix import cost
+from sglang_helix import advice, cost
 from sglang_helix.__main__ import main
 from sglang_helix.layout import rows
 from sglang_helix.srt.distributed.topology import Layout
@@ -153,7 +153,7 @@ def test_where_no_copies_are_stored_plain_tp_is_advised() -> None:
     assert best is not None
     assert best.flags == "plain TP"
     assert compared.crossing(1) is None
-    assert "at no length" in cost.advice(compared, [4096], [1])
+    assert "at no length" in advice.table(compared, [4096], [1])
 
 
 def test_capacity_is_what_the_weights_leave() -> None:
@@ -235,9 +235,9 @@ def test_replicated_queries_are_advised_where_they_pay() -> None:
     assert gpu == cost.GPUS["h200"]
     assert cost.gpu_called("NVIDIA A100-SXM4-80GB") is None
     lite, deep = fit.model(LITE), fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers")
-    small = cost.on_queries(lite, Layout(8, 8), gpu, "symm")
+    small = advice.on_queries(lite, Layout(8, 8), gpu, "symm")
     assert small.startswith("to replicate queries is faster than to gather them at any batch")
-    said = cost.on_queries(deep, Layout(8, 8), gpu, "symm")
+    said = advice.on_queries(deep, Layout(8, 8), gpu, "symm")
     # By hand, in bf16, a layer: the query projections of 7/8 more heads, beside a gather.
     low_rank, heads, width, latent, nope = 1536, 128, 192, 512, 128
     read = 2 * 7 / 8 * heads * (low_rank * width + nope * latent) / 4.8e6
@@ -285,7 +285,7 @@ def test_values_projected_first_cost_memory_and_save_bytes() -> None:
         saved = behind.ms(last, 4096, requests) - before.ms(first, 4096, requests)
         assert saved == pytest.approx(layers * (sent - max(read, flops)) / 1e3)
         assert saved > 0
-    said = cost.advice(behind, [4096], [1, 64])
+    said = advice.table(behind, [4096], [1, 64])
     gained = behind.ms(last, 0, 64) - before.ms(first, 0, 64)
     assert f"- K = 8: --dcp-replicate-v-proj takes {held / 2**30:.2f} GiB a rank" in said
     assert f"with symm, saves a token {gained:.2f} ms with 64 at once (computed)." in said
@@ -301,7 +301,7 @@ def test_a_start_says_what_replicated_queries_cost() -> None:
     from sglang.srt.configs.model_config import ModelConfig
 
     model, layout = ModelConfig(str(ROOT / LITE)), Layout(8, 8)
-    (line,) = cost.advice_on_queries(layout, model, "NVIDIA H200", "symm", True)
+    (line,) = advice.on_start(layout, model, "NVIDIA H200", "symm", True)
     assert line.startswith("Queries are replicated (--[no-]dcp-replicate-q-proj); to replicate")
-    assert cost.advice_on_queries(layout, model, "NVIDIA L4", "symm", True) == []
-    assert cost.advice_on_queries(layout, model, "NVIDIA H200", "fi_a2a", True) == []
+    assert advice.on_start(layout, model, "NVIDIA L4", "symm", True) == []
+    assert advice.on_start(layout, model, "NVIDIA H200", "fi_a2a", True) == []

@@ -23,7 +23,9 @@ _IN_TREE = "sglang_helix.export.in_tree"
 IN_TREE = f"{PACKAGE}/srt/helix.py"
 
 #: What ranks share with the command line.
-_SHARED = {f"sglang_helix.{name}": f"{_SGLANG}.layers.dcp.{name}" for name in ("cost", "layout")}
+_SHARED = {
+    f"sglang_helix.{name}": f"{_SGLANG}.layers.dcp.{name}" for name in ("advice", "cost", "layout")
+}
 
 _NAME = re.compile(r"(?<![\w.])(?:sglang_helix|srt)(?:\.\w+)+")
 

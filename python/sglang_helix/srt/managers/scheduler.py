@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_helix import cost, helix
+from sglang_helix import advice, helix
 from sglang_helix.srt.compatibility.rows.caches import STORAGE
 from sglang_helix.srt.compatibility.situation import replicates_v_proj, situation_of
 from sglang_helix.srt.compatibility.verdict import verdict_of
@@ -190,7 +190,7 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
     if torch.cuda.is_available():
         exchange, replicated = parallel.dcp_comm_backend, bool(parallel.dcp_replicate_q_proj)
         device = torch.cuda.get_device_name()
-        lines += cost.advice_on_queries(layout, model, device, exchange, replicated)
+        lines += advice.on_start(layout, model, device, exchange, replicated)
     return lines
 
 
