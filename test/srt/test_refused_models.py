@@ -218,11 +218,20 @@ def test_heads_of_states_are_cut_by_all_ranks(resolved: Resolve, tmp_path: Path)
     assert "--tp-size 4: 6 heads of this model's recurrent layers cannot be split" in refused
 
 
-def test_groups_of_heads_of_states_are_cut_by_all_ranks(resolved: Resolve, tmp_path: Path) -> None:
-    model_type, config, left_out = FAMILIES["bailing_hybrid"]
-    entries = {name: value for name, value in config.items() if name not in left_out}
-    architectures = ["BailingMoeV2_5ForCausalLM"]
-    model = written(tmp_path, model_type=model_type, architectures=architectures, **entries)
+@pytest.mark.parametrize(
+    ("family", "architecture", "groups"),
+    [
+        ("bailing_hybrid", "BailingMoeV2_5ForCausalLM", {"group_norm_size": 4}),
+        ("nemotron_h", "NemotronHForCausalLM", {"n_groups": 4}),
+    ],
+)
+def test_groups_of_heads_of_states_are_cut_by_all_ranks(
+    resolved: Resolve, tmp_path: Path, family: str, architecture: str, groups: dict[str, int]
+) -> None:
+    model_type, config, published = FAMILIES[family]
+    given = {**config, **published, **groups}
+    entries = {name: value for name, value in given.items() if value is not None}
+    model = written(tmp_path, model_type=model_type, architectures=[architecture], **entries)
     assert resolved("Hopper", model, tp_size=4, dcp_size=2).error == ""
     refused = resolved("Hopper", model, tp_size=8, dcp_size=2).error
     assert "--tp-size 8: 4 heads of this model's recurrent layers cannot be split" in refused

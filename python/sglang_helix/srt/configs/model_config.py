@@ -31,6 +31,9 @@ def state_heads(model_config: Any) -> list[int]:
         "group_norm_size",
     )
     counts = [linear.get("num_heads"), *(getattr(config, name, None) for name in names)]
+    # Mamba2's groups; of one, every rank has a copy.
+    groups = getattr(config, "n_groups", None) or getattr(config, "mamba_n_groups", None)
+    counts.append(None if groups == 1 else groups)
     return [count for count in counts if count is not None]
 
 
