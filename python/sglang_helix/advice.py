@@ -67,8 +67,7 @@ def on_values(
 ) -> str | None:
     """What values projected before the exchange save, in words; None where it is never done."""
     row = next(one.row for one in compared.choices if one.row.layout == layout)
-    behind = Choice(row, exchange, False)
-    before = behind._replace(values_first=True)
+    behind, before = (Choice(row, exchange, False, values) for values in (False, True))
     saved = [
         f"{compared.ms(behind, 0, count) - compared.ms(before, 0, count):.2f} ms with {count}"
         for count in requests
