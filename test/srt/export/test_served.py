@@ -3,6 +3,7 @@
 Each commit answers without the later ones, in a process that imports SGLang as it is there.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def served(models: dict[str, Path], draft: Path, case: Case) -> tuple[Any, ...]:
     model, flags = models[case.model], (*case.flags, *SIZES)
     if case.prefill:
         ranks = pair.ranks(model, Side(case.prefill, SIZES), Side(case.ranks, flags))
-        return ("srt.disaggregation.pair:_serve", ranks, BATCHES, NEW_TOKENS)
+        ended = Path(tempfile.mkdtemp(dir=model.parent))
+        return ("srt.disaggregation.pair:_serve", ranks, BATCHES, NEW_TOKENS, ended, case.ranks)
     argv = command_line(model, case.ranks, *flags)
     if DRAFTS[0] in flags:
         argv += ["--speculative-draft-model-path", str(draft)]
