@@ -22,6 +22,7 @@ from sglang_cpu_reference import (
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
+_PADDING = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch"
 _EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 _ROTARY = "sglang.srt.layers.rotary_embedding"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
@@ -43,6 +44,7 @@ def register() -> None:
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
+    HookRegistry.register(_PADDING, _padded_on_the_cpu, HookType.BEFORE)
     for target, wrapper in _AROUND.items():
         HookRegistry.register(target, wrapper, HookType.AROUND)
     linear_attention.install()
@@ -139,6 +141,21 @@ def _read_mla_rows(
 def _unpinned(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Host copies of the KV pool in plain memory; there is no device to pin it for."""
     return args, {**kwargs, "pin_memory": False}
+
+
+def _padded_on_the_cpu(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Batches of attention replicas are made as long as each other, without pinned memory."""
+    from sglang.srt.model_executor import forward_batch_info
+
+    forward_batch_info._is_cpu = True
+    return args, kwargs
+
+
+def _copy_rows(dst: Any, src: Any, dim: int, offset: Any, sz: Any, offset_src: bool) -> None:
+    """``memcpy`` of attention data parallelism, a Triton kernel elsewhere: upstream's for CPUs."""
+    from sglang.srt.layers.dp_attention import memcpy_cpu
+
+    memcpy_cpu(dst, src, dim, offset, sz, offset_src)
 
 
 def _add_gated(
@@ -254,6 +271,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.get_mla_kv_buffer": _read_mla_rows,
     "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add": _add_gated,
     "sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul": _gated,
+    "sglang.srt.layers.dp_attention.memcpy": _copy_rows,
     "sglang.kernels.ops.activation.softcap.softcap_inplace_logits": _capped,
     "sglang.kernels.ops.moe.ep_moe_kernels.zero_experts_compute_triton": _identity_experts,
     f"{_ROTARY}.base.RotaryEmbedding.forward_cuda": _rotated,
@@ -267,7 +285,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 def verify() -> None:
     """Stop the process unless every hook took; called in each rank before it builds a group."""
-    hooked = {*_REPLACED, *_AROUND, _HOST_POOL}
+    hooked = {*_REPLACED, *_AROUND, _HOST_POOL, _PADDING}
     missing = sorted(hooked - HookRegistry._patched)
     if missing:
         raise SystemExit(

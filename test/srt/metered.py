@@ -24,7 +24,7 @@ def metered_scheduler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     group = SimpleNamespace(unique_name="dcp", world_size=2)
     group.exchanger = Exchanger("symm", group)
     parallel = SimpleNamespace(
-        tp_size=4, attn_dcp_size=2, tp_rank=3, dcp_comm_backend="symm", dcp_group=group
+        attn_tp_size=4, attn_dcp_size=2, attn_tp_rank=3, dcp_comm_backend="symm", dcp_group=group
     )
     monkeypatch.setattr(metrics_collector, "get_parallel", lambda: parallel)
     no_drafts = SimpleNamespace(speculative_num_draft_tokens=None)

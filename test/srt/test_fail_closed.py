@@ -176,6 +176,7 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The launcher's layout."""
     layout = SimpleNamespace(
         tp_size=4,
+        attn_tp_size=4,
         pp_size=1,
         dp_size=1,
         nnodes=1,

@@ -47,6 +47,7 @@ LAYOUTS = {
     "attn-tp 2 of 4": (4, "--attn-tp-size", "2"),
     "symm of 4": (4, "--attn-tp-size", "1", "--dcp-comm-backend", "symm"),
 }
+REPLICAS = (4, "--attn-dp-size", "2", "--dcp-size", "2", "--dcp-comm-backend", "a2a")
 # With 4 ranks a prompt of one token leaves three of them without any.
 SHARDED = ("a2a", "symm", "attn-tp 1", "symm of 4")
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
@@ -89,6 +90,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             linear_value_head_dim=128,
             num_experts_per_tok=8,
         ),
+        "qwen3_moe": make_checkpoint(
+            "qwen3_moe", root / "qwen3_moe", head_dim=64, num_experts_per_tok=8
+        ),
         "kimi_linear": make_checkpoint(
             in_bf16("kimi_linear"),
             root / "kimi_linear",
@@ -129,7 +133,7 @@ def in_bf16(family: str) -> Family:
 
 def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "triton") -> Server:
     """Ranks share a GPU where there are fewer GPUs than ranks."""
-    ranks, *layout_flags = LAYOUTS[layout]
+    ranks, *layout_flags = REPLICAS if layout == "replicas" else LAYOUTS[layout]
     sharing = int(ranks) > torch.cuda.device_count()
     server = Server(
         checkpoint,
@@ -154,6 +158,29 @@ def test_layout(checkpoints: dict[str, Path], family: str, layout: str, attentio
     states = ("--max-mamba-cache-size", "64") if family in HYBRIDS else ()
     kind = (ATTENTION | HYBRIDS)[family]
     serve_and_compare(checkpoints[family], layout, attention, kind, *states)
+
+
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe"])
+@pytest.mark.parametrize("attention", ["fa3", "triton"])
+def test_attention_replicas(checkpoints: dict[str, Path], family: str, attention: str) -> None:
+    """Two of two ranks; a request alone leaves the other without any, in graphs and outside."""
+    kind: Attention = "MLA" if family == "deepseek_v2" else "GQA"
+    if not adapter(attention).runs_on(get_platform(), kind):
+        pytest.skip(f"no kernels of {attention} for this GPU")
+    oracle, clear = Oracle(checkpoints[family]), 0
+    flags = ("--max-total-tokens", "16384", "--chunked-prefill-size", str(2 * CHUNK))
+    with gpu_server(checkpoints[family], "replicas", *flags, attention=attention) as server:
+        prompts = [prompt(length) for length in (1, 2, 63, 64, 65, 2 * CHUNK + 3)]
+        answers = [server.generate(tokens, NEW_TOKENS) for tokens in prompts]
+        for size in (3, 8, 13):
+            batch = [prompt(20 + 17 * place, seed=size) for place in range(size)]
+            answers += server.generate_batch(batch, NEW_TOKENS)
+            prompts += batch
+        for tokens, answer in zip(prompts, answers, strict=True):
+            clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
+        assert clear > 60
+        assert "cuda graph: True" in server.log()
 
 
 @pytest.mark.timeout(540)

@@ -125,12 +125,12 @@ def test_a_chunk_holds_a_widened_page(resolved: Resolve, chunk: int, fits: bool)
 
 @pytest.mark.parametrize(
     ("machine", "family", "size", "works"),
-    [("Hopper", "llama", 4, [2]), ("Blackwell", "deepseek_v2", 8, [2, 4])],
+    [("Hopper", "llama", 8, [2, 4]), ("Blackwell", "deepseek_v2", 8, [2, 4])],
 )
 def test_attention_replicas_name_the_sizes_that_work(
     resolved: Resolve, machine: str, family: str, size: int, works: list[int]
 ) -> None:
-    """4 ranks each: 8 are not within one, and one shard of two heads is not on them all."""
+    """4 ranks each: 8 are not within one."""
     asked = {"tp_size": 8, "attn_dp_size": 2, "attention_backend": "triton"}
     if family == "deepseek_v2":
         asked["attention_backend"] = "flashinfer"
@@ -167,7 +167,8 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"dcp_replicate_v_proj": True},
         "",
     ),
-    "other attention data parallelism": ({"attn_dp_size": 2}, ""),
+    "other attention data parallelism": ({"attn_dp_size": 4}, ""),
+    "attention data parallelism beside what is untried": ({"attn_dp_size": 2, **EAGLE}, ""),
     "prefill context parallelism": ({"attn_cp_size": 2}, ""),
     "upstream's KV cache sharding": (
         {"enable_kv_cache_sharding": True, "disaggregation_mode": "prefill"},
@@ -264,7 +265,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 # Of MLA, SGLang serves the first by itself (test_verdicts.py), and the series the others.
 SGLANGS_OWN_FOR_MLA = {
-    "other attention data parallelism",
+    "attention data parallelism beside what is untried",
     "other kinds of drafts",
     NIXL,
     "decoded K and V in the hierarchical cache",

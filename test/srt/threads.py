@@ -73,7 +73,7 @@ def run_threads(function: Callable[..., Any], size: int, *args: Any, **parallel:
             dcp_rank=rank,
             attn_dcp_size=size,
             attn_dcp_rank=rank,
-            **parallel,
+            **{"attn_tp_size": parallel.get("tp_size"), **parallel},
         )
         try:
             return function(rank, group, *args)

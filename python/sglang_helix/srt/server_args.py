@@ -58,7 +58,10 @@ def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
     attn_tp_size = attn_tp_size_of(server_args)
     if attn_tp_size is not None:
         view = resolved_view(server_args)
-        layout = layout_of(view.tp_size, attn_tp_size, view.dcp_size)
+        replicas = view.attn_dp_size
+        if view.enable_dp_attention and replicas == 1:  # the former spelling, resolved next
+            replicas = view.dp_size
+        layout = layout_of(view.tp_size, attn_tp_size, view.dcp_size, replicas)
         if layout.kvp_size > 1:
             gathers = server_args._raw_input.get("dcp_replicate_q_proj") is False
             declare_resolution(
@@ -202,7 +205,8 @@ def check(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 
     view, attn_tp_size = resolved_view(server_args), attn_tp_size_of(server_args)
-    if attn_tp_size is not None and attn_tp_size * view.dcp_size != view.tp_size:
+    ranks = view.tp_size // view.attn_dp_size
+    if attn_tp_size is not None and attn_tp_size * view.dcp_size != ranks:
         raise ValueError(
             f"--attn-tp-size {attn_tp_size} was not heard: these arguments were resolved before "
             "plugins were loaded. Call sglang.srt.plugins.load_plugins() before you build a parser "
@@ -231,6 +235,8 @@ def _raise(reasons: list[str]) -> None:
 
 
 def _check_heads(situation: Situation) -> None:
+    if situation.args.attn_dp_size > 1:
+        return  # a row of the table says what fits in a replica
     Layout(situation.args.tp_size, situation.args.dcp_size).check_heads(
         sharded_heads(situation.model),
         1 if situation.mla else situation.model.get_total_num_kv_heads(),
@@ -303,7 +309,7 @@ def _advise_faster(situation: Situation, backend: str) -> None:
         return
     if widths not in ((512, 64), (128,)):
         return
-    layout = Layout(args.tp_size, args.dcp_size)
+    layout = Layout(situation.attention_ranks, args.dcp_size)
     kv_heads = None if situation.mla else layout.kv_heads(model.get_total_num_kv_heads())
     heads = heads_name(sharded_heads(model) // layout.attn_tp_size, kv_heads)
     others = [

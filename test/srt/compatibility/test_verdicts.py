@@ -105,8 +105,8 @@ OWN: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "attention DP": (
         "Blackwell",
         "deepseek_v2",
-        {"attn_dp_size": 2, "dcp_size": 2},
-        ("attention data parallelism of MLA models and Qwen3.5",),
+        {"attn_dp_size": 2, "dcp_size": 2, **EAGLE, **CUTEDSL},
+        ("attention data parallelism of MLA models and Qwen3.5 beside what is untried", DRAFTS),
     ),
     "AMD": ("AMD", "deepseek_v2", {"attention_backend": "aiter"}, (PLATFORM,)),
     "Intel XPU": ("XPU", "qwen3_next", {"attention_backend": "intel_xpu"}, (PLATFORM,)),

@@ -33,7 +33,7 @@ class Case:
         self.everyone = object()
         self.parallel = SimpleNamespace(
             dcp_comm_backend="symm",
-            tp_size=8,
+            attn_tp_size=8,
             attn_dcp_size=4,
             dcp_group=self.group,
             tp_group=SimpleNamespace(cpu_group=self.everyone),

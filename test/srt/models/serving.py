@@ -104,7 +104,9 @@ def scheduler_of(rank: int, argv: list[str]) -> Any:
 
     if rank == 0:
         start_disagg_service()  # of a prefill server; nothing otherwise
-    scheduler = Scheduler(server_args, PortArgs.init_new(server_args))
+    # Given a replica and its port, no rank tries whether the launcher's ports are free.
+    ports = PortArgs.init_new(server_args, dp_rank=0, worker_ports=[free_port()])
+    scheduler = Scheduler(server_args, ports)
     scheduler.idle_sleeper = None
     return scheduler
 

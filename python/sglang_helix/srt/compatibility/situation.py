@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_helix import helix
-from sglang_helix.srt.configs.model_config import cut_window_of
+from sglang_helix.srt.configs.model_config import cut_window_of, sharded_heads
+from sglang_helix.srt.distributed.topology import legal_layouts
 from sglang_helix.srt.layers.attention.adapters import Attention
 
 
@@ -67,6 +68,12 @@ class Situation:
         """Ranks of an attention replica, which divide its heads: SGLang's attention TP size."""
         args = self.args
         return int(args.tp_size // args.attn_dp_size // args.attn_cp_size)
+
+    def fits(self, dcp_size: int) -> bool:
+        """Whether the model's heads can be laid out on an attention replica's ranks."""
+        kv_heads = 1 if self.mla else self.model.get_total_num_kv_heads()
+        layouts = legal_layouts(self.attention_ranks, sharded_heads(self.model), kv_heads)
+        return dcp_size in [layout.kvp_size for layout in layouts]
 
     @property
     def plain_heads_grouped(self) -> bool:

@@ -43,7 +43,7 @@ _REPORT = f"{_KEY}/report"
 
 # Resolved arguments by which a rank admits, chunks, batches and computes. Each goes by its own.
 _ARGUMENTS = (
-    *("pp_size", "dp_size", "ep_size", "enable_dp_attention"),
+    *("pp_size", "dp_size", "ep_size", "attn_dp_size"),
     *("page_size", "context_length", "max_total_tokens", "max_running_requests"),
     *("chunked_prefill_size", "max_prefill_tokens", "prefill_max_requests"),
     *("enable_mixed_chunk", "enable_dynamic_chunking", "disable_overlap_schedule"),

@@ -46,7 +46,7 @@ def initialize_model_parallel(
         with parallel.override(attn_dcp_size=1):
             original(*call, **options)
     if parallel_state._DCP is None:
-        layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+        layout = Layout(parallel.attn_tp_size, parallel.attn_dcp_size)
         world = parallel_state.get_world_group()
         parallel_state._DCP = parallel_state.init_model_parallel_group(
             layout.kvp_groups(world.world_size),

@@ -1,6 +1,7 @@
 """Seam 1, topology: how the ranks of one tensor-parallel group share attention.
 
-N = tp_size ranks; attention shards heads over A = N / K of them; the K ranks that hold the same
+N = tp_size ranks, or under attention data parallelism those of one replica, SGLang's
+attn_tp_size; attention shards heads over A = N / K of them; the K ranks that hold the same
 heads (a KVP group, SGLang's decode-context-parallel group) split the sequence of their cache.
 Ranks are numbered inside the tensor-parallel group: rank r works on attention shard r // K and
 has place r % K in its KVP group. After the exchange it owns query heads
@@ -114,20 +115,22 @@ def legal_layouts(tp_size: int, query_heads: int, kv_heads: int) -> list[Layout]
     return [layout for layout in layouts if not layout._head_problem(query_heads, kv_heads)]
 
 
-def layout_of(tp_size: int, attn_tp_size: int, dcp_size: int) -> Layout:
+def layout_of(tp_size: int, attn_tp_size: int, dcp_size: int, replicas: int = 1) -> Layout:
     """The layout of `--attn-tp-size`, which fixes K = N / A; `dcp_size` is 1 where not given.
 
-    Raises LayoutError where A does not divide N, or where `--dcp-size` was given and disagrees.
+    replicas: of attention, which share the `tp_size` ranks. Raises LayoutError where A does not
+    divide N, or where `--dcp-size` was given and disagrees.
     """
-    if attn_tp_size < 1 or tp_size % attn_tp_size:
+    ranks = tp_size // replicas
+    named = f"--tp-size {tp_size}" + (f" / --attn-dp-size {replicas}" if replicas > 1 else "")
+    if attn_tp_size < 1 or ranks % attn_tp_size:
         raise LayoutError(
-            f"--attn-tp-size {attn_tp_size} does not divide --tp-size {tp_size}: "
-            f"use one of {divisors(tp_size)}"
+            f"--attn-tp-size {attn_tp_size} does not divide {named}: use one of {divisors(ranks)}"
         )
-    layout = Layout(tp_size, tp_size // attn_tp_size)
+    layout = Layout(ranks, ranks // attn_tp_size)
     if dcp_size not in (1, layout.kvp_size):
         raise LayoutError(
-            f"--attn-tp-size {attn_tp_size} with --tp-size {tp_size} means --dcp-size "
+            f"--attn-tp-size {attn_tp_size} with {named} means --dcp-size "
             f"{layout.kvp_size}, but --dcp-size {dcp_size} was given: leave one of them out"
         )
     return layout

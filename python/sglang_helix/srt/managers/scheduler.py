@@ -39,7 +39,7 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
 
     parallel = get_parallel()
     runner = scheduler.tp_worker.model_runner
-    layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+    layout = Layout(parallel.attn_tp_size, parallel.attn_dcp_size)
     report = {
         "series": series_of(helix.installed_stages()),
         "kv_tokens": scheduler.max_total_num_tokens,
@@ -167,10 +167,13 @@ def describe(layout: Layout, runner: Any, report: dict[str, Any]) -> list[str]:
             f"Recurrent states: {slots[0]} in {slots[1] / 2**30:.2f} GiB of each rank, as plain TP "
             "holds them; --max-mamba-cache-size and --mamba-full-memory-ratio say how many"
         ]
+    replicas, place = parallel.attn_dp_size, parallel.attn_tp_rank
+    whose = f" of each of {replicas} attention replicas" if replicas > 1 else ""
     lines = [
-        f"Layout: N = {layout.tp_size} ranks; attention on A = {layout.attn_tp_size} head shards, "
-        f"each of K = {layout.kvp_size} ranks that split the sequence; FFN on all N",
-        f"Rank {rank}: head shard {layout.attn_shard(rank)}, place {layout.kvp_rank(rank)}; "
+        f"Layout: N = {layout.tp_size} ranks{whose}; attention on A = {layout.attn_tp_size} head "
+        f"shards, each of K = {layout.kvp_size} ranks that split the sequence; FFN on all "
+        f"{parallel.tp_size if whose else 'N'}",
+        f"Rank {rank}: head shard {layout.attn_shard(place)}, place {layout.kvp_rank(place)}; "
         f"KVP group {parallel.dcp_group.ranks}, attention TP group {attn_tp_group}",
         f"Heads: attends {heads // layout.attn_tp_size} query heads of {heads} over its tokens, "
         f"ends with {heads // layout.tp_size}; caches {held}",

@@ -68,7 +68,7 @@ def prepare_exchange(result: None, runner: Any) -> None:
     name = parallel.dcp_comm_backend
     if name not in BACKENDS or parallel.attn_dcp_size == 1:
         return
-    layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+    layout = Layout(parallel.attn_tp_size, parallel.attn_dcp_size)
     requests, drafts = _most_requests(), get_spec().speculative_num_draft_tokens
     if runner.use_mla_backend:
         widths = {config.kv_lora_rank}

@@ -69,7 +69,7 @@ def initialize_model(
     parallel = get_parallel()
     if parallel.attn_dcp_size == 1:
         return original(model_config, *args, **kwargs)
-    layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+    layout = Layout(parallel.attn_tp_size, parallel.attn_dcp_size)
     queries = bool(parallel.dcp_replicate_q_proj)
     heads, kv_heads = (
         sharded_heads(model_config),
@@ -102,7 +102,12 @@ def initialize_model(
 
 
 def _advice(layout: Layout, kv_heads: int, *, as_built: bool) -> str:
-    """What to do instead, for a model that can be served where its own heads stay as they are."""
+    """What to do instead; also for a model that is served where its own heads stay as they are."""
+    if get_parallel().attn_dp_size > 1:
+        return (
+            "Serve it without --attn-dp-size, for which its class of SGLang may not be made, or "
+            "without --dcp-size."
+        )
     widest, rest = divmod(layout.tp_size, kv_heads)
     if not as_built or rest or widest < 2:
         return "Serve it without --dcp-size."

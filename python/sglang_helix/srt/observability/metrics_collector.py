@@ -36,7 +36,7 @@ class Metrics:
         from prometheus_client import Counter, Gauge
 
         parallel = get_parallel()
-        layout = Layout(parallel.tp_size, parallel.attn_dcp_size)
+        layout = Layout(parallel.attn_tp_size, parallel.attn_dcp_size)
         self._scheduler, self._size = scheduler, layout.kvp_size
         # None where upstream exchanges: fi_a2a.
         self._exchanger: Exchanger | None = getattr(parallel.dcp_group, "exchanger", None)
@@ -45,8 +45,8 @@ class Metrics:
         shape = {
             "attn_tp_size": str(layout.attn_tp_size),
             "dcp_size": str(layout.kvp_size),
-            "attn_shard": str(layout.attn_shard(parallel.tp_rank)),
-            "dcp_rank": str(layout.kvp_rank(parallel.tp_rank)),
+            "attn_shard": str(layout.attn_shard(parallel.attn_tp_rank)),
+            "dcp_rank": str(layout.kvp_rank(parallel.attn_tp_rank)),
             "dcp_comm_backend": parallel.dcp_comm_backend,
         }
         info = Gauge(

@@ -64,7 +64,13 @@ def situation(**changed: Any) -> Any:
         get_max_num_attention_heads=lambda: facts["heads"],
         hf_text_config=None,
     )
-    return SimpleNamespace(args=SimpleNamespace(**facts), model=model, mla=True, attention="MLA")
+    return SimpleNamespace(
+        args=SimpleNamespace(**facts),
+        attention_ranks=facts["tp_size"],
+        model=model,
+        mla=True,
+        attention="MLA",
+    )
 
 
 @pytest.mark.parametrize(

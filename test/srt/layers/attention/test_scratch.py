@@ -39,7 +39,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     bags = {
         "get_exec": SimpleNamespace(kernel=kernel),
-        "get_parallel": SimpleNamespace(tp_size=8, attn_dcp_size=8),
+        "get_parallel": SimpleNamespace(attn_tp_size=8, attn_dcp_size=8),
         "get_schedule": SimpleNamespace(mem_fraction_static=0.9),
         "get_spec": SimpleNamespace(speculative_num_draft_tokens=None),
         "get_device_core_count": 132,

@@ -8,29 +8,59 @@ from sglang_helix.srt.compatibility.conditions import (
     not_of_mla,
     on_platform,
 )
-from sglang_helix.srt.compatibility.row import WITHOUT, Row
+from sglang_helix.srt.compatibility.row import WITHOUT, Given, Row
 from sglang_helix.srt.compatibility.situation import Situation
 from sglang_helix.srt.distributed.topology import divisors
 
+# What the series has not tried beside attention data parallelism.
+_UNTRIED = (
+    "drafts, windows, recurrent states, pipelines, host caches, disaggregation, symm and "
+    "--dcp-replicate-v-proj"
+)
 
-def _attention_replicas(situation: Situation, *, own: bool) -> object | None:
+
+def _untried(situation: Situation) -> bool:
     args = situation.args
-    served = situation.attention_ranks % args.dcp_size == 0 and situation.sglang_groups_heads
-    return args.attn_dp_size if args.attn_dp_size > 1 and served == own else None
+    return bool(
+        args.speculative_algorithm
+        or situation.windows
+        or situation.cut_windows
+        or situation.hybrid is not None
+        or args.pp_size > 1
+        or args.enable_hierarchical_cache
+        or args.disaggregation_mode not in ("null", None)
+        or args.dcp_comm_backend == "symm"
+        or situation.replicates_v_proj
+    )
+
+
+def _served_in_replicas(situation: Situation, dcp_size: int) -> str:
+    """By whom attention replicas are served with a `--dcp-size`: a status of a row, or "untried".
+
+    Only SGLang serves what the series has not tried, where it would answer right.
+    """
+    if situation.attention_ranks % dcp_size:
+        return "refused"
+    if situation.fits(dcp_size) and not _untried(situation):
+        return "works"
+    if situation.sglang_groups_heads_of(dcp_size):
+        return "own"
+    return "untried" if situation.fits(dcp_size) else "refused"
+
+
+def _attention_replicas(served: str) -> Given:
+    def replicas(situation: Situation) -> object | None:
+        args = situation.args
+        by_whom = args.attn_dp_size > 1 and _served_in_replicas(situation, args.dcp_size)
+        return args.attn_dp_size if by_whom == served else None
+
+    return replicas
 
 
 def _sizes_in_replicas(situation: Situation) -> list[int]:
-    """Every `--dcp-size` that SGLang serves in attention replicas of that many ranks."""
+    """Every `--dcp-size` that is served in attention replicas of that many ranks."""
     sizes = divisors(situation.attention_ranks)[1:]
-    return [size for size in sizes if situation.sglang_groups_heads_of(size)]
-
-
-def _attention_replicas_of_sglang(situation: Situation) -> object | None:
-    return _attention_replicas(situation, own=True)
-
-
-def _attention_replicas_refused(situation: Situation) -> object | None:
-    return _attention_replicas(situation, own=False)
+    return [size for size in sizes if _served_in_replicas(situation, size) in ("works", "own")]
 
 
 def values_first(situation: Situation) -> object | None:
@@ -85,23 +115,40 @@ PARALLEL: tuple[Row, ...] = (
     Row("expert parallelism", "--ep-size", "works", "answers equal plain TP, MLA"),
     Row("data-parallel replicas", "--dp-size", "works", "two replicas of two ranks, MLA"),
     Row(
-        "attention data parallelism of MLA models and Qwen3.5",
+        "attention data parallelism",
+        "--attn-dp-size",
+        "works",
+        "two replicas of two ranks, also idle ones, GQA and MLA; not seen on a GPU",
+    ),
+    Row(
+        "attention data parallelism of MLA models and Qwen3.5 beside what is untried",
         "--attn-dp-size",
         "own",
-        "groups of a replica: dcp size divides tp size / attn dp size; GQA too, where what is left "
-        "of head shards is a multiple of the key-value heads",
-        given=_attention_replicas_of_sglang,
+        f"the series has not tried it beside {_UNTRIED}; GQA too, where what is left of head "
+        "shards is a multiple of the key-value heads",
+        given=_attention_replicas("own"),
         alone="serves",
         proof="arg_groups/parallel_hook.py",
+    ),
+    Row(
+        "attention data parallelism beside what is untried",
+        "--attn-dp-size",
+        "refused",
+        f"it has not been tried beside {_UNTRIED}",
+        f"Leave those out, or {_ONE_GROUP}",
+        _attention_replicas("untried"),
+        alone="wrong",
+        proof="sgl-project/sglang#34355",
+        sizes=_sizes_in_replicas,
     ),
     Row(
         "other attention data parallelism",
         "--attn-dp-size",
         "refused",
-        "dcp size does not divide the ranks of a replica, tp size / attn dp size, or leaves fewer "
-        "head shards of them than key-value heads",
+        "dcp size does not divide the ranks of a replica, tp size / attn dp size, or the heads "
+        "cannot be shared among them",
         f"Instead, {_ONE_GROUP}",
-        _attention_replicas_refused,
+        _attention_replicas("refused"),
         alone="wrong",
         proof="sgl-project/sglang#34355",
         sizes=_sizes_in_replicas,

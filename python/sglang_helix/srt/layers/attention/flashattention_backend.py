@@ -44,7 +44,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
         self.group_kv_heads: int = model_runner.model_config.get_num_kv_heads(
-            get_parallel().tp_size, self.shard.size
+            get_parallel().attn_tp_size, self.shard.size
         )
         if self.mla and model_runner.kv_cache_dtype != model_runner.dtype:
             # A checkpoint may ask for it too, which start-up does not see.

@@ -224,7 +224,7 @@ def prepare(runner: ModelRunner, captured: int, largest: int) -> Scratch:
         cap = asked if asked != NOT_ASKED else None
     layers, tuning = sharded_layers(runner.model, config), MLA if mla else GQA
     kv_heads = {1} if mla else {layer.tp_k_head_num for layer in layers}
-    heads = sharded_heads(config) // parallel.tp_size * parallel.attn_dcp_size
+    heads = sharded_heads(config) // parallel.attn_tp_size * parallel.attn_dcp_size
     # Drafts that are verified are heads of their requests, where decode's kernel takes so many.
     folded_heads = heads * (get_spec().speculative_num_draft_tokens or 1)
     if any(tuning.tile.fits(folded_heads, count) for count in kv_heads):

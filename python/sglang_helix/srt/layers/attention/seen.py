@@ -332,6 +332,11 @@ PARTS: tuple[Part, ...] = (
         "servers or SGLang's schedulers",
     ),
     Part(
+        "attention data parallelism (`--attn-dp-size`)",
+        "SGLang's schedulers against `transformers`: two replicas of two ranks, also one of them "
+        "idle, and two servers",
+    ),
+    Part(
         "Mooncake's store behind the hierarchical cache of MLA",
         "SGLang's schedulers against `transformers`, over a stand-in for its client",
     ),

@@ -89,7 +89,7 @@ class ShardedAttention(Drafts, OwnedRows):
             raise SeriesError(f"no {parallel.dcp_comm_backend} exchange was made for the KVP group")
         # H: the query heads of the whole KVP group.
         self.heads: int = (
-            sharded_heads(model_runner.model_config) // parallel.tp_size * self.shard.size
+            sharded_heads(model_runner.model_config) // parallel.attn_tp_size * self.shard.size
         )
         self.base2: bool = record_of(type(self)).base2
 
@@ -191,6 +191,24 @@ class ShardedAttention(Drafts, OwnedRows):
         self, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> None:
         """None: the fused kernels write at slots, not at rows."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Any,
+        v: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """What SGLang calls. An idle attention replica brings padding alone, as wide as the rest.
+
+        Upstream's is as wide as the heads that the layer projects, which may be the whole group's.
+        """
+        if forward_batch.forward_mode.is_idle() and not self.mla:
+            return q.new_empty(q.shape[0], self.heads // self.shard.size * layer.v_head_dim)
+        return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
     def forward_decode(
         self,

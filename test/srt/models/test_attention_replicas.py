@@ -1,0 +1,90 @@
+"""Attention data parallelism: each replica of attention serves requests of its own.
+
+The ranks of a replica shard its cache; experts and dense layers are on all ranks, which go through
+every pass together: a replica without requests brings none, or one that is padding.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_cpu_reference.checkpoints import make_checkpoint
+from srt.expected import check, prompt
+from srt.fresh import Fresh
+from srt.models.serving import Answer, answer_to, command_line, generate_request, scheduler_of, turn
+
+RANKS, REPLICAS, PAGE, CHUNK = 4, 2, 4, 32
+NEW_TOKENS = 4
+LONG = prompt(2 * CHUNK + 5, seed=1)
+#: Batches of prompts, which go to the replicas in turn. One alone; the edges of a page and of a
+#: widened one, all at once; some that continue others in the cache of the same replica.
+BATCHES = (
+    (LONG,),
+    tuple(prompt(length, seed=2) for length in (1, 3, 4, 5, 7, 8, 9)),
+    (LONG + prompt(6, seed=3), prompt(3, seed=2) + prompt(20, seed=4), prompt(CHUNK + 1, seed=5)),
+)
+SIZES = (
+    *("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK * REPLICAS)),
+    *("--max-total-tokens", "512"),
+)
+
+
+def serve_replicas(rank: int, argv: list[str]) -> list[list[Answer]]:
+    """In a rank's process: the answers to what its replica was asked of each batch."""
+    scheduler = scheduler_of(rank, argv)
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel, answers = get_parallel(), []
+    assert (parallel.attn_dp_size, parallel.attn_dcp_size) == (REPLICAS, RANKS // REPLICAS)
+    for prompts in BATCHES:
+        own = prompts[parallel.attn_dp_rank :: REPLICAS]
+        scheduler.process_input_requests(
+            [generate_request(str(n), tokens, NEW_TOKENS) for n, tokens in enumerate(own)]
+        )
+        requests = list(scheduler.waiting_queue)
+        while not all(parallel.tp_group.all_gather_object(scheduler.is_fully_idle())):
+            turn(scheduler)
+        scheduler.on_idle()  # ends the rank if a slot of its pool is lost
+        answers.append([answer_to(request) for request in requests])
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("deepseek_v2", ("--attn-dp-size", "2", "--dcp-size", "2", "--dcp-comm-backend", "ag_rs")),
+        (
+            "qwen3_moe",
+            (
+                *("--enable-dp-attention", "--dp-size", "2"),
+                *("--attn-tp-size", "1", "--dcp-comm-backend", "a2a"),
+            ),
+        ),
+    ],
+    ids=["deepseek_v2", "qwen3_moe"],
+)
+def test_answers_equal_transformers(
+    ready: Fresh, tmp_path: Path, family: str, flags: tuple[str, ...]
+) -> None:
+    model = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
+    answers = ready.ranks(serve_replicas, RANKS, command_line(model, RANKS, *flags, *SIZES))
+    cached: list[Any] = []
+    for rank, of_rank in enumerate(answers):
+        replica = rank // (RANKS // REPLICAS)
+        for prompts, of_batch in zip(BATCHES, of_rank, strict=True):
+            own = prompts[replica::REPLICAS]
+            for tokens, got in zip(own, of_batch, strict=True):
+                check(model, tokens, got, NEW_TOKENS)
+        cached.append([answer.cached_tokens for answer in of_rank[-1]])
+    assert cached[0][0] >= 2 * CHUNK
+
+
+def test_classes_that_know_no_replicas_are_refused(ready: Fresh, tmp_path: Path) -> None:
+    """Llama's divides its heads by --tp-size, as it does in SGLang alone."""
+    model = make_checkpoint("llama", tmp_path / "llama", num_hidden_layers=1)
+    flags = ("--attn-dp-size", "2", "--dcp-size", "2", "--dcp-comm-backend", "a2a")
+    argv = command_line(model, RANKS, *flags, *SIZES)
+    for rank in ready.outcomes([(serve_replicas, rank, argv) for rank in range(RANKS)]):
+        assert rank.status == 1
+        assert "does not support LlamaForCausalLM" in rank.output
+        assert "Serve it without --attn-dp-size" in rank.output
