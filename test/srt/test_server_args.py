@@ -44,6 +44,15 @@ def test_a_named_exchange_is_kept(resolved: Resolve, family: str, backend: str) 
         assert found.args["dcp_comm_backend"] == backend, found.error
 
 
+@pytest.mark.parametrize("family", WORKING)
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_symm_on_either_side_of_a_transfer(resolved: Resolve, family: str, mode: str) -> None:
+    flags = {"tp_size": 4, "dcp_size": 2, "page_size": 16, "attention_backend": "triton"}
+    asked = {"disaggregation_mode": mode, "dcp_comm_backend": "symm"}
+    found = resolved("Hopper", family, **flags, **asked)
+    assert found.args["dcp_comm_backend"] == "symm", found.error
+
+
 def test_symm_without_a_sharded_cache(resolved: Resolve) -> None:
     said = resolved("Hopper", "llama", tp_size=4, dcp_comm_backend="symm").error
     assert "--dcp-comm-backend symm exchanges between the ranks that split a cache" in said

@@ -111,12 +111,13 @@ def test_retracted_requests_are_answered(servers: Fresh, tmp_path: Path, family:
     assert "Retract requests" in received[0].output
 
 
-def test_failures_in_transfer(servers: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["deepseek_v2", "llama"])
+def test_failures_in_transfer(servers: Fresh, tmp_path: Path, family: str) -> None:
     """Aborted as it is written, or its prefill server killed: an error, and no slot is lost.
 
     Also none of a request that this server never came to, and of one that finds it gone.
     """
-    model = make_checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
+    model = make_checkpoint(family, tmp_path / "model", num_hidden_layers=2)
     tokens, stalls = prompt(3 * PAGE + 1), tmp_path / "stalls"
     sent, received = failures(servers, model, PLAIN, A2A, tokens, stalls)
     assert sent[0].status == 9, sent[0].output

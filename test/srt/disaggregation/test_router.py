@@ -14,7 +14,9 @@ from sglang_cpu_reference.server import Client, Server, ServerError, free_port
 from srt.disaggregation.pair import IMPATIENT
 from srt.expected import check, prompt
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "pd_gqa.sh"
+EXAMPLES = Path(__file__).parents[3] / "examples"
+#: The example of a family's attention; they differ in sizes alone, which are given.
+EXAMPLE = {"llama": "pd_gqa.sh", "deepseek_v2": "pd_mla.sh"}
 NEW_TOKENS = 6
 PAGE, RANKS, CHUNK = 64, 2, 128
 #: The edges of a page and of two ranks' widened one, and three chunks.
@@ -22,12 +24,15 @@ LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, *(RANKS * PAGE + d for d in (-1, 0, 1)),
 
 
 @contextmanager
-def router(prefill: Server, decode: Server, bootstrap: str, log: Path) -> Iterator[Client]:
+def router(
+    family: str, prefill: Server, decode: Server, bootstrap: str, log: Path
+) -> Iterator[Client]:
     """The router of `examples/`, once it knows both servers."""
     client = Client(free_port())
     ports = {"PREFILL": prefill.port, "DECODE": decode.port}
     env = {name: f"127.0.0.1:{port}" for name, port in ports.items()} | {"BOOTSTRAP": bootstrap}
-    command = [EXAMPLE, "router", "--host", "127.0.0.1", "--port", str(client.port)]
+    example = EXAMPLES / EXAMPLE[family]
+    command = [example, "router", "--host", "127.0.0.1", "--port", str(client.port)]
     # Its own has one number for every router of a machine, and ends the second one.
     command += ["--prometheus-port", str(free_port())]
     with log.open("w") as out:
@@ -49,13 +54,14 @@ def router(prefill: Server, decode: Server, bootstrap: str, log: Path) -> Iterat
 
 
 @pytest.mark.server
-def test_answers_through_the_router(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", EXAMPLE)
+def test_answers_through_the_router(tmp_path: Path, family: str) -> None:
     """Eight at once, twice; then the prefill server is killed as it serves eight more.
 
     Its clients hear of it, and so do later ones; the decode server holds nothing for them.
     """
     pytest.importorskip("sglang_router", reason="needs sglang-router")
-    model = make_checkpoint("llama", tmp_path / "llama")
+    model = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
     bootstrap = str(free_port())
     sizes = ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     prompts = [prompt(length) for length in LENGTHS]
@@ -72,7 +78,7 @@ def test_answers_through_the_router(tmp_path: Path) -> None:
             "--disaggregation-decode-enable-radix-cache",
             late_env=IMPATIENT,
         ) as decode,
-        router(prefill, decode, bootstrap, tmp_path / "router.log") as client,
+        router(family, prefill, decode, bootstrap, tmp_path / "router.log") as client,
         ThreadPoolExecutor(len(prompts)) as clients,
     ):
         for _ in range(2):  # the second time from the prefix caches of both servers
