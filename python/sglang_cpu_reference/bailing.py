@@ -67,7 +67,7 @@ class _Lightning(nn.Module):
         # The first layer forgets fastest.
         self.share = 1 - layer / (config.num_hidden_layers - 1) + 1e-5
 
-    def forward(self, x: Tensor, positions: Tensor, cache: _States) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, kept: Tensor, cache: _States) -> Tensor:
         shape = (*x.shape[:2], self.heads, self.width)
         q, k, v = (part.view(shape) for part in self.query_key_value(x).chunk(3, dim=-1))
         q, k, v = (
@@ -79,6 +79,7 @@ class _Lightning(nn.Module):
             torch.cat([part, whole[..., self.rotated :]], dim=-1)
             for part, whole in zip(turned, (q, k), strict=True)
         )
+        k = k * kept[positions, None]
         steps = torch.arange(1.0, x.shape[1] + 1)
         # Of a power of two heads.
         pace = self.share * 2 ** (-8 / self.heads * torch.arange(1, self.heads + 1))[:, None, None]
@@ -147,15 +148,16 @@ class _Layer(nn.Module):
         self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: _States) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, kept: Tensor, cache: _States) -> Tensor:
         normed = self.input_layernorm(x)
         if self.full:
             turns = _rotations(positions, self.rotated, self.theta)
-            later = torch.arange(int(positions[-1]) + 1) > positions[:, None]
-            mask = torch.zeros(later.shape).masked_fill(later, -torch.inf)[None, None]
+            unseen = (torch.arange(len(kept)) > positions[:, None]) | ~kept
+            lowest = torch.finfo(x.dtype).min  # a token that sees none has no softmax of infinities
+            mask = torch.zeros(unseen.shape).masked_fill(unseen, lowest)[None, None]
             x = x + self.attention(normed, turns, mask, cache)[0]
         else:
-            x = x + self.attention(normed, positions, cache)
+            x = x + self.attention(normed, positions, kept, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -181,15 +183,24 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel):  # noqa: N801 as published
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, past_key_values: _States | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: _States | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [1, T, vocabulary] of the tokens [1, T] behind those that were read before."""
+        """Logits [1, T, vocabulary] of the tokens [1, T] behind those that were read before.
+
+        attention_mask: [1, tokens read and these]; 0 for those that nothing looks at.
+        """
         cache = _States() if past_key_values is None else past_key_values
-        positions = torch.arange(cache.read, cache.read + input_ids.shape[1])
+        read = cache.read + input_ids.shape[1]
+        positions = torch.arange(cache.read, read)
+        kept = torch.ones(read) if attention_mask is None else attention_mask[0]
         x = self.model.word_embeddings(input_ids)
         for layer in self.model.layers:
-            x = layer(x, positions, cache)
-        cache.read += input_ids.shape[1]
+            x = layer(x, positions, kept.bool(), cache)
+        cache.read = read
         return CausalLMOutputWithPast(
             logits=self.lm_head(self.model.norm(x)), past_key_values=cache
         )
