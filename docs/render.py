@@ -133,7 +133,7 @@ that a server starts and that no layer of it is of a kind that the series does n
 test (of `test/srt`, from `docs/models/proof.json`) compares tokens and log-probabilities of a tiny
 model of the same class with `transformers`, not this model itself, or shows the refusal.
 
-| model | verdict | flags | gain, 8 | 16 | attention by | proven by | why, or what was not seen |
+| model | verdict | flags | gain, 8 | 16 | attention by | proven by | why, or what to know |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 """
@@ -148,7 +148,7 @@ READ_WITH = {
     "their input (`zero_expert_num`), and each of its ranks adds them to what is summed up",
     "MiMo-V2-Flash": 'read with `--trust-remote-code`, or with `rope_parameters` of type "default"',
     "Mistral-Large-3-675B": "as published, in Mistral's format, but for the widths of its vision "
-    "tower, which nobody here has read. Queries are scaled by position in every chunk and by every "
+    "tower, which were not at hand. Queries are scaled by position in every chunk and by every "
     "backend, which plain SGLang leaves out in many",
     "Step-3.5-Flash": "read with `--trust-remote-code`, or with an empty `per_layer_config`",
 }
@@ -330,10 +330,10 @@ def attention_backends() -> str:
             needs.append("no sliding windows")
         if record.unseen:
             kinds = " and ".join(record.unseen)
-            needs.append(f"**not seen on a GPU** with {kinds}: only where it is named")
+            needs.append(f"**no server seen on a GPU** with {kinds}: only where it is named")
         for kind in filter(record.classes, ATTENTIONS):
             if not (record.own_class(kind) or seen_on_a_gpu(record.name, kind)):
-                needs.append(f"**not seen on a GPU** with {kind}")
+                needs.append(f"**no server seen on a GPU** with {kind}")
         base = "2" if record.base2 else "e"
         lines.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
     return (
@@ -341,9 +341,9 @@ def attention_backends() -> str:
 
 Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/adapters.py`), in
 order of preference. Where none is named, SGLang's default for the machine is kept if it is here,
-unless no GPU has run its adapter ([status.md](status.md)); otherwise the first that serves the
-model and runs on the machine is taken, and the log says so. "own": complete upstream, with the
-series' exchange. To add one:
+unless no server on a GPU has run its adapter ([status.md](status.md)); otherwise the first that
+serves the model and runs on the machine is taken, and the log says so. "own": complete upstream,
+with the series' exchange. To add one:
 [CONTRIBUTING.md](../CONTRIBUTING.md#1-add-an-adapter-for-one-of-sglangs-attention-backends).
 
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |

@@ -1,4 +1,4 @@
-"""How the tests run: servers forked, and in several processes where the machine has room.
+"""How the tests run: servers forked, the dearest files first, in as many processes as have room.
 
 Its presence puts this folder on sys.path: tests import helpers as ``srt.distributed.ranks``.
 """

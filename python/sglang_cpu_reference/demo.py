@@ -1,10 +1,10 @@
 """``python -m sglang_cpu_reference.demo``: the same prompts over sharded caches and whole ones.
 
 Makes a tiny DeepSeek-V2-shaped checkpoint (MLA, mixture of experts) and a tiny Llama-shaped one
-(GQA) with random weights, starts the real server for each with plain tensor parallelism, with
-decode context parallelism, and with that on two nodes; compares tokens, log-probabilities, capacity
-and time; and draws who holds which tokens. With --real it fetches a small real model instead, see
-`demo_real`.
+(GQA) with random weights, starts the real server for each with plain tensor parallelism, and with
+decode context parallelism, the first once more on two nodes; compares tokens, log-probabilities,
+capacity and time; and draws who holds which tokens. With --real it fetches a small real model
+instead, see `demo_real`.
 """
 
 import argparse

@@ -21,8 +21,6 @@ from sglang_cpu_reference import (
 )
 
 _START_METHOD_SET_IN = "sglang.srt.entrypoints.engine._set_envs_and_config"
-_HOST_POOL = "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__"
-_PADDING = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch"
 _EXPERTS = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 _ROTARY = "sglang.srt.layers.rotary_embedding"
 _BOOTSTRAP = "sglang.srt.distributed.bootstrap"
@@ -43,8 +41,8 @@ def register() -> None:
         HookRegistry.register(_START_METHOD_SET_IN, forkserver.use, HookType.AFTER)
     for target, replacement in _REPLACED.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
-    HookRegistry.register(_HOST_POOL, _unpinned, HookType.BEFORE)
-    HookRegistry.register(_PADDING, _padded_on_the_cpu, HookType.BEFORE)
+    for target, before in _BEFORE.items():
+        HookRegistry.register(target, before, HookType.BEFORE)
     for target, wrapper in _AROUND.items():
         HookRegistry.register(target, wrapper, HookType.AROUND)
     linear_attention.install()
@@ -143,12 +141,18 @@ def _unpinned(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any
     return args, {**kwargs, "pin_memory": False}
 
 
-def _padded_on_the_cpu(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Batches of attention replicas are made as long as each other, without pinned memory."""
+def _padded_on_the_cpu(batch: Any, runner: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Batches of attention replicas are made as long as each other, without pinned memory.
+
+    Adapters on stand-ins for kernels are asked what a GPU's would be: a padded request's length.
+    """
     from sglang.srt.model_executor import forward_batch_info
 
     forward_batch_info._is_cpu = True
-    return args, kwargs
+    backend = runner.attn_backend
+    if not hasattr(backend, "get_cpu_graph_seq_len_fill_value"):
+        backend.get_cpu_graph_seq_len_fill_value = backend.get_cuda_graph_seq_len_fill_value
+    return (batch, runner), {}
 
 
 def _copy_rows(dst: Any, src: Any, dim: int, offset: Any, sz: Any, offset_src: bool) -> None:
@@ -283,9 +287,17 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 }
 
 
+_BEFORE: dict[str, Callable[..., Any]] = {
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__": _unpinned,
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch": (
+        _padded_on_the_cpu
+    ),
+}
+
+
 def verify() -> None:
     """Stop the process unless every hook took; called in each rank before it builds a group."""
-    hooked = {*_REPLACED, *_AROUND, _HOST_POOL, _PADDING}
+    hooked = {*_REPLACED, *_AROUND, *_BEFORE}
     missing = sorted(hooked - HookRegistry._patched)
     if missing:
         raise SystemExit(

@@ -73,7 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     asked.add_argument(
         "--model-path", "--model", nargs="+", required=True, help="directories with a config.json"
     )
-    asked.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
+    asked.add_argument(
+        *("--tp", "--tp-size", "--tensor-parallel-size"),
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="ranks; without a layout's flags also several numbers: one that works is enough",
+    )
     asked.add_argument(
         "--on",
         type=str.capitalize,
@@ -215,23 +222,29 @@ def print_export(checkout: Path, branch: str, patches: Path | None) -> int:
     return 0
 
 
-def print_verdict(paths: list[str], tp_size: int, server: list[str], machine: str | None) -> int:
+def print_verdict(
+    paths: list[str], tp_sizes: list[int], server: list[str], machine: str | None
+) -> int:
     """Print a line a model: its verdict, and why; 1 where one is refused.
 
-    Without a layout among the flags, every one that the model's heads allow on `tp_size` ranks.
+    Without a layout among the flags, every one that the model's heads allow on so many ranks.
     """
     if machine is None and (machine := machine_here()):
         named = ", ".join(MACHINES)
         print(f"this machine has no GPU: as on {machine} (--on: {named})", file=sys.stderr)
     asked = LAYOUT_FLAGS & {flag.partition("=")[0] for flag in server}
-    refused = False
+    refused, one_server = False, bool(asked) or tp_sizes == [1]
+    if one_server and len(tp_sizes) > 1:
+        numbers = " ".join(map(str, tp_sizes))
+        print(f"refused: --tp {numbers}: give one number beside {', '.join(sorted(asked))}")
+        return 1
     with Builder() as builder:
         for path in paths:
-            if asked or tp_size == 1:
-                argv = ["--model-path", path, "--tp-size", str(tp_size), *server]
+            if one_server:
+                argv = ["--model-path", path, "--tp-size", str(tp_sizes[0]), *server]
                 answer = check(argv, builder, machine)
             else:
-                answer = check_layouts(path, tp_size, server, builder, machine)
+                answer = check_layouts(path, tp_sizes, server, builder, machine)
             name = f"{path}: " if len(paths) > 1 else ""
             print(f"{name}{answer.verdict}: {answer.meaning}", flush=True)
             refused |= answer.verdict == "refused"

@@ -8,6 +8,7 @@ the model's layers follow, in a process of their own (build.py).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -135,30 +136,35 @@ def layouts(
 
 def check_layouts(
     model_path: str,
-    tp_size: int,
+    tp_sizes: Sequence[int],
     argv: Sequence[str],
     builder: Builder,
     machine: str | None = None,
 ) -> Answer:
-    """The verdict of a model over all its layouts on N ranks: one that works is enough."""
+    """The verdict of a model over all its layouts on N ranks: one that works is enough.
+
+    tp_sizes: every N to try; where they are several, a layout is named with its own.
+    """
     try:
-        listed = layouts(model_path, tp_size, machine)
+        listed = {n: layouts(model_path, n, machine) for n in tp_sizes}
     except (OSError, ValueError) as unreadable:
         return Answer("refused", str(unreadable))
-    if not listed:
-        return Answer("refused", f"its heads allow no sharded cache on {tp_size} ranks")
-    flags = ["--model-path", model_path, "--tp-size", str(tp_size), *argv]
-    said: dict[tuple[str, str, str], list[str]] = {}
-    for layout, gain in listed:
-        answer = check([*flags, *layout], builder, machine)
-        # A refusal may name the value that was asked for; one of each kind is enough.
-        reason = "" if answer.verdict == "works" and answer.built else answer.meaning
-        place = (answer.verdict, answer.attention, reason.replace(layout[1], "_"))
-        said.setdefault(place, []).append(f"{' '.join(layout)} ({gain:g}x)")
+    if not any(listed.values()):
+        numbers = " or ".join(map(str, tp_sizes))
+        return Answer("refused", f"its heads allow no sharded cache on {numbers} ranks")
+    # Layouts and the first one's reason. It may name sizes: one of each kind is enough.
+    said: dict[tuple[str, str, str], tuple[list[str], str]] = {}
+    for tp_size, layout, gain in ((n, *one) for n in tp_sizes for one in listed[n]):
+        ranks = ["--tp-size", str(tp_size)]
+        answer = check(["--model-path", model_path, *ranks, *argv, *layout], builder, machine)
+        reason = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
+        kind = (answer.verdict, answer.attention, re.sub(r"\d+", "", reason))
+        named = [*ranks, *layout] if len(tp_sizes) > 1 else layout
+        said.setdefault(kind, ([], reason))[0].append(f"{' '.join(named)} ({gain:g}x)")
     parts, verdicts = [], {verdict for verdict, *_ in said}
-    for (verdict, attention, reason), which in said.items():
+    for (verdict, attention, _), (which, reason) in said.items():
         by = f" by {attention}" if attention else ""
-        because = f": {first_line(reason)}" if reason else ""
+        because = f": {reason}" if reason else ""
         parts.append(f"{', '.join(which)} {verdict}{by}{because}")
     best = next(kind for kind in ("works", "own", "refused") if kind in verdicts)
     return Answer(best, "; ".join(parts), next((by for _, by, _ in said if by), ""))

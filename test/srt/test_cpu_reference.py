@@ -137,7 +137,7 @@ def test_a_hook_that_did_not_take_stops_the_rank(monkeypatch: pytest.MonkeyPatch
     from sglang_cpu_reference.platform import CpuReferencePlatform
 
     platform = CpuReferencePlatform()
-    hooked = {*plugin._AROUND, *plugin._REPLACED, plugin._HOST_POOL}
+    hooked = {*plugin._AROUND, *plugin._REPLACED, *plugin._BEFORE}
     monkeypatch.setattr(HookRegistry, "_patched", hooked)
     assert platform.get_group_coordinator_device(0) == torch.device("cpu")
     for lost in hooked:

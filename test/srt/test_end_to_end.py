@@ -1,8 +1,9 @@
 """The real server over HTTP, and every layout in schedulers, against ``transformers``.
 
 All layouts serve the same load, one request at a time and in batches, with both exchanges: on a
-server each family and each layout once, the rest through SGLang's schedulers without one. The
-oracle shares no code with SGLang. Each rank checks at idle that no slot of its pool is lost (see
+server each family and each layout once, the rest through SGLang's schedulers without one; one
+by fa3 on stand-ins for its kernels. So are recurrent states, and windows with sinks. The oracle
+shares no code with SGLang. Each rank checks at idle that no slot of its pool is lost (see
 `managers/invariant_checker.py`); a rank that finds one lost ends, and the test with it.
 """
 

@@ -151,6 +151,35 @@ def test_attention_replicas_name_the_sizes_that_work(
         assert resolved(machine, family, launched=True, dcp_size=each, **asked).error == ""
 
 
+@pytest.mark.parametrize("layout", [{"dcp_size": 2}, {"attn_tp_size": 2}])
+def test_attention_replicas_divide_the_ranks(resolved: Resolve, layout: dict[str, int]) -> None:
+    found = resolved("Hopper", "llama", tp_size=8, attn_dp_size=3, **layout)
+    assert "--attn-dp-size 3 does not divide --tp-size 8: use one of [1, 2, 4, 8]" in found.error
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"dcp_comm_backend": "symm", "attention_backend": "triton"},
+        {"pp_size": 2},
+        {"nnodes": 2, "node_rank": 0, "dist_init_addr": "127.0.0.1:1"},
+        {"enable_hierarchical_cache": True},
+        {"enable_mixed_chunk": True},
+        {"enable_dp_lm_head": True},
+        {"moe_dense_tp_size": 1},
+        {"enable_dp_attention_local_control_broadcast": True},
+    ],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_what_is_untried_beside_attention_replicas(
+    resolved: Resolve, beside: dict[str, Any]
+) -> None:
+    flags = {"tp_size": 4, "attn_dp_size": 2, "dcp_size": 2, "page_size": 1}
+    assert resolved("Hopper", "llama", **flags).error == ""
+    found = resolved("Hopper", "llama", **{**flags, **beside})
+    assert "it has not been tried beside drafts, windows, " in found.error
+
+
 # Rows of the compatibility table, as a user would ask for them.
 
 UPSTREAM = "SGLang refuses it first"

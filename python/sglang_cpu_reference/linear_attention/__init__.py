@@ -1,4 +1,4 @@
-"""Recurrent states of hybrid models, upstream Triton kernels, in plain torch, token by token.
+"""Recurrent states of hybrid models, upstream's Triton kernels, in plain torch, token by token.
 
 What stands in the place of a kernel takes its arguments and leaves behind what it leaves; a
 request whose slot is negative is padding. States and sums are fp32, whatever comes in. Shapes:

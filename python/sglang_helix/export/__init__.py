@@ -1,4 +1,4 @@
-"""The series as commits on SGLang's own tree, made at the user's place from `series.py`.
+"""The series as commits on SGLang's own tree, made at the user's place from series.py and hooks/.
 
 One commit a patch, in order. Each adds the modules of `srt` that its hooks import, under the paths
 that they mirror, and at every hooked symbol added lines: no line of upstream is changed or removed.

@@ -24,7 +24,7 @@ from sglang_helix.srt.compatibility.verdict import (
     verdict_of,
 )
 from sglang_helix.srt.configs.model_config import sharded_heads, state_heads
-from sglang_helix.srt.distributed.topology import Layout, LayoutError, layout_of
+from sglang_helix.srt.distributed.topology import Layout, LayoutError, layout_of, ranks_of_replica
 from sglang_helix.srt.layers.attention.adapters import Adapter, adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster, heads_name
 
@@ -55,12 +55,13 @@ def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
     """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
 
-    attn_tp_size = attn_tp_size_of(server_args)
+    attn_tp_size, view = attn_tp_size_of(server_args), resolved_view(server_args)
+    replicas = view.attn_dp_size
+    if view.enable_dp_attention and replicas == 1:  # the former spelling, resolved next
+        replicas = view.dp_size
+    if view.dcp_size > 1:
+        ranks_of_replica(view.tp_size, replicas)
     if attn_tp_size is not None:
-        view = resolved_view(server_args)
-        replicas = view.attn_dp_size
-        if view.enable_dp_attention and replicas == 1:  # the former spelling, resolved next
-            replicas = view.dp_size
         layout = layout_of(view.tp_size, attn_tp_size, view.dcp_size, replicas)
         if layout.kvp_size > 1:
             gathers = server_args._raw_input.get("dcp_replicate_q_proj") is False
@@ -112,6 +113,8 @@ def resolve_comm_backend(server_args: Any, previous: Step) -> None:
             lacks = "serves MLA models only"
         elif situation.replicates_v_proj:
             lacks = "exchanges latents"
+        elif situation.args.attn_dp_size > 1:
+            lacks = "was not tried in attention replicas"
         else:
             return
         logger.info("--dcp-comm-backend: a2a in place of fi_a2a, which %s.", lacks)

@@ -48,6 +48,9 @@ def test_check_says_the_verdict_by_the_configuration_alone(
         (models["dsa"], "Blackwell", "--dcp-size", "2"): (0, "own: sglang-helix: SGLang serves"),
         (models["dsa"], "Blackwell", "--attn-tp-size", "2"): (1, "refused: --attn-tp-size 2 is n"),
         (str(tmp_path / "none"), "Hopper"): (1, "refused: "),
+        (str(alone), "Hopper", "--tp", "3", "4"): (0, "works: --tp-size 4 --dcp-size 2 ("),
+        (str(alone), "Hopper", "--tp", "3"): (1, "refused: its heads allow no sharded cache on 3"),
+        (str(alone), "Hopper", "--tp", "4", "8", "--dcp-size", "2"): (1, "refused: --tp 4 8: give"),
     }
     outcomes = gpu.outcomes([(checked, *case) for case in cases])
     for outcome, (status, line) in zip(outcomes, cases.values(), strict=True):

@@ -12,6 +12,7 @@ from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check, prompt
 from srt.fresh import Fresh
 from srt.models.serving import Answer, answer_to, command_line, generate_request, scheduler_of, turn
+from srt.models.test_as_built import PLANNED
 
 RANKS, REPLICAS, PAGE, CHUNK = 4, 2, 4, 32
 NEW_TOKENS = 4
@@ -49,25 +50,25 @@ def serve_replicas(rank: int, argv: list[str]) -> list[list[Answer]]:
     return answers
 
 
+DIVIDED = ("--attn-dp-size", "2", "--dcp-size", "2")
+FORMER = ("--enable-dp-attention", "--dp-size", "2", "--attn-tp-size", "1")
+
+
 @pytest.mark.parametrize(
     ("family", "flags"),
     [
-        ("deepseek_v2", ("--attn-dp-size", "2", "--dcp-size", "2", "--dcp-comm-backend", "ag_rs")),
-        (
-            "qwen3_moe",
-            (
-                *("--enable-dp-attention", "--dp-size", "2"),
-                *("--attn-tp-size", "1", "--dcp-comm-backend", "a2a"),
-            ),
-        ),
+        ("deepseek_v2", (*DIVIDED, "--dcp-comm-backend", "ag_rs")),
+        ("longcat_flash", (*DIVIDED, "--dcp-comm-backend", "a2a")),
+        ("qwen3_moe", (*FORMER, "--dcp-comm-backend", "a2a")),
+        ("qwen3_moe", (*DIVIDED, "--dcp-comm-backend", "a2a", "--attention-backend", "fa3")),
     ],
-    ids=["deepseek_v2", "qwen3_moe"],
+    ids=["deepseek_v2", "longcat_flash", "qwen3_moe", "qwen3_moe by fa3"],
 )
 def test_answers_equal_transformers(
-    ready: Fresh, tmp_path: Path, family: str, flags: tuple[str, ...]
+    kernels: Fresh, tmp_path: Path, family: str, flags: tuple[str, ...]
 ) -> None:
-    model = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
-    answers = ready.ranks(serve_replicas, RANKS, command_line(model, RANKS, *flags, *SIZES))
+    model = make_checkpoint(PLANNED.get(family, family), tmp_path / family, num_hidden_layers=2)
+    answers = kernels.ranks(serve_replicas, RANKS, command_line(model, RANKS, *flags, *SIZES))
     cached: list[Any] = []
     for rank, of_rank in enumerate(answers):
         replica = rank // (RANKS // REPLICAS)

@@ -118,10 +118,10 @@ def legal_layouts(tp_size: int, query_heads: int, kv_heads: int) -> list[Layout]
 def layout_of(tp_size: int, attn_tp_size: int, dcp_size: int, replicas: int = 1) -> Layout:
     """The layout of `--attn-tp-size`, which fixes K = N / A; `dcp_size` is 1 where not given.
 
-    replicas: of attention, which share the `tp_size` ranks. Raises LayoutError where A does not
-    divide N, or where `--dcp-size` was given and disagrees.
+    replicas: of attention, which share the `tp_size` ranks. Raises LayoutError where they do not
+    divide those, where A does not divide N, or where `--dcp-size` was given and disagrees.
     """
-    ranks = tp_size // replicas
+    ranks = ranks_of_replica(tp_size, replicas)
     named = f"--tp-size {tp_size}" + (f" / --attn-dp-size {replicas}" if replicas > 1 else "")
     if attn_tp_size < 1 or ranks % attn_tp_size:
         raise LayoutError(
@@ -134,6 +134,16 @@ def layout_of(tp_size: int, attn_tp_size: int, dcp_size: int, replicas: int = 1)
             f"{layout.kvp_size}, but --dcp-size {dcp_size} was given: leave one of them out"
         )
     return layout
+
+
+def ranks_of_replica(tp_size: int, replicas: int) -> int:
+    """N of each of so many attention replicas. Raises LayoutError where it is no whole number."""
+    if replicas < 1 or tp_size % replicas:
+        raise LayoutError(
+            f"--attn-dp-size {replicas} does not divide --tp-size {tp_size}: "
+            f"use one of {divisors(tp_size)}"
+        )
+    return tp_size // replicas
 
 
 def divisors(number: int) -> list[int]:

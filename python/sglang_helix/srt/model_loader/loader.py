@@ -81,7 +81,7 @@ def initialize_model(
             model = build()
             _check(model, model_config, layout.kvp_size)
             _check_mla(model, model_config)
-            share_identity_experts(model, layout.tp_size)
+            share_identity_experts(model, parallel.tp_size)
         elif layout.attn_tp_size >= kv_heads and not queries:
             model = build()
             windows = _check_windows(model, model_config, layout.tp_size)

@@ -14,8 +14,10 @@ from sglang_helix.srt.distributed.topology import divisors
 
 # What the series has not tried beside attention data parallelism.
 _UNTRIED = (
-    "drafts, windows, recurrent states, pipelines, host caches, disaggregation, symm and "
-    "--dcp-replicate-v-proj"
+    "drafts, windows, recurrent states, pipelines, several nodes, host caches, disaggregation, "
+    "mixed chunks, exchanges but a2a and ag_rs, --dcp-replicate-v-proj, expert parallelism, "
+    "--moe-a2a-backend, --moe-dense-tp-size, --enable-dp-lm-head and "
+    "--enable-dp-attention-local-control-broadcast"
 )
 
 
@@ -27,10 +29,17 @@ def _untried(situation: Situation) -> bool:
         or situation.cut_windows
         or situation.hybrid is not None
         or args.pp_size > 1
+        or args.nnodes > 1
         or args.enable_hierarchical_cache
         or args.disaggregation_mode not in ("null", None)
-        or args.dcp_comm_backend == "symm"
+        or args.enable_mixed_chunk
+        or args.dcp_comm_backend in ("symm", "fi_a2a")
         or situation.replicates_v_proj
+        or args.ep_size > 1
+        or args.moe_a2a_backend not in ("none", None)
+        or args.moe_dense_tp_size is not None
+        or args.enable_dp_lm_head
+        or args.enable_dp_attention_local_control_broadcast
     )
 
 

@@ -79,6 +79,7 @@ SEEN: tuple[Seen, ...] = (
         *("fa4", "GQA", "CPU", ("graph", "extend", "verify")),
         "SGLang's schedulers against `transformers`, and the conformance suite",
     ),
+    Seen(*("fa4", "GQA", "one H200", ()), "its decode timed, every output checked; no server"),
     Seen(
         *("fa4", "MLA", "CPU", ("graph", "extend", "verify")),
         "SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and the conformance "
@@ -334,7 +335,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "attention data parallelism (`--attn-dp-size`)",
         "SGLang's schedulers against `transformers`: two replicas of two ranks, also one of them "
-        "idle, and two servers",
+        "idle",
     ),
     Part(
         "Mooncake's store behind the hierarchical cache of MLA",

@@ -1,8 +1,8 @@
 """Decode and extend over a sequence-sharded KV cache, written once for every attention backend.
 
 A backend's adapter supplies seam 3, partial attention, and nothing else: three functions from
-(queries, some keys and values) to (out, natural-log LSE). Who owns which row is `KVShard`; how
-partial results become whole ones is `Exchange`. The adapter sees neither.
+(queries, some keys and values) to (out, natural-log LSE). Who owns which row is `KVShard`, by way
+of `OwnedRows`; how partial results become whole ones is `Exchanger`. The adapter sees neither.
 
 Decode (GQA, MHA)     write the new token's K and V -> attend the local tokens with the heads of
                       the whole group -> exchange.
