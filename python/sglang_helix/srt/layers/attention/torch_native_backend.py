@@ -10,7 +10,6 @@ attends to the current chunk and to the cached prefix, and a cache whose sequenc
 ranks are the same computation.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.speculative.spec_info import SpecInputType
 
-from sglang_helix.srt.layers.attention.prefixes import prefixed
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed
 from sglang_helix.srt.layers.attention.windows import Tails, windowed
 from sglang_helix.srt.layers.dcp.lse_combine import merge
 from sglang_helix.srt.layers.dcp.partial import Partial
@@ -169,7 +167,7 @@ class TorchReferenceAttnBackend(AttentionBackend):
         lens, _ = chunk_lens(forward_batch)
         k = k.view(len(q), -1, layer.qk_head_dim)
         v = v.view(len(q), -1, layer.v_head_dim)
-        chunks = zip(*(_by_request(part, lens) for part in (q, k, v)), strict=True)
+        chunks = zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
         parts = (
             self._partial(
                 layer,
@@ -182,7 +180,7 @@ class TorchReferenceAttnBackend(AttentionBackend):
             )
             for (q_r, k_r, v_r), visible in zip(chunks, chunk_masks(forward_batch), strict=True)
         )
-        return _concatenate(parts, q)
+        return _concatenate(parts)
 
     def cached_partial(
         self,
@@ -220,14 +218,14 @@ class TorchReferenceAttnBackend(AttentionBackend):
         """
         keys, values = self._buffers(layer)
         parts = []
-        for q_r, rows_r in zip(_by_request(q, query_lens), rows, strict=True):
+        for q_r, rows_r in zip(q.split(query_lens), rows, strict=True):
             visible = None
             if windowed(layer):
                 length, behind = len(rows_r), 0 if own else len(q_r)
                 visible = causal(len(q_r), length + behind, layer.sliding_window_size)[:, :length]
                 visible = visible.to(q.device)
             parts.append(self._partial(layer, q_r, keys[rows_r], values[rows_r], visible))
-        return _concatenate(parts, q)
+        return _concatenate(parts)
 
     def decoded_slots(self, forward_batch: Any) -> list[torch.Tensor]:
         """Slots that each query of a decode batch sees; a draft model's see their branch too."""
@@ -325,13 +323,12 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
             tails.before(tail_v, v).split(spans),
             strict=True,
         )
-        parts = (
+        return _concatenate(
             self._partial(
                 layer, q_r, k_r, v_r, causal(len(q_r), len(k_r), self.window - 1).to(q.device)
             )
             for q_r, k_r, v_r in seen
         )
-        return _concatenate(parts, q)
 
     def partial_prefix(
         self,
@@ -349,11 +346,10 @@ class ShardedTorchReferenceAttnBackend(ShardedAttention, TorchReferenceAttnBacke
             return self.cached_partial(
                 q, layer, forward_batch, chunks[which], prefixes[which], which
             )
-        parts = (
+        return _concatenate(
             self._partial(layer, q_r, rows, rows[..., : layer.v_head_dim], None)
-            for q_r, rows in zip(_by_request(q, chunks), gathered.split(prefixes), strict=True)
+            for q_r, rows in zip(q.split(chunks), gathered.split(prefixes), strict=True)
         )
-        return _concatenate(parts, q)
 
 
 _DRAFTS = (
@@ -384,17 +380,6 @@ def refuse_unsupported(layer: Any, forward_batch: Any) -> None:
             )
 
 
-def _by_request(rows: torch.Tensor, lens: list[int]) -> tuple[torch.Tensor, ...]:
-    """Rows [T, ...] of each request; under attention data parallelism padding stands behind."""
-    return rows[: sum(lens)].split(lens)
-
-
-def _concatenate(parts: Iterable[Partial], q: torch.Tensor) -> Partial:
-    """The partial of queries q [T, ...]; of those that are padding, over nothing."""
+def _concatenate(parts: Any) -> Partial:
     outs, lses = zip(*parts, strict=True)
-    out, lse = torch.cat(outs), torch.cat(lses)
-    padding = len(q) - len(out)
-    if padding:
-        out = torch.cat((out, out.new_zeros(padding, *out.shape[1:])))
-        lse = torch.cat((lse, lse.new_full((padding, *lse.shape[1:]), -torch.inf)))
-    return Partial(out, lse)
+    return Partial(torch.cat(outs), torch.cat(lses))
