@@ -67,12 +67,11 @@ def forward_absorb_core(
     """
     if llama_4_scaling is not None:
         q_pe, q_nope_out = _scaled(q_pe, llama_4_scaling), _scaled(q_nope_out, llama_4_scaling)
-        llama_4_scaling = None
     attended = layer, q_pe, k_pe, q_nope_out, k_nope, forward_batch
     if value_projection.comes_first(layer, forward_batch, len(q_nope_out)):
-        return value_projection.forward(*attended, llama_4_scaling, attention_output_gate)
+        return value_projection.forward(*attended, attention_output_gate)
     return original(
         *attended,
-        *(zero_allocator, positions, topk_indices, llama_4_scaling),
-        *(fusion_plan, attention_output_gate),
+        *(zero_allocator, positions, topk_indices),
+        *(None, fusion_plan, attention_output_gate),  # no scaling: it is in the queries
     )

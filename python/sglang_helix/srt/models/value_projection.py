@@ -43,24 +43,20 @@ def forward(
     q_nope_out: torch.Tensor,
     k_nope: torch.Tensor,
     forward_batch: Any,
-    llama_4_scaling: torch.Tensor | None,
     gate: torch.Tensor | None,
 ) -> torch.Tensor:
     """Absorbed attention of decode or a verify pass, from the queries to the layer's output.
 
     Args:
-        q_pe, q_nope_out: [T, H, rope] and [T, H, latent] of all the group's heads.
+        q_pe, q_nope_out: [T, H, rope] and [T, H, latent] of all the group's heads, scaled by
+            position where the model does that.
         k_pe, k_nope: of the new tokens.
         gate: of the model's own heads; see `_apply_attention_output_gate`.
     """
     fused: dict[str, Any] = {}
     if q_pe is not None and layer._fuse_rope_for_trtllm_mla(forward_batch):
         rotary = layer.rotary_emb
-        fused = {
-            "cos_sin_cache": rotary.cos_sin_cache,
-            "is_neox": rotary.is_neox_style,
-            "llama_4_scaling": llama_4_scaling,
-        }
+        fused = {"cos_sin_cache": rotary.cos_sin_cache, "is_neox": rotary.is_neox_style}
     attend = layer.attn_mqa_for_dcp_decode
     latents, lse = attend(
         q_nope_out, k_nope, k_nope, forward_batch, q_rope=q_pe, k_rope=k_pe, **fused
