@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,7 @@ SHOWN = (
 )
 
 
+@cache
 def lines_of(file: str) -> list[Line]:
     """A file's rows."""
     with (FIGURES / f"{file}.csv").open() as opened:
@@ -199,9 +201,9 @@ def attention() -> str:
                 if name == backend and (*size, f"{backend} tp") in took
             ]
             cells = [
-                f"{said(took[shown, batch, length, backend])} / "
-                f"{said(took[shown, batch, length, f'{backend} tp'])}"
-                for batch, length in (("1", "4096"), ("1", "131072"), ("8", "131072"))
+                f"{said(took[shown, batch, local, backend])} / "
+                f"{said(took[shown, batch, local, f'{backend} tp'])}"
+                for batch, local in (("1", "4096"), ("1", "131072"), ("8", "131072"))
             ]
             span = f"{min(ratios):.2f} to {max(ratios):.2f} ({len(ratios)} sizes)"
             heads = "GQA 64/8" if kind == "gqa" else "MLA, 128"
