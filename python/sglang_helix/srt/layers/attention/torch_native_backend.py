@@ -19,7 +19,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.speculative.spec_info import SpecInputType
 
-from sglang_helix.srt.layers.attention.sharded import ShardedAttention, prefixed
+from sglang_helix.srt.layers.attention.prefixes import prefixed
+from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.attention.windows import Tails, windowed
 from sglang_helix.srt.layers.dcp.lse_combine import merge
 from sglang_helix.srt.layers.dcp.partial import Partial
