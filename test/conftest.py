@@ -4,6 +4,7 @@ Its presence puts this folder on sys.path: tests import helpers as ``srt.distrib
 """
 
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,8 @@ DEAREST = (
 
 
 def pytest_configure() -> None:
+    # As in an activated environment, which the scripts of examples/ are for: they call `python`.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # The tests of the platform itself start the command (`cold`).
     Server.forks = True
     warm.make = source

@@ -42,8 +42,9 @@ _IMPORT_SECONDS = 120
 class Outcome(NamedTuple):
     """How a call ended: the process's exit status, what was returned, and all that was written.
 
-    A failure of the function is status 1, its traceback the last thing written; a call that ran
-    out of time is status -9.
+    A failure of the function is status 1, its traceback written last by its own process, if not by
+    those that outlive it, such as Python's resource tracker; a call that ran out of time is
+    status -9.
     """
 
     status: int
