@@ -405,34 +405,6 @@ def test_mori_carries_latents_alone(resolved: Resolve, mode: str) -> None:
     assert "--disaggregation-transfer-backend mori is not supported with --dcp-size 2" in error
 
 
-# Verify passes: what captures them, what does where graphs are named, and what captures none.
-REPLAYED = [("llama", "triton"), ("llama", "fa3"), ("deepseek_v2", "fa3")]
-CAPTURE = [*REPLAYED, ("deepseek_v2", "flashinfer"), ("deepseek_v2", "flashmla")]
-
-
-@pytest.mark.parametrize(("family", "backend"), [*CAPTURE, ("llama", "trtllm_mha")])
-def test_drafts_captured_by_what_no_gpu_was_seen_with_are_asked_for_by_name(
-    resolved: Resolve, family: str, backend: str
-) -> None:
-    flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": backend, "page_size": 64}
-    gpu = "Blackwell" if backend == "trtllm_mha" else "Hopper"
-    row = ASKABLE[CAPTURED_DRAFTS]
-    refused = f"{row.flag} full is not supported with --dcp-size 2: {row.why}. {row.instead}."
-    named = resolved(gpu, family, **flags, cuda_graph_backend_decode="full").error
-    unnamed = resolved(gpu, family, **flags).error
-    assert (unnamed == "") if (family, backend) in REPLAYED else (refused in unnamed)
-    assert (named == "") if (family, backend) in CAPTURE else (refused in named)
-
-
-def test_a_backend_that_verifies_no_drafts_is_refused(resolved: Resolve) -> None:
-    flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": "trtllm_mla"}
-    error = resolved(
-        "Blackwell", "deepseek_v2", **flags, page_size=64, cuda_graph_backend_decode="disabled"
-    ).error
-    assert "does not verify the drafts of --speculative-algorithm EAGLE for MLA" in error
-    assert "flashinfer" in error  # what does
-
-
 def test_values_projected_first_need_a_sharded_cache(resolved: Resolve) -> None:
     error = resolved("Hopper", "deepseek_v2", tp_size=4, dcp_replicate_v_proj=True).error
     assert "--dcp-replicate-v-proj is for ranks that split a cache" in error

@@ -55,17 +55,6 @@ def _split_heads(situation: Situation) -> object | None:
     return None if situation.sglang_groups_heads else True
 
 
-def _backend_without_dcp(situation: Situation) -> object | None:
-    from sglang.srt.arg_groups.overrides import attention_backends_of
-
-    if not on_platform("cuda") or situation.dsa:
-        return None
-    prefill, decode = attention_backends_of(situation.args)
-    if situation.mla:
-        return None if decode in ("flashinfer", "trtllm_mla", "cutedsl_mla") else decode
-    return next((backend for backend in (prefill, decode) if backend != "triton"), None)
-
-
 def _verify_without_lse(situation: Situation) -> object | None:
     from sglang.srt.arg_groups.overrides import attention_backends_of
 
@@ -75,6 +64,17 @@ def _verify_without_lse(situation: Situation) -> object | None:
         return None
     verify = attention_backends_of(args)[args.speculative_attention_mode == "decode"]
     return None if verify == "cutedsl_mla" else verify
+
+
+def _backend_without_dcp(situation: Situation) -> object | None:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    if not on_platform("cuda") or situation.dsa or _verify_without_lse(situation):
+        return None
+    prefill, decode = attention_backends_of(situation.args)
+    if situation.mla:
+        return None if decode in ("flashinfer", "trtllm_mla", "cutedsl_mla") else decode
+    return next((backend for backend in (prefill, decode) if backend != "triton"), None)
 
 
 # What only the series has, refused where SGLang serves by itself.
@@ -169,7 +169,8 @@ BESIDE_OWN: tuple[Row, ...] = (
         "--attention-backend",
         "refused",
         "its verify pass returns no LSE",
-        "Use --attention-backend cutedsl_mla",
+        "Use --attention-backend cutedsl_mla, on Blackwell, or EAGLE, EAGLE3, NEXTN, STANDALONE or "
+        "NGRAM by another backend, which the series serves",
         _verify_without_lse,
         alone="wrong",
         proof="layers/attention/attention_registry.py, flashinfer_mla_backend.py",
