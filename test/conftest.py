@@ -26,6 +26,7 @@ DEAREST = (
     "srt/export/test_served.py",
     "srt/test_features.py",
     "srt/speculative/test_drafts.py",
+    "srt/models/test_adapters.py",
     "srt/layers/dcp/test_symm_exchange.py",
     "srt/benchmark/test_serve_cli.py",
     "srt/test_cpu_reference.py",

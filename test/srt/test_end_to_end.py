@@ -71,6 +71,18 @@ def serve(checkpoint: Path, tp: int, dcp: int, backend: str, *flags: str, **opti
     return Server(checkpoint, *layout, *flags, **options)
 
 
+def on_stand_ins(attention: str, **platform: bool) -> str:
+    """What a launcher runs first to serve by a backend on stand-ins for its kernels.
+
+    platform: facts of the machine that SGLang is told, on every rank, see `override_platform`.
+    """
+    return (
+        f"from sglang_cpu_reference import stand_ins; stand_ins.install(['{attention}'])\n"
+        "from sglang.srt.runtime_context import override_platform\n"
+        f"override_platform(**{platform}).install()"
+    )
+
+
 def abort_midway(server: Server, tokens: list[int]) -> None:
     """Start a long request and abort it after its first tokens."""
     outcome: list[object] = []
@@ -146,8 +158,7 @@ def test_layout(
     checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
     flags, first = sizes(tp, dcp), ""
     if attention:
-        flags += ("--attention-backend", attention)
-        first = f"from sglang_cpu_reference import stand_ins; stand_ins.install(['{attention}'])"
+        flags, first = (*flags, "--attention-backend", attention), on_stand_ins(attention)
     with serve(checkpoint, tp, dcp, backend, *flags, prelude=first) as server:
         info = server.server_info()
         assert dcp == 1 or info["dcp_comm_backend"] == backend

@@ -1,17 +1,24 @@
-"""SGLang's schedulers on stand-ins for an attention backend's kernels, against transformers."""
+"""Stand-ins for an attention backend's kernels, against transformers.
+
+SGLang's schedulers, and a server by each of the backends but fa3, whose is in `test_end_to_end.py`.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
+from sglang_cpu_reference.server import Server
 from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 from srt.models import serving
 from srt.models.test_models import BATCHES, NEW_TOKENS
+from srt.test_end_to_end import everything_is_free, lengths, on_stand_ins
 
 DCP = ("--dcp-size", "2", "--dcp-comm-backend", "a2a")
 DECOUPLED = ("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs")
+# Facts of a machine, as SGLang has them.
+BLACKWELL = {"is_sm100": True, "is_sm100_or_sm110": True}
 # FlashMLA's pages are 64 tokens of a rank; a chunk holds at least one page of all ranks.
 CASES = [
     ("fa3", "llama", 2, DCP, 1, 80),
@@ -171,7 +178,7 @@ def on_blackwell(
     """As `served`, where SGLang is told of a GPU that these backends are for."""
     from sglang.srt.runtime_context import override_platform
 
-    with override_platform(is_sm100=True, is_sm100_or_sm110=True):
+    with override_platform(**BLACKWELL):
         return served(rank, argv, many)
 
 
@@ -196,3 +203,38 @@ def test_equals_transformers_on_blackwell(
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         if many:
             check_retracted(model, many, answers)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("backend", "family", "layout", "page", "platform"),
+    [
+        ("flashinfer", "llama", DCP, 16, {}),
+        ("flashmla", "deepseek_v2", DECOUPLED, 64, {}),
+        ("fa4", "deepseek_v2", DCP, 1, BLACKWELL),
+        ("trtllm_mha", "llama", DECOUPLED, 16, BLACKWELL),
+    ],
+)
+def test_a_server(
+    checkpoints: dict[str, Path],
+    backend: str,
+    family: str,
+    layout: tuple[str, ...],
+    page: int,
+    platform: dict[str, bool],
+) -> None:
+    """Prompts about the edges of pages and chunks, at once, and one with a cached prefix."""
+    model, chunk = checkpoints[family], 128 if page == 64 else 80
+    flags = (*layout, "--page-size", str(page), "--chunked-prefill-size", str(chunk))
+    flags += ("--attention-backend", backend, "--max-total-tokens", "1024")
+    first = on_stand_ins(backend, **platform)
+    with Server(model, "--tp", "2", *flags, prelude=first) as server:
+        assert server.server_info()["attention_backend"] == backend
+        prompts = [prompt(length) for length in lengths(page, 2, chunk)]
+        for tokens, answer in zip(prompts, server.generate_batch(prompts, NEW_TOKENS), strict=True):
+            check(model, tokens, answer, NEW_TOKENS)
+        continued = prompts[-1] + prompt(5, seed=1)
+        answer = server.generate(continued, NEW_TOKENS)
+        check(model, continued, answer, NEW_TOKENS)
+        assert answer.cached_tokens == len(prompts[-1]) // (2 * page) * 2 * page
+        everything_is_free(server)

@@ -82,13 +82,13 @@ SEEN: tuple[Seen, ...] = (
     Seen(*("fa4", "GQA", "one H200", ()), "its decode timed, every output checked; no server"),
     Seen(
         *("fa4", "MLA", "CPU", ("graph", "extend", "verify")),
-        "SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and the conformance "
-        "suite",
+        "a server and SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and "
+        "the conformance suite",
     ),
     Seen(
         *("flashinfer", "GQA", "CPU", FEATURES),
-        "SGLang's schedulers against `transformers`, and the conformance suite: FlashInfer's own "
-        "wrappers on a stand-in for the modules that they compile",
+        "a server and SGLang's schedulers against `transformers`, and the conformance suite: "
+        "FlashInfer's own wrappers on a stand-in for the modules that they compile",
     ),
     Seen(
         *("flashinfer", "GQA", "one H200", ("graph", "extend", "verify")),
@@ -119,8 +119,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("flashmla", "MLA", "CPU", FEATURES),
-        "SGLang's schedulers against `transformers`, long prefixes un-absorbed at once and in "
-        "chunks too, and the conformance suite; its prefill by FlashInfer's wrappers",
+        "a server and SGLang's schedulers against `transformers`, long prefixes un-absorbed at "
+        "once and in chunks too, and the conformance suite; its prefill by FlashInfer's wrappers",
     ),
     Seen(
         *("flashmla", "MLA", "one H200", ("graph", "extend", "fp8")),
@@ -135,8 +135,8 @@ SEEN: tuple[Seen, ...] = (
     ),
     Seen(
         *("trtllm_mha", "GQA", "CPU", FEATURES),
-        "SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and the conformance "
-        "suite",
+        "a server and SGLang's schedulers, told of a Blackwell GPU, against `transformers`, and "
+        "the conformance suite",
     ),
     Seen(
         *("triton", "GQA", "CPU", FEATURES),
