@@ -187,10 +187,11 @@ def model_layout(model: Path) -> tuple[list[str], list[str]]:
     """The gains at each of TP_SIZES, and the flags of docs/models.md."""
     flags: list[str] = []
     gains = []
+    config = configuration_of(str(model))
     for tp_size in TP_SIZES:
         by_gain = {
             gain: asked
-            for asked, gain in reversed(layouts(str(model), tp_size))
+            for asked, gain in reversed(layouts(config, tp_size))
             if asked[0] == "--dcp-size"
         }
         most = max(by_gain, default=None)

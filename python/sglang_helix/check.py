@@ -20,6 +20,7 @@ LAYOUT_FLAGS = {
     *("--dcp-size", "--decode-context-parallel-size"),
     *("--attn-tp-size", "--attention-tensor-parallel-size"),
 }
+ENDED = "the process that resolved its arguments ended"
 # What SGLang believes about a machine with such GPUs.
 MACHINES: dict[str, dict[str, Any]] = {
     "Ampere": {"device_sm": 80},
@@ -59,15 +60,22 @@ def told_about(machine: str) -> Iterator[None]:
         yield
 
 
-def configuration_of(model_path: str, machine: str | None = None) -> Any:
+def configuration_of(
+    model_path: str, machine: str | None = None, argv: Sequence[str] | None = None
+) -> Any:
     """SGLang's ModelConfig, as on a machine with GPUs: Hopper's where none is named.
 
-    Raises OSError or ValueError where config.json cannot be read.
+    argv: flags of a server, some of which say how it is read; None: by SGLang's own defaults.
+    Raises OSError or ValueError where it cannot be read.
     """
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import prepare_server_args
 
     with told_about(machine or "Hopper"):
-        return ModelConfig(model_path)
+        if argv is None:
+            return ModelConfig(model_path)
+        given = ["--model-path", model_path, *argv, "--device", "cuda"]
+        return ModelConfig.from_server_args(prepare_server_args(given))
 
 
 class Answer(NamedTuple):
@@ -95,7 +103,7 @@ def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> 
     load_plugins()
     said = in_a_fork(_answer, list(argv), machine)
     if said is None:
-        return Answer("refused", "the process that resolved its arguments ended")
+        return Answer("refused", ENDED)
     told, model, sharded = said
     answer = Answer(*told)
     if answer.verdict != "works":
@@ -111,18 +119,15 @@ def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> 
     return answer._replace(meaning=f"{answer.meaning} Its layers are as the series needs them.")
 
 
-def layouts(
-    model_path: str, tp_size: int, machine: str | None = None
-) -> list[tuple[list[str], float]]:
+def layouts(config: Any, tp_size: int) -> list[tuple[list[str], float]]:
     """The flags of every sharded layout that the heads of a model allow, and its gain in tokens.
 
-    Raises OSError or ValueError where the configuration cannot be read.
+    config: SGLang's ModelConfig.
     """
     from sglang_helix.layout import shape_of
     from sglang_helix.srt.configs.model_config import state_heads
     from sglang_helix.srt.distributed.topology import legal_layouts
 
-    config = configuration_of(model_path, machine)
     if any(heads % tp_size for heads in state_heads(config)):
         return []
     shape, found = shape_of(config), []
@@ -145,16 +150,21 @@ def check_layouts(
 
     tp_sizes: every N to try; where they are several, a layout is named with its own.
     """
-    try:
-        listed = {n: layouts(model_path, n, machine) for n in tp_sizes}
-    except (OSError, ValueError) as unreadable:
-        return Answer("refused", str(unreadable))
-    if not any(listed.values()):
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    read = in_a_fork(_listed, model_path, list(tp_sizes), list(argv), machine)
+    if read is None:
+        return Answer("refused", ENDED)
+    listed, unreadable = read
+    if unreadable:
+        return Answer("refused", unreadable)
+    if not listed:
         numbers = " or ".join(map(str, tp_sizes))
         return Answer("refused", f"its heads allow no sharded cache on {numbers} ranks")
     # Layouts and the first one's reason. It may name sizes: one of each kind is enough.
     said: dict[tuple[str, str, str], tuple[list[str], str]] = {}
-    for tp_size, layout, gain in ((n, *one) for n in tp_sizes for one in listed[n]):
+    for tp_size, layout, gain in listed:
         ranks = ["--tp-size", str(tp_size)]
         answer = check(["--model-path", model_path, *ranks, *argv, *layout], builder, machine)
         reason = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
@@ -177,6 +187,37 @@ def machine_here() -> str | None:
     return None if has_gpu() or current_platform.is_out_of_tree() else "Hopper"
 
 
+def _listed(
+    model_path: str, tp_sizes: Sequence[int], argv: Sequence[str], machine: str | None
+) -> tuple[list[tuple[int, list[str], float]], str]:
+    """Ranks, flags and gain of every layout; why the model cannot be read."""
+    try:
+        config = configuration_of(model_path, machine, argv)
+    except (OSError, ValueError) as unreadable:
+        return [], unreadable_model(model_path, unreadable)
+    return [(n, *one) for n in tp_sizes for one in layouts(config, n)], ""
+
+
+def unreadable_model(model_path: str, error: Exception) -> str:
+    """What SGLang says of a model that it cannot read, and what to do where its name misleads it.
+
+    It knows Mistral's own format by the path, and reads no config.json there.
+    """
+    from sglang.srt.utils.hf_transformers.mistral_utils import is_mistral_model
+
+    if not (
+        isinstance(error, FileNotFoundError)
+        and is_mistral_model(model_path)
+        and os.path.exists(os.path.join(model_path, "config.json"))
+    ):
+        return str(error)
+    return (
+        f"--model-path {model_path}: by its name SGLang reads this model from params.json, in "
+        "Mistral's own format, and the file is not there; give --model-config-parser hf, by which "
+        "SGLang reads its config.json"
+    )
+
+
 def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str], list[str]]:
     """Of the arguments alone; the flags of the model to build, and those that shard its cache."""
     if machine is None:
@@ -196,7 +237,7 @@ def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str], list[str]]:
         args.resolve_once()
         args.check_server_args()
     except (OSError, ValueError, AssertionError, RuntimeError) as refused:
-        return Answer("refused", str(refused)), [], []
+        return Answer("refused", unreadable_model(args.model_path, refused)), [], []
     verdict, view = verdict_of(args), resolved_view(args)
     if verdict.kind == "whole":
         whole = "no sharded cache is asked for: SGLang serves, as without the series"
@@ -212,9 +253,11 @@ def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str], list[str]]:
     model = [
         *("--model-path", view.model_path, "--tp-size", str(view.tp_size)),
         *("--json-model-override-args", view.json_model_override_args),
+        *("--model-config-parser", view.model_config_parser, "--model-impl", view.model_impl),
         # What is built does not depend on it, and some classes have none of the CPU's.
         *("--attention-backend", "triton"),
         *(["--trust-remote-code"] if view.trust_remote_code else []),
+        *(["--disable-hybrid-swa-memory"] if view.disable_hybrid_swa_memory else []),
     ]
     sharded = [
         *("--dcp-size", str(view.dcp_size), "--dcp-comm-backend", "a2a"),

@@ -10,6 +10,8 @@ from unittest import mock
 from srt.fresh import Fresh
 from srt.model_loader.configurations import configuration
 from srt.models.test_every_model import BUILT
+from srt.resolved import SMALL
+from srt.test_refused_models import LATENT
 
 
 def checked(model: str, machine: str | None, *flags: str) -> tuple[int, str]:
@@ -39,6 +41,15 @@ def test_check_says_the_verdict_by_the_configuration_alone(
             | {"quantization_config": {"quant_method": "mxfp4"}}
         )
     )
+    mistral = tmp_path / "Mistral-Large-3-text"
+    mistral.mkdir()
+    named = {"architectures": ["MistralLarge3ForCausalLM"]}
+    (mistral / "config.json").write_text(
+        json.dumps({**SMALL, **LATENT, "model_type": "deepseek_v3", **named})
+    )
+    by_config = ("--model-config-parser", "hf")
+    by_name = f"refused: --model-path {mistral}: by its name SGLang reads this model from params."
+    one_head = ("--json-model-override-args", '{"num_key_value_heads": 1}')
     cases = {
         (str(alone), None, "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(mxfp4), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
@@ -48,6 +59,11 @@ def test_check_says_the_verdict_by_the_configuration_alone(
         (models["dsa"], "Blackwell", "--dcp-size", "2"): (0, "own: sglang-helix: SGLang serves"),
         (models["dsa"], "Blackwell", "--attn-tp-size", "2"): (1, "refused: --attn-tp-size 2 is n"),
         (str(tmp_path / "none"), "Hopper"): (1, "refused: "),
+        (str(mistral), "Hopper"): (1, by_name),
+        (str(mistral), "Hopper", "--dcp-size", "2"): (1, by_name),
+        (str(mistral), "Hopper", *by_config): (0, "works: --dcp-size 2 (2x)"),
+        (str(mistral), "Hopper", "--dcp-size", "2", *by_config): (0, "works: --tp-size 4 --dcp"),
+        (str(alone), "Hopper", *one_head): (0, "works: --dcp-size 2 (2x), --attn-tp-size 2 (2x)"),
         (str(alone), "Hopper", "--tp", "3", "4"): (0, "works: --tp-size 4 --dcp-size 2 ("),
         (str(alone), "Hopper", "--tp", "3"): (1, "refused: its heads allow no sharded cache on 3"),
         (str(alone), "Hopper", "--tp", "4", "8", "--dcp-size", "2"): (1, "refused: --tp 4 8: give"),
@@ -55,8 +71,7 @@ def test_check_says_the_verdict_by_the_configuration_alone(
     outcomes = gpu.outcomes([(checked, *case) for case in cases])
     for outcome, (status, line) in zip(outcomes, cases.values(), strict=True):
         assert outcome.status == 0, outcome.output
-        assert outcome.value[0] == status
-        assert outcome.value[1].startswith(line)
+        assert (outcome.value[0], outcome.value[1][: len(line)]) == (status, line)
     # Whose GPUs it answered for is said where nobody named them.
     assert "this machine has no GPU: as on Hopper (--on: Ampere, " in outcomes[0].output
     assert "this machine has no GPU" not in outcomes[1].output
@@ -81,6 +96,24 @@ def test_check_says_whether_sglang_builds_the_model_at_all(
     here = "Its layers could not be built here and are checked when it starts (no GPU)."
     assert neither.endswith(f"{here} SGLang builds them here no more without a sharded cache.")
     assert whole.endswith(here)
+
+
+def flags_of_what_is_built(model: str, *flags: str) -> list[str]:
+    """The flags of the plain model whose layers check looks at."""
+    from sglang_helix.check import check
+
+    built: list[str] = []
+    builder = SimpleNamespace(build=lambda argv: (built.extend(argv), ("", ""))[1])
+    check(["--model-path", model, "--tp-size", "4", "--dcp-size", "2", *flags], builder, "Hopper")
+    return built
+
+
+def test_check_builds_the_model_that_would_be_served(gpu: Fresh, models: dict[str, str]) -> None:
+    """What says how a model is read, and which of its pools there are."""
+    flags = ["--model-config-parser", "hf", "--model-impl", "sglang", "--trust-remote-code"]
+    flags += ["--disable-hybrid-swa-memory"]
+    built = gpu.value(flags_of_what_is_built, models["llama"], *flags)
+    assert set(flags) < set(built)
 
 
 def checked_by_layout(models: list[str]) -> tuple[int, list[str]]:
