@@ -119,19 +119,22 @@ def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> 
     return answer._replace(meaning=f"{answer.meaning} Its layers are as the series needs them.")
 
 
-def layouts(config: Any, tp_size: int) -> list[tuple[list[str], float]]:
+def layouts(config: Any, tp_size: int, replicas: int = 1) -> list[tuple[list[str], float]]:
     """The flags of every sharded layout that the heads of a model allow, and its gain in tokens.
 
-    config: SGLang's ModelConfig.
+    config: SGLang's ModelConfig. replicas: of attention (`--attn-dp-size`), which share the ranks.
+
+    Raises LayoutError where those do not divide the ranks.
     """
     from sglang_helix.layout import shape_of
     from sglang_helix.srt.configs.model_config import state_heads
-    from sglang_helix.srt.distributed.topology import legal_layouts
+    from sglang_helix.srt.distributed.topology import legal_layouts, ranks_of_replica
 
-    if any(heads % tp_size for heads in state_heads(config)):
+    ranks = ranks_of_replica(tp_size, replicas)
+    if any(heads % ranks for heads in state_heads(config)):
         return []
     shape, found = shape_of(config), []
-    for layout in legal_layouts(tp_size, shape.query_heads, shape.kv_heads or 1):
+    for layout in legal_layouts(ranks, shape.query_heads, shape.kv_heads or 1):
         if layout.kvp_size > 1:
             gain = layout.capacity_ratio(shape.kv_heads)
             found.append((["--dcp-size", str(layout.kvp_size)], gain))
@@ -156,12 +159,9 @@ def check_layouts(
     read = in_a_fork(_listed, model_path, list(tp_sizes), list(argv), machine)
     if read is None:
         return Answer("refused", ENDED)
-    listed, unreadable = read
-    if unreadable:
-        return Answer("refused", unreadable)
-    if not listed:
-        numbers = " or ".join(map(str, tp_sizes))
-        return Answer("refused", f"its heads allow no sharded cache on {numbers} ranks")
+    listed, none = read
+    if none:
+        return Answer("refused", none)
     # Layouts and the first one's reason. It may name sizes: one of each kind is enough.
     said: dict[tuple[str, str, str], tuple[list[str], str]] = {}
     for tp_size, layout, gain in listed:
@@ -190,12 +190,25 @@ def machine_here() -> str | None:
 def _listed(
     model_path: str, tp_sizes: Sequence[int], argv: Sequence[str], machine: str | None
 ) -> tuple[list[tuple[int, list[str], float]], str]:
-    """Ranks, flags and gain of every layout; why the model cannot be read."""
+    """Ranks, flags and gain of every layout; why there is none."""
+    from sglang.srt.server_args import prepare_server_args
+
+    from sglang_helix.srt.distributed.topology import LayoutError
+    from sglang_helix.srt.server_args import attention_replicas
+
+    replicas = attention_replicas(prepare_server_args(["--model-path", model_path, *argv]))
     try:
         config = configuration_of(model_path, machine, argv)
+        listed = [(n, *one) for n in tp_sizes for one in layouts(config, n, replicas)]
+    except LayoutError as indivisible:
+        return [], str(indivisible)
     except (OSError, ValueError) as unreadable:
         return [], unreadable_model(model_path, unreadable)
-    return [(n, *one) for n in tp_sizes for one in layouts(config, n)], ""
+    if listed:
+        return listed, ""
+    where = f"{' or '.join(map(str, tp_sizes))} ranks"
+    where += f" of {replicas} attention replicas" if replicas > 1 else ""
+    return [], f"its heads allow no sharded cache on {where}"
 
 
 def unreadable_model(model_path: str, error: Exception) -> str:
@@ -252,6 +265,7 @@ def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str], list[str]]:
     )
     model = [
         *("--model-path", view.model_path, "--tp-size", str(view.tp_size)),
+        *("--attn-dp-size", str(view.attn_dp_size)),
         *("--json-model-override-args", view.json_model_override_args),
         *("--model-config-parser", view.model_config_parser, "--model-impl", view.model_impl),
         # What is built does not depend on it, and some classes have none of the CPU's.

@@ -23,6 +23,7 @@ def test_it_shows_every_metric_by_labels_that_it_has(monkeypatch: pytest.MonkeyP
     queries = [target for panel in board["panels"] for target in panel["targets"]]
     text = json.dumps([query["expr"] for query in queries])
     assert {LAYOUT, ROWS, f"{BATCHES}_total", WAITS} == set(re.findall(r"sglang_helix:\w+", text))
+    assert "tp_rank=" not in text  # each replica of attention has other ranks
     assert {panel["type"] for panel in board["panels"]} <= {"table", "timeseries"}
     scheduler = metered_scheduler(monkeypatch)
     Metrics(scheduler)

@@ -323,6 +323,9 @@ def test_reports_of_replicas_come_through_their_controller(parallel: SimpleNames
         check_reports(controller(report(), report(), {}))
     with pytest.raises(SeriesError, match=r"scheduler process 1 runs .*'dcp_size': 4"):
         check_reports(controller(report(), report(dcp_size=4)))
+    layout = {"attn_tp_size": 2, "kvp_size": 4}
+    (of_server,) = controller(*[report() | layout] * 8)
+    assert of_server.items() >= layout.items()  # as `/server_info` shows it without replicas
 
 
 @pytest.mark.usefixtures("parallel")

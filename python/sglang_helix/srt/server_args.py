@@ -56,9 +56,7 @@ def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
 
     attn_tp_size, view = attn_tp_size_of(server_args), resolved_view(server_args)
-    replicas = view.attn_dp_size
-    if view.enable_dp_attention and replicas == 1:  # the former spelling, resolved next
-        replicas = view.dp_size
+    replicas = attention_replicas(view)
     if view.dcp_size > 1:
         ranks_of_replica(view.tp_size, replicas)
     if attn_tp_size is not None:
@@ -72,6 +70,13 @@ def resolve_attn_tp_size(server_args: Any, previous: Step) -> None:
                 dcp_replicate_q_proj=not gathers,
             )
     previous(server_args)
+
+
+def attention_replicas(view: Any) -> int:
+    """Replicas of attention, of arguments whose former spelling may not be resolved yet."""
+    if view.enable_dp_attention and view.attn_dp_size == 1:
+        return int(view.dp_size)
+    return int(view.attn_dp_size)
 
 
 def resolve_comm_backend(server_args: Any, previous: Step) -> None:

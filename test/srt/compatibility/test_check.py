@@ -66,6 +66,18 @@ def test_check_says_the_verdict_by_the_configuration_alone(
         (str(alone), "Hopper", *one_head): (0, "works: --dcp-size 2 (2x), --attn-tp-size 2 (2x)"),
         (str(alone), "Hopper", "--tp", "3", "4"): (0, "works: --tp-size 4 --dcp-size 2 ("),
         (str(alone), "Hopper", "--tp", "3"): (1, "refused: its heads allow no sharded cache on 3"),
+        (str(alone), "Hopper", "--attn-dp-size", "3"): (
+            1,
+            "refused: --attn-dp-size 3 does not div",
+        ),
+        (str(alone), "Hopper", "--tp", "8", "--attn-dp-size", "2"): (
+            0,
+            "works: --dcp-size 2 (2x), --attn-tp-size 2 (2x), --dcp-size 4 (2x), --attn-tp-size 1",
+        ),
+        (str(alone), "Hopper", "--enable-dp-attention", "--dp-size", "2"): (
+            0,
+            "works: --dcp-size 2 (1x), --attn-tp-size 1 (1x) works",
+        ),
         (str(alone), "Hopper", "--tp", "4", "8", "--dcp-size", "2"): (1, "refused: --tp 4 8: give"),
     }
     outcomes = gpu.outcomes([(checked, *case) for case in cases])
@@ -109,11 +121,12 @@ def flags_of_what_is_built(model: str, *flags: str) -> list[str]:
 
 
 def test_check_builds_the_model_that_would_be_served(gpu: Fresh, models: dict[str, str]) -> None:
-    """What says how a model is read, and which of its pools there are."""
+    """What says how a model is read, which of its pools there are, and what a replica holds."""
     flags = ["--model-config-parser", "hf", "--model-impl", "sglang", "--trust-remote-code"]
-    flags += ["--disable-hybrid-swa-memory"]
+    flags += ["--disable-hybrid-swa-memory", "--attn-dp-size", "2"]
     built = gpu.value(flags_of_what_is_built, models["llama"], *flags)
     assert set(flags) < set(built)
+    assert built[built.index("--attn-dp-size") + 1] == "2"
 
 
 def checked_by_layout(models: list[str]) -> tuple[int, list[str]]:

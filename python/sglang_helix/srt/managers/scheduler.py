@@ -18,6 +18,8 @@ from sglang_helix.srt.distributed.topology import Layout
 logger = logging.getLogger(__name__)
 
 SERIES_KEY = "sglang_helix"
+#: Beside it: head shards (A), and ranks that split a sequence (K).
+LAYOUT_KEYS = ("attn_tp_size", "kvp_size")
 #: In the report of rank 0: those of the other nodes' ranks.
 OTHER_NODES = "other_nodes"
 
@@ -25,8 +27,8 @@ OTHER_NODES = "other_nodes"
 def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     """Add to the ready message what this rank has installed and what its pool holds.
 
-    The launcher compares `series`, and `/server_info` shows the whole report, `attn_tp_size` (A)
-    and `kvp_size` (K). `kv_tokens`: tokens the pool holds, over all ranks of a KVP group.
+    The launcher compares `series`, and `/server_info` shows the whole report, and the layout by
+    `LAYOUT_KEYS`. `kv_tokens`: tokens the pool holds, over all ranks of a KVP group.
     `kv_bytes`: its size on this rank. `draft_kv_bytes`: the size of the draft model's cache, which
     every rank has whole, where there is one.
 
@@ -47,11 +49,8 @@ def add_series_report(result: dict[str, Any], scheduler: Any) -> None:
     }
     if draft := draft_runner(scheduler):
         report["draft_kv_bytes"] = kv_bytes(draft.token_to_kv_pool)
-    result |= {
-        SERIES_KEY: report,
-        "attn_tp_size": layout.attn_tp_size,
-        "kvp_size": layout.kvp_size,
-    }
+    result[SERIES_KEY] = report
+    result |= {key: getattr(layout, key) for key in LAYOUT_KEYS}
     if verdict_of(get_server_args()).kind == "works":
         check_backend(runner.attn_backend, mla=runner.use_mla_backend)
         for line in describe(layout, runner, report):

@@ -93,8 +93,10 @@ class Metrics:
                 gauge.set(seconds)
 
     def count(self, batch: Any) -> None:
-        """Count a batch that was run."""
-        self._batches(self._exchange_of(batch)).inc()
+        """Count a batch that was run: of requests, not what an idle replica keeps step by."""
+        mode = batch.forward_mode
+        if not (mode.is_idle() or mode.is_prebuilt()):
+            self._batches(self._exchange_of(batch)).inc()
         self.refresh()
 
     def _exchange_of(self, batch: Any) -> str:
@@ -108,10 +110,8 @@ class Metrics:
             if self._scheduler.tp_worker.model_runner.use_mla_backend:
                 return "gather"
             tokens = prefix.tokens.stop - prefix.tokens.start
-        elif mode.is_decode() or mode.is_target_verify():
-            tokens = batch.batch_size() * (get_spec().speculative_num_draft_tokens or 1)
         else:
-            return "none"
+            tokens = batch.batch_size() * (get_spec().speculative_num_draft_tokens or 1)
         ours = self._exchanger
         if ours and ours.backend.kernel and tokens > ours.largest_prepared(self._width(tokens)):
             return "a2a"

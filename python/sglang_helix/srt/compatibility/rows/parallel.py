@@ -127,7 +127,7 @@ PARALLEL: tuple[Row, ...] = (
         "attention data parallelism",
         "--attn-dp-size",
         "works",
-        "two replicas of two ranks, also idle ones, GQA and MLA; not seen on a GPU",
+        "two replicas of two and four ranks, also idle ones, GQA and MLA; not seen on a GPU",
     ),
     Row(
         "attention data parallelism of MLA models and Qwen3.5 beside what is untried",

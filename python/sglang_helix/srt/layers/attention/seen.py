@@ -334,8 +334,8 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "attention data parallelism (`--attn-dp-size`)",
-        "SGLang's schedulers against `transformers`: two replicas of two ranks, also one of them "
-        "idle",
+        "SGLang's schedulers against `transformers`: two replicas of two and of four ranks, also "
+        "one of them idle; a server of MLA",
     ),
     Part(
         "Mooncake's store behind the hierarchical cache of MLA",
