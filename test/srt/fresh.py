@@ -130,8 +130,8 @@ def _imported(platform: str | None, interpreted: bool) -> "_Imported":
     return _Imported(platform, interpreted)
 
 
-# Known to the processes of one run: those of pytest-xdist, or this one.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or secrets.token_hex(16)
+#: Known to the processes of one run: those of pytest-xdist, or this one.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or secrets.token_hex(16)
 
 
 class _Imported:
@@ -142,7 +142,7 @@ class _Imported:
 
     def __init__(self, platform: str | None, interpreted: bool) -> None:
         # Of Linux's abstract namespace: nothing to remove, and the first to bind it has it.
-        self._address = f"\0sglang-helix-{_RUN}-{platform}-{interpreted}"
+        self._address = f"\0sglang-helix-{RUN}-{platform}-{interpreted}"
         self._env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         if platform is not None:
             self._env["SGLANG_PLATFORM"] = platform
@@ -164,7 +164,7 @@ class _Imported:
         while True:
             # Refused before it listens; lost where it was about to end.
             with contextlib.suppress(ConnectionError, EOFError):
-                return Client(self._address, "AF_UNIX", _RUN.encode())
+                return Client(self._address, "AF_UNIX", RUN.encode())
             status = self._process.poll() if self._process else 0
             if status:
                 raise RuntimeError(f"the process that imports SGLang ended with status {status}")
@@ -181,7 +181,7 @@ class _Imported:
             stdin=subprocess.PIPE,
         )
         assert self._process.stdin
-        self._process.stdin.write(pickle.dumps((sys.path, self._address, _RUN.encode())))
+        self._process.stdin.write(pickle.dumps((sys.path, self._address, RUN.encode())))
         self._process.stdin.flush()  # and stays open
 
 

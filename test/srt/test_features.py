@@ -19,7 +19,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.server import Server, ServerError
 from srt.expected import LOGPROB_TOLERANCE, check, prompt
-from srt.underway import prompts_are_taken, wait_until
+from srt.underway import prompts_are_taken, scheduler_pid, wait_until
 
 TOKENS = 12
 
@@ -264,17 +264,11 @@ def test_a_killed_rank_ends_the_server(
     asking = threading.Thread(target=ask)
     with prompts_are_taken(server):
         asking.start()
-    os.kill(scheduler_pid(server, victim), signal.SIGKILL)
+    os.kill(scheduler_pid(server.session, victim), signal.SIGKILL)
     assert server.wait_until_gone(60)
     asking.join(120)
     assert not asking.is_alive()
     assert isinstance(outcome[0], ServerError), outcome[0]
-
-
-def scheduler_pid(server: Server, rank: int) -> int:
-    """Process of a rank: the fork server, the launcher's child, starts the ranks in order."""
-    family = psutil.Process(server.session).children(recursive=True)
-    return sorted(process.pid for process in family if process.ppid() != server.session)[rank]
 
 
 @pytest.mark.server

@@ -22,7 +22,7 @@ from sglang_cpu_reference.server import Server, free_port
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
 from sglang_helix.srt.models.value_switch import switch
 from srt import share_gpu
-from srt.disaggregation.test_router import router
+from srt.disaggregation.router import router
 from srt.expected import prompt
 from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
 from srt.models.test_windows import CUT

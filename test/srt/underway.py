@@ -33,6 +33,12 @@ def prompts_are_taken(server: Server, number: int = 1) -> Iterator[None]:
     wait_until(lambda: taken() >= before + number)
 
 
+def scheduler_pid(session: int, rank: int) -> int:
+    """Process of a server's rank: the fork server, the launcher's child, starts them in order."""
+    family = psutil.Process(session).children(recursive=True)
+    return sorted(process.pid for process in family if process.ppid() != session)[rank]
+
+
 @contextmanager
 def nothing_left_of(server: Server) -> Iterator[None]:
     """Serve, then see every process of the server gone, and nobody at its port."""

@@ -1,86 +1,104 @@
-"""A client that asks SGLang's router, which asks a prefill server and a sharded decode server."""
+"""A client that asks SGLang's router, which asks a prefill server and a sharded decode server.
 
+All three are those of `examples/one_machine.sh`.
+"""
+
+import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from sglang_cpu_reference.server import Client, Server, ServerError, free_port
+from sglang_cpu_reference.server import Client, ServerError
 from srt.disaggregation.pair import IMPATIENT
-from srt.expected import check, prompt
+from srt.expected import check, expected, prompt
+from srt.underway import scheduler_pid, wait_until
+from srt.warm_python import environment
+from transformers import AutoTokenizer
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-#: The example of a family's attention; they differ in sizes alone, which are given.
-EXAMPLE = {"llama": "pd_gqa.sh", "deepseek_v2": "pd_mla.sh"}
+ONE_MACHINE = Path(__file__).parents[3] / "examples" / "one_machine.sh"
 NEW_TOKENS = 6
 PAGE, RANKS, CHUNK = 64, 2, 128
 #: The edges of a page and of two ranks' widened one, and three chunks.
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, *(RANKS * PAGE + d for d in (-1, 0, 1)), 2 * CHUNK + 9)
+FLAGS = (
+    f"--page-size {PAGE} --chunked-prefill-size {CHUNK} --disaggregation-decode-enable-radix-cache"
+)
+
+
+class Machine(NamedTuple):
+    """What the script has started, and the completion that it has shown."""
+
+    shown: dict[str, Any]
+    router: Client
+    prefill: Client
+    decode: Client
+    model: Path
 
 
 @contextmanager
-def router(
-    family: str, prefill: Server, decode: Server, bootstrap: str, log: Path
-) -> Iterator[Client]:
-    """The router of `examples/`, once it knows both servers."""
-    client = Client(free_port())
-    ports = {"PREFILL": prefill.port, "DECODE": decode.port}
-    env = {name: f"127.0.0.1:{port}" for name, port in ports.items()} | {"BOOTSTRAP": bootstrap}
-    example = EXAMPLES / EXAMPLE[family]
-    command = [example, "router", "--host", "127.0.0.1", "--port", str(client.port)]
-    # Its own has one number for every router of a machine, and ends the second one.
-    command += ["--prometheus-port", str(free_port())]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out)
-    try:
-        end = time.monotonic() + 300
-        while True:
-            try:
-                client.get("/readiness")
-                break
-            except ServerError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < end, log.read_text()
-                time.sleep(0.2)
-        yield client
-    finally:
-        process.terminate()
-        process.wait(30)
+def one_machine(example: str, model: Path | None) -> Iterator[Machine]:
+    """The script as it runs a command, which waits until this is left.
+
+    model: None for the one that it makes.
+    """
+    # Seconds that only what hangs meets.
+    command = ["timeout", "900", ONE_MACHINE, example]
+    command += ["bash", "-c", "echo $ROUTER $PREFILL $DECODE $MODEL; read"]
+    given = {"FLAGS": FLAGS} | ({"MODEL": str(model)} if model else {})
+    with environment() as env:
+        script = subprocess.Popen(
+            command,
+            env={**env, **IMPATIENT, **given},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with script:  # closes its input, and waits
+            assert script.stdout is not None
+            shown = script.stdout.readline()
+            assert shown, "the script ended"
+            *addresses, used = script.stdout.readline().split()
+            clients = [Client(int(address.split(":")[1])) for address in addresses]
+            yield Machine(json.loads(shown), *clients, Path(used))
+
+
+def session_of(server: Client) -> int:
+    """The session, and launcher, of a server of this machine, by the port at which it listens."""
+    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    return os.getsid(next(c.pid for c in listening if c.laddr.port == server.port))
+
+
+def held_by(server: Client) -> int:
+    """Requests that have come to a server and are not answered."""
+    (load,) = server.get("/v1/loads")["loads"]
+    return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", EXAMPLE)
-def test_answers_through_the_router(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("example", "family"), [("pd_gqa", None), ("pd_mla", "deepseek_v2")])
+def test_answers_through_the_router(tmp_path: Path, example: str, family: str | None) -> None:
     """Eight at once, twice; then the prefill server is killed as it serves eight more.
 
     Its clients hear of it, and so do later ones; the decode server holds nothing for them.
     """
     pytest.importorskip("sglang_router", reason="needs sglang-router")
-    model = make_checkpoint(family, tmp_path / family, num_hidden_layers=2)
-    bootstrap = str(free_port())
-    sizes = ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     prompts = [prompt(length) for length in LENGTHS]
-    with (
-        Server(
-            model,
-            *("--disaggregation-mode", "prefill", *sizes),
-            *("--disaggregation-bootstrap-port", bootstrap),
-        ) as prefill,
-        Server(
-            model,
-            *("--disaggregation-mode", "decode", *sizes),
-            *("--tp", str(RANKS), "--dcp-size", str(RANKS), "--dcp-comm-backend", "a2a"),
-            "--disaggregation-decode-enable-radix-cache",
-            late_env=IMPATIENT,
-        ) as decode,
-        router(family, prefill, decode, bootstrap, tmp_path / "router.log") as client,
-        ThreadPoolExecutor(len(prompts)) as clients,
-    ):
+    given = make_checkpoint(family, tmp_path / family, num_hidden_layers=2) if family else None
+    with one_machine(example, given) as machine, ThreadPoolExecutor(len(prompts)) as clients:
+        model, client, decode = machine.model, machine.router, machine.decode
+        text = AutoTokenizer.from_pretrained(model)("Sequence-sharded caches").input_ids
+        assert machine.shown["output_ids"] == expected(model, tuple(text), 8).token_ids
+        info = decode.server_info()
+        assert (info["attn_tp_size"], info["kvp_size"]) == (1, RANKS)
         for _ in range(2):  # the second time from the prefix caches of both servers
             answers = list(clients.map(lambda p: client.generate(p, NEW_TOKENS), prompts))
             for tokens, answer in zip(prompts, answers, strict=True):
@@ -90,14 +108,15 @@ def test_answers_through_the_router(tmp_path: Path, family: str) -> None:
         for tokens, answer in zip(prompts, batch, strict=True):
             check(model, tokens, answer, NEW_TOKENS)
 
-        began = time.monotonic()
+        launcher = session_of(machine.prefill)
+        os.kill(scheduler_pid(launcher, 0), signal.SIGSTOP)  # none is answered before
         others = [prompt(4 * CHUNK, seed=1 + number) for number in range(len(prompts))]
         asked = [clients.submit(client.generate, tokens, NEW_TOKENS) for tokens in others]
-        prefill.kill_node(0)
+        wait_until(lambda: held_by(decode) == len(others))
+        began = time.monotonic()
+        os.killpg(launcher, signal.SIGKILL)
         asked.append(clients.submit(client.generate, prompts[0], NEW_TOKENS))
-        refused = [answer.exception(120) for answer in asked]
-        assert all(isinstance(error, ServerError | None) for error in refused)
-        assert isinstance(refused[-1], ServerError)
+        assert all(isinstance(answer.exception(120), ServerError) for answer in asked)
         decode.post("/flush_cache?timeout=60", None)  # which it does once nothing is held
         assert time.monotonic() - began < 120
         assert decode.get("/health") == ""
