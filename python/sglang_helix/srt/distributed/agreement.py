@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_helix import helix
+from sglang_helix.srt.layers.dcp.exchange import GATHER_VARIABLE, gathers_by_kernel
 from sglang_helix.srt.managers.scheduler import series_of
 
 logger = logging.getLogger(__name__)
@@ -244,6 +245,7 @@ def what_runs() -> dict[str, Any]:
         "torch": torch.__version__,
         "nccl": list(torch.cuda.nccl.version()) if torch.cuda.is_available() else None,
         "attention_backends": list(attention_backends()),
+        GATHER_VARIABLE: gathers_by_kernel(),
         "model": _digest([json.dumps(config, sort_keys=True).encode()]),
         **{name: _plain(getattr(args, name)) for name in _ARGUMENTS},
     }

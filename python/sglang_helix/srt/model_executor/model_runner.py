@@ -7,7 +7,8 @@ share.
 
 The exchange, and for `symm` its memory: as soon as the model is there, its heads, widths and dtype
 are known; every rank is at this point at the same time; and the pool is sized by what is left. It
-is tried once, and no rank goes on where one gets something wrong out of it.
+is tried once, and no rank goes on where one gets something wrong out of it. So is the gather of
+queries.
 
 A draft model needs none of it: inside its scope there is no KVP group.
 """
@@ -32,7 +33,7 @@ from sglang_helix.srt.configs.model_config import sharded_heads
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.attention.adapters import adapter
 from sglang_helix.srt.layers.attention.windows import sharded_layers
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger, gathers_by_kernel
 from sglang_helix.srt.layers.dcp.probe import probe
 from sglang_helix.srt.model_executor import replicas
 
@@ -87,6 +88,16 @@ def prepare_exchange(result: None, runner: Any) -> None:
             dtype=runner.dtype,
             timeout=get_device().watchdog_timeout,
         )
+    queries = _query_widths(runner)
+    if gathers_by_kernel():
+        for parts in queries:
+            exchanger.prepare_queries(
+                max_tokens=max_tokens,
+                num_heads=num_heads,
+                widths=parts,
+                dtype=runner.dtype,
+                timeout=get_device().watchdog_timeout,
+            )
     decode = adapter(attention_backends()[1])
     probe(
         exchanger,
@@ -96,8 +107,19 @@ def prepare_exchange(result: None, runner: Any) -> None:
         dtype=runner.dtype,
         base2=decode.base2,
         splits=decode.name == "triton",
+        queries=queries,
         max_tokens=max_tokens,
     )
+
+
+def _query_widths(runner: Any) -> list[tuple[int, ...]]:
+    """Of the parts of queries that decode gathers; none where every rank projects all heads'."""
+    config = runner.model_config
+    if get_parallel().dcp_replicate_q_proj:
+        return []
+    if runner.use_mla_backend:
+        return [(config.kv_lora_rank, config.qk_rope_head_dim)]
+    return sorted({(layer.qk_head_dim,) for layer in sharded_layers(runner.model, config)})
 
 
 def _most_requests() -> int | None:

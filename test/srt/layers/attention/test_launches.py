@@ -7,7 +7,7 @@ the model.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 RANKS, LAYER_HEADS = 2, {"GQA": Heads(8, 2, 64, 64), "MLA": Heads(8, 1, 576, 512)}
 OPERATORS = ("fwd", "dense_decode_fwd")  # of sgl-kernel and FlashMLA
-EXCHANGES = {"a2a": ["pack", "all_to_all", "combine"], "symm": ["symm"]}
+EXCHANGES = {
+    "a2a": ["pack", "all_to_all", "combine"],
+    "symm": ["symm"],
+    "symm, queries too": ["symm"],
+}
 
 
 def note(name: str) -> None:
@@ -65,6 +69,17 @@ class Symm:
         )
 
 
+class SymmGather:
+    """In the place of one that gathers queries."""
+
+    max_tokens = 64
+
+    def __call__(self, parts: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        note("gather")
+        tokens, own, _ = parts[0].shape
+        return parts[0].new_empty(tokens, RANKS * own, sum(part.shape[-1] for part in parts))
+
+
 def counted_on_rank(
     rank: int, group: ThreadGroup, backend: str, attention: Attention, exchange: str
 ) -> dict[str, list[str]]:
@@ -73,10 +88,13 @@ def counted_on_rank(
     own, dtype = heads.queries // RANKS, torch.bfloat16
     silent: Any = Group(rank, RANKS, None, [])  # type: ignore[arg-type]
     get_parallel().dcp_group = silent
-    silent.exchanger = Exchanger(exchange, silent)
-    if exchange == "symm":
+    silent.exchanger = Exchanger(exchange.split(",")[0], silent)
+    if exchange != "a2a":
         for width in (heads.v_width, 128):
             silent.exchanger._kernels[heads.queries, width, dtype] = Symm()
+    if exchange == "symm, queries too":
+        widths = (heads.v_width, heads.k_width - heads.v_width) if mla else (heads.k_width,)
+        silent.exchanger._gathers[heads.queries, widths, dtype] = SymmGather()
     page = (adapter(backend).pages or (4,))[0]
     slots = Slots(RANKS, page, pages=40)
     backend_ = build(backend, rank, silent, heads, slots, mla, dtype, of_model=dtype)
@@ -169,9 +187,8 @@ def counted(backend: str, attention: Attention) -> dict[str, dict[str, list[str]
     found = {}
     for exchange in EXCHANGES:
         given = backend, attention, exchange
-        found[exchange] = run_threads(counted_on_rank, RANKS, *given, **parallel(RANKS, exchange))[
-            1
-        ]
+        options = parallel(RANKS, exchange.split(",")[0])
+        found[exchange] = run_threads(counted_on_rank, RANKS, *given, **options)[1]
     return found
 
 
@@ -188,42 +205,45 @@ class Noted:
 def expected(backend: str, attention: Attention, exchange: str) -> dict[str, list[str]]:
     """What there is to launch, in order.
 
-    Queries are gathered by NCCL, from a copy with the heads in front. FlashInfer's kernels want
-    queries without gaps, and its prefix part fills its output with zeros. MLA's kernels of FlashMLA
-    and Triton want both parts of a query as one.
+    Queries are gathered by NCCL, from a copy with the heads in front, or by a kernel that leaves no
+    gaps. FlashInfer's kernels want queries without, and its prefix part fills its output with
+    zeros. MLA's kernels of FlashMLA and Triton want both parts of a query as one.
     """
     flashinfer, triton = backend in ("flashinfer", "trtllm_mha"), backend == "triton"
-    copy = ["clone"] if flashinfer else []
-    attend = [*copy, "attend"]
+    by_kernel = exchange == "symm, queries too"
     # Splits are merged where they are sent, or else before that.
     merged = ["combine_splits"] if triton else []
-    sent = [*([] if exchange == "symm" else merged), *EXCHANGES[exchange]]
+    sent = [*(merged if exchange == "a2a" else []), *EXCHANGES[exchange]]
     found = {}
     for queries in ("gathered", "replicated"):
         gathered = queries == "gathered"
+        own = [*(["clone"] if flashinfer else []), "attend"]
+        attend = ["attend"] if gathered and by_kernel else own
         if attention == "MLA":
             join = [] if gathered or backend in ("fa3", "fa4") else ["cat"]
-            first = ["cat", "all_gather"] if gathered else []
-            decode = [*first, "store", *join, *attend]
+            gather = ["gather"] if by_kernel else ["cat", "all_gather"]
+            decode = [*(gather if gathered else []), "store", *join, *attend]
             found[f"decode, {queries}"] = [*decode, *sent]
             projected = [*decode, *merged, "bmm", *EXCHANGES[exchange]]
             found[f"values first, {queries}"] = projected
             continue
-        gather = ["clone", "all_gather"] if gathered else []
+        gather = ["gather"] if by_kernel else ["clone", "all_gather"]
+        gather = gather if gathered else []
         mask = ["masked_fill"] if backend == "trtllm_mha" else []
         found[f"decode, {queries}"] = ["store", *gather, *attend, *mask, *sent]
-        prefix = [*copy, *(["zeros"] if flashinfer else []), "attend", *EXCHANGES[exchange]]
-        found[f"extend, {queries}"] = [*attend, *gather, *prefix, "store", "merge"]
-        found[f"new prompts, {queries}"] = [*attend, "store"]
+        prefix = [*attend[:-1], *(["zeros"] if flashinfer else []), "attend", *EXCHANGES[exchange]]
+        found[f"extend, {queries}"] = [*own, *gather, *prefix, "store", "merge"]
+        found[f"new prompts, {queries}"] = [*own, "store"]
     return found
 
 
 @pytest.mark.parametrize(("backend", "attention"), CAPTURED)
 def test_launches_of_a_layer(process: Fresh, backend: str, attention: Attention) -> None:
-    """At most 12 of an extend. Of a decode, where queries are not gathered, at most 4 by `symm`."""
+    """At most 12 of an extend. Of a decode by `symm` at most 4, unless NCCL gathers queries."""
     found = process.value(counted, backend, attention)
     assert found == {name: expected(backend, attention, name) for name in EXCHANGES}
     if attention == "GQA":
         assert len(found["a2a"]["extend, gathered"]) <= 12
     if backend != "trtllm_mha":  # it does not mark requests without tokens by itself
         assert len(found["symm"]["decode, replicated"]) <= 4
+        assert len(found["symm, queries too"]["decode, gathered"]) <= 4

@@ -18,39 +18,69 @@ from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND
-from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from srt.interpreter import DEVICE
 from srt.layers.dcp.symm_ranks import Ranks as Workspaces
 from srt.threads import TIMEOUT, run_threads
 
 
-class Prepared:
-    """A rank's prepared exchange: sends, and receives once all have sent; or one `phase` alone."""
+class Turns:
+    """A rank's kernel that sends, and receives once all have sent; or one `phase` alone."""
 
     def __init__(self, workspace: Any) -> None:
         self.workspace = workspace
         self.phase: Any = None
         self.all_have_sent: Callable[[], None] = lambda: None  # waits for it
-        self.forms: set[str] = set()
         self.max_tokens = workspace.layout.max_tokens
+
+    def in_turn(self, launched: Callable[[Any], Any]) -> Any:
+        """What the last phase of launched(phase) returns."""
+        if self.phase is not None:
+            return launched(self.phase)
+        launched(SEND)
+        self.all_have_sent()
+        return launched(RECEIVE)
+
+
+class PreparedGather(Turns):
+    """Of queries."""
+
+    calls = 0
+
+    def __call__(self, parts: tuple[torch.Tensor, ...], layer: int) -> torch.Tensor:
+        self.calls += 1
+        gathered: torch.Tensor = self.in_turn(
+            lambda phase: symm_launch.gather(self.workspace, parts, phase=phase)
+        )
+        return gathered
+
+
+class Prepared(Turns):
+    """A rank's prepared exchange."""
+
+    def __init__(self, workspace: Any) -> None:
+        super().__init__(workspace)
+        self.forms: set[str] = set()
 
     def __call__(self, partial: Partial | Splits, layer: int, **options: Any) -> Partial:
         self.forms.add("splits" if isinstance(partial, Splits) else "rows")
-        if self.phase is not None:
-            return self._launched(partial, self.phase, options)
-        self._launched(partial, SEND, options)
-        self.all_have_sent()
-        return self._launched(partial, RECEIVE, options)
-
-    def _launched(self, partial: Partial | Splits, phase: Any, options: dict[str, Any]) -> Partial:
-        return symm_launch.exchange(self.workspace, partial, phase=phase, **options)
+        reduced: Partial = self.in_turn(
+            lambda phase: symm_launch.exchange(self.workspace, partial, phase=phase, **options)
+        )
+        return reduced
 
 
 class Ranks:
-    """All ranks of a group."""
+    """All ranks of a group; queries: widths of their parts, where a kernel gathers them."""
 
     def __init__(
-        self, size: int, heads: int, width: int, dtype: torch.dtype, tokens: int = 6
+        self,
+        size: int,
+        heads: int,
+        width: int,
+        dtype: torch.dtype,
+        tokens: int = 6,
+        queries: tuple[int, ...] = (),
     ) -> None:
         self.kernels = [
             Prepared(workspace)
@@ -63,9 +93,15 @@ class Ranks:
         for group, kernel in zip(self.groups, self.kernels, strict=True):
             group.exchanger = Exchanger("symm", group)
             group.exchanger._kernels[heads, width, dtype] = kernel
+        self.gathers: list[PreparedGather] = []
+        if queries:
+            layout = QueryLayout(size, heads, queries, dtype, tokens)
+            self.gathers = [PreparedGather(end) for end in Workspaces(layout, DEVICE).apart]
+        for group, gather in zip(self.groups, self.gathers, strict=False):
+            group.exchanger._gathers[heads, queries, dtype] = gather
 
     def play(self, step: Callable[[int, Any], torch.Tensor]) -> list[torch.Tensor]:
-        """What step(rank, group), which exchanges once, returns on each rank."""
+        """What step(rank, group), which gathers and exchanges in one order, returns on each."""
         turn, everyone = threading.Lock(), threading.Barrier(len(self.kernels))
 
         def all_have_sent() -> None:
@@ -83,7 +119,7 @@ class Ranks:
                     everyone.abort()
                     raise
 
-        for kernel in self.kernels:
+        for kernel in (*self.kernels, *self.gathers):
             kernel.all_have_sent = all_have_sent
         return run_threads(played, len(self.kernels))
 

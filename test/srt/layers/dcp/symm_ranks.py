@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND
-from sglang_helix.srt.layers.dcp.symm_launch import exchange
-from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_launch import exchange, gather
+from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from sglang_helix.srt.layers.dcp.symm_workspace import one_device
 
 INF = float("inf")
@@ -23,7 +23,9 @@ class Ranks:
     interpreter runs one program at a time, so a program that waits would wait for ever.
     """
 
-    def __init__(self, layout: Layout, device: str, warps: int | None = None, seed: int = 0):
+    def __init__(
+        self, layout: Layout | QueryLayout, device: str, warps: int | None = None, seed: int = 0
+    ):
         self.layout, self.random = layout, random.Random(seed)
         if device == "cpu":
             warps = warps or 5  # fewer than rows, as a rule: then programs carry several
@@ -74,6 +76,41 @@ class Ranks:
         B = len(part) // self.layout.ranks
         columns = len(self.layout.owned_by(rank)) * (part.shape[1] // self.layout.owned)
         return part[rank * B : (rank + 1) * B, :columns]
+
+
+class QueryRanks(Ranks):
+    """The same of the gather."""
+
+    def __call__(self, *parts: torch.Tensor) -> list[torch.Tensor]:
+        """Parts [N*T, H/N, W_i], those of the ranks stacked -> result of each rank."""
+        if parts[0].is_cuda:
+            return list(gather(self.together, parts).unflatten(0, (self.layout.ranks, -1)))
+        return self.out_of_step([parts])[0]
+
+    def out_of_step(self, calls: list[tuple[torch.Tensor, ...]]) -> list[list[torch.Tensor]]:
+        """Results by call and rank: a launch per rank, call and phase, in an order drawn anew.
+
+        A rank sends as soon as it has ended its last call, and receives once all have sent.
+        """
+        N = self.layout.ranks
+        sent, ended = [0] * N, [0] * N
+        results: list[list[torch.Tensor]] = [[torch.empty(0)] * N for _ in calls]
+        while min(ended) < len(calls):
+            able = [
+                rank
+                for rank in range(N)
+                if (sent[rank] == ended[rank] < len(calls)) or ended[rank] < min(sent)
+            ]
+            rank = self.random.choice(able)
+            call, sends = ended[rank], sent[rank] == ended[rank]
+            own = [part.unflatten(0, (N, -1))[rank] for part in calls[call]]
+            phase = SEND if sends else RECEIVE
+            results[call][rank] = gather(self.apart[rank], own, phase=phase)
+            if sends:
+                sent[rank] += 1
+            else:
+                ended[rank] += 1
+        return results
 
 
 def expected(

@@ -1,6 +1,7 @@
 """The probe of a start: an exchange that is wrong on one rank stops every rank by name."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,23 @@ def that_raises(out: Any, lse: Any, group: Any, **options: Any) -> Any:
     raise ValueError("no such kernel")
 
 
+def in_another_order(exchanger: Any, parts: Any, layer: int) -> Any:
+    whole = torch.cat([part.transpose(0, 1) for part in parts], -1)
+    gathered = exchanger.group.all_gather(whole.contiguous(), dim=0)
+    return gathered.roll(1, 0).transpose(0, 1)
+
+
+def gathers_and_raises(exchanger: Any, parts: Any, layer: int) -> Any:
+    in_another_order(exchanger, parts, layer)
+    raise ValueError("no such kernel")
+
+
+WRONG_QUERIES = {
+    "48 of 48 are not what their rank sent": in_another_order,
+    "it raised ValueError: no such kernel": gathers_and_raises,
+}
+QUERIES = ((32, 8), (80,))
+
 BROKEN = {
     "the output is off": (of_another_rank, with_the_other_base, of_empty_shards),
     "the LSE is off": (without_its_lse,),
@@ -61,7 +79,7 @@ def probed(rank: int, world_size: int) -> list[str]:
         backends.append("symm")
 
     def prepared(name: str) -> Exchanger:
-        exchanger = Exchanger(name, group)
+        exchanger = group.exchanger = Exchanger(name, group)
         for width in DIMS:
             exchanger.prepare(
                 max_tokens=3,
@@ -70,11 +88,20 @@ def probed(rank: int, world_size: int) -> list[str]:
                 dtype=torch.bfloat16,
                 timeout=60.0,
             )
+        for parts in QUERIES:
+            exchanger.prepare_queries(
+                max_tokens=3,
+                num_heads=HEADS,
+                widths=parts,
+                dtype=torch.bfloat16,
+                timeout=60.0,
+            )
         return exchanger
 
     def run(exchanger: Exchanger, **options: Any) -> str:
         shape: Any = {"num_heads": HEADS, "head_dims": DIMS, "dtype": torch.bfloat16}
-        options = shape | {"base2": False, "splits": True, "max_tokens": 3} | options
+        options = {"base2": False, "splits": True, "queries": QUERIES, "max_tokens": 3} | options
+        options = shape | options
         try:
             probe(exchanger, group.cpu_group, **options)
         except RuntimeError as error:
@@ -98,6 +125,14 @@ def probed(rank: int, world_size: int) -> list[str]:
             told = f"(rank 1: rows of 32 elements in torch.bfloat16: {what}"
             if not said.startswith(expected) or told not in said or "rank 0:" in said:
                 wrong.append(f"{broken.__name__}: {said!r}")
+    for what, gathered in WRONG_QUERIES.items():
+        exchanger = prepared("a2a")
+        if rank == 1:
+            exchanger.gathered = partial(gathered, exchanger)  # type: ignore[method-assign]
+        said = run(exchanger, splits=False, max_tokens=None)
+        told = f"(rank 1: gathered queries of (32, 8) elements in torch.bfloat16: {what}"
+        if told not in said or "rank 0:" in said:
+            wrong.append(f"{gathered.__name__}: {said!r}")
     return wrong
 
 

@@ -19,13 +19,14 @@ from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBa
 from sglang_helix.srt.layers.dcp import (
     comm,
     exchange,
+    gather,
     symm_launch,
     symm_layout,
     symm_workspace,
 )
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
-from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from srt.distributed.ranks import run_ranks
 from srt.interpreter import INTERPRETED
 from srt.layers.dcp.symm_decode import attention_layer
@@ -215,14 +216,106 @@ def test_prepared_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, group: An
         )
         return exchanger._kernels[heads, 512, torch.bfloat16]
 
+    def most(heads: int) -> int:
+        return symm_layout.largest_batch(Layout(2, heads, 512, torch.bfloat16, 0))
+
     small, large = prepare(8, 128), prepare(100_000, 64)
     assert prepare(64, 128) is small
     assert [args[:4] for args in made] == [
         ("cpu group", 8, 128, 512),
-        ("cpu group", symm_layout.largest_batch(2, 64, 512, torch.bfloat16), 64, 512),
+        ("cpu group", most(64), 64, 512),
     ]
     assert large.layout.max_tokens * large.layout.token_bytes <= symm_layout._MAX_BYTES
-    assert prepare(None, 32).max_tokens == symm_layout.largest_batch(2, 32, 512, torch.bfloat16)
+    assert prepare(None, 32).max_tokens == most(32)
+
+
+class GatherRecorder:
+    """A prepared gather that notes its calls."""
+
+    max_tokens = 4
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def __call__(self, parts: tuple[torch.Tensor, ...], layer: int) -> torch.Tensor:
+        self.layers.append(layer)
+        return torch.cat(parts, -1).repeat(1, 2, 1)
+
+
+def test_size_shape_and_dtype_decide_who_gathers_queries(
+    group: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never how they lie, which may not be the same on every rank."""
+    exchange._say_once.cache_clear()
+    collected: list[tuple[int, ...]] = []
+
+    def all_gather(x: torch.Tensor, dim: int) -> torch.Tensor:
+        collected.append(tuple(x.shape))
+        return torch.cat([x, x], dim)
+
+    group.all_gather, group.exchanger = all_gather, Exchanger("symm", group)
+
+    def queries(T: int, heads: int = 4, dtype: torch.dtype = torch.bfloat16) -> Any:
+        return tuple(torch.randn(T, heads, width).to(dtype) for width in (16, 8))
+
+    assert gather.all_gather(queries(1), group).shape == (1, 8, 24)
+    assert collected == [(4, 1, 24)]  # nothing was prepared
+    recorder = GatherRecorder()
+    group.exchanger._gathers[8, (16, 8), torch.bfloat16] = recorder
+    with caplog.at_level("INFO"):
+        for T in (0, 1, 4):
+            assert gather.all_gather(queries(T), group, layer=T).shape == (T, 8, 24)
+        latent, rope = queries(4)
+        odd = latent.transpose(0, 1).contiguous().transpose(0, 1), rope[..., torch.arange(8)]
+        gather.all_gather(odd, group)
+        assert recorder.layers == [0, 1, 4, -1]
+        assert not caplog.messages
+        for _ in range(2):
+            gather.all_gather(queries(5), group)
+            gather.all_gather(queries(1, dtype=torch.float32), group)
+            gather.all_gather(queries(1, heads=2), group)
+            gather.all_gather(queries(1)[:1], group)
+    assert len(recorder.layers) == 4
+    assert len(collected) == 9
+    assert caplog.messages == [
+        "symm: queries of more than 4 tokens are all-gathered",
+        "symm: queries of 8 heads of (16, 8) elements in torch.float32 are all-gathered",
+        "symm: queries of 4 heads of (16, 8) elements in torch.bfloat16 are all-gathered",
+        "symm: queries of 8 heads of (16,) elements in torch.bfloat16 are all-gathered",
+    ]
+
+
+def test_a_gather_is_prepared_once_for_each_shape_that_it_serves(
+    monkeypatch: pytest.MonkeyPatch, group: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def __init__(self, *args: Any, timeout: float) -> None:
+            made.append(args)
+            self.max_tokens = args[1]
+            self.layout = QueryLayout(2, *args[2:5], self.max_tokens)
+
+    monkeypatch.setattr(symm_workspace, "SymmGather", Kernel)
+    group.cpu_group, group.device = "cpu group", torch.device("cuda:0")
+
+    def prepare(exchanger: Exchanger, tokens: int | None, widths: tuple[int, ...]) -> Any:
+        exchanger.prepare_queries(
+            max_tokens=tokens, num_heads=128, widths=widths, dtype=torch.bfloat16, timeout=7.0
+        )
+        return exchanger._gathers.get((128, widths, torch.bfloat16))
+
+    symm = Exchanger("symm", group)
+    small = prepare(symm, 8, (512, 64))
+    assert prepare(symm, 64, (512, 64)) is small
+    assert prepare(symm, None, (128,)).max_tokens == symm_layout._MAX_BYTES // (128 * 128 * 2)
+    with caplog.at_level("INFO"):
+        assert prepare(symm, 8, (512, 4)) is None
+    assert caplog.messages == [
+        "symm: queries of (512, 4) elements (torch.bfloat16) are all-gathered"
+    ]
+    assert prepare(Exchanger("a2a", group), 8, (512, 64)) is None
+    assert [args[1:4] for args in made] == [(8, 128, (512, 64)), (4096, 128, (128,))]
 
 
 def refused_on_rank(rank: int, world_size: int) -> str:

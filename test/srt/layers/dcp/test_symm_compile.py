@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 from sglang_helix.srt.layers.dcp import lse_combine_triton, symm, symm_launch
-from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,11 +33,9 @@ def instructions(
     layout: Layout, folder: Path, sm: int, *, splits: bool = False
 ) -> tuple[Counter[str], str]:
     """Machine instructions by name, and the assembler's report, for one rank's kernel."""
-    kernel = symm.exchange_kernel
-    constants = {**layout.constants}
-    constants |= {"SPLITS": splits, "BASE2": False, "PHASE": symm.SEND | symm.RECEIVE}
+    constants = {**layout.constants, "SPLITS": splits, "BASE2": False}
     payload = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[layout.wire]
-    pointers = {
+    pointers: dict[str, str | None] = {
         "x_ptr": "*fp32" if splits else payload,
         "l_ptr": "*fp32",
         "peers_ptr": "*i64",
@@ -49,6 +47,19 @@ def instructions(
         "counts_ptr": "*i32" if splits else None,
         "sink_ptr": None,
     }
+    return compiled_for(symm.exchange_kernel, constants, pointers, layout.warps(splits), folder, sm)
+
+
+def compiled_for(
+    kernel: Any,
+    constants: dict[str, Any],
+    pointers: dict[str, str | None],
+    warps: int,
+    folder: Path,
+    sm: int,
+) -> tuple[Counter[str], str]:
+    """Of a kernel whose other arguments are numbers; a pointer without a type is not given."""
+    constants["PHASE"] = symm.SEND | symm.RECEIVE
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in pointers and pointers[name] is None:
@@ -62,7 +73,7 @@ def instructions(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": layout.warps(splits), "maxnreg": symm_launch._MAX_REGISTERS},
+        options={"num_warps": warps, "maxnreg": symm_launch._MAX_REGISTERS},
     )
     return machine_code(compiled, folder)
 
@@ -89,14 +100,37 @@ def matching(counts: Counter[str], pattern: str) -> int:
 @pytest.mark.parametrize("splits", [False, True], ids=["rows", "splits"])
 def test_machine_code(layout: Layout, splits: bool, sm: int, tmp_path: Path) -> None:
     counts, report = instructions(layout, tmp_path, sm, splits=splits)
+    vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(splits))
+    assert_one_trip(counts, report, vectors)
 
+
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize(
+    ("widths", "ranks"), [((512, 64), 4), ((512, 64), 8), ((128,), 2), ((128,), 8)]
+)
+def test_machine_code_of_the_gather(
+    widths: tuple[int, ...], ranks: int, sm: int, tmp_path: Path
+) -> None:
+    layout = QueryLayout(ranks, 64, widths, torch.bfloat16, max_tokens=256)
+    right = "*bf16" if len(widths) == 2 else None
+    pointers = {"left_ptr": "*bf16", "right_ptr": right, "y_ptr": "*bf16"}
+    pointers |= {"peers_ptr": "*i64", "epochs_ptr": "*i64", "status_ptr": "*i64"}
+    counts, report = compiled_for(
+        symm.gather_kernel, {**layout.constants}, pointers, layout.warps, tmp_path, sm
+    )
+    vectors = sum(ranks * words // 4 // (32 * layout.warps) for words in layout.words)
+    assert_one_trip(counts, report, vectors)
+    assert counts["STG.E.128"] == 2 * vectors  # the result, and what is put back
+
+
+def assert_one_trip(counts: Counter[str], report: str, vectors: int) -> None:
+    """Nothing is spilled, no fence, one 16-byte access per vector of the N pieces."""
     assert re.findall(r"STACK:(\d+)", report) == ["0"]
-    assert not matching(counts, r"(LDL|STL).*")  # nothing is spilled
+    assert not matching(counts, r"(LDL|STL).*")
     [registers] = re.findall(r"REG:(\d+)", report)
     assert int(registers) <= symm_launch._MAX_REGISTERS  # what `resident_warps` counts on
 
-    # One 16-byte access per vector of the N pieces: sent, received, and put back.
-    vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(splits))
+    # Sent, received, and put back.
     assert counts["STG.E.128.STRONG.SYS"] == vectors
     assert counts["LDG.E.128.STRONG.SYS"] == 2 * vectors  # the first poll and the loop
     assert matching(counts, r"STG\.E\.128") >= vectors

@@ -22,6 +22,7 @@ from srt.fresh import Fresh
 from srt.interpreter import DEVICE, kernels, passes, without_a_gpu
 from srt.layers.dcp.symm_decode import LENGTHS, Cache, Ranks, attention_layer
 from srt.layers.dcp.symm_ranks import expected, poison, relative_error
+from srt.threads import get_parallel
 
 from benchmark.dcp import measure
 
@@ -171,6 +172,44 @@ def test_splits_leave_for_their_owners(
         torch.cat([out for out, _ in partials]), torch.cat([lse for _, lse in partials]), 2
     )
     assert relative_error(results, merged) < 5e-6
+
+
+@kernels
+@pytest.mark.parametrize(("size", "rope"), [(3, 0), (2, 64)])
+def test_queries_come_by_a_kernel_too(
+    monkeypatch: pytest.MonkeyPatch, size: int, rope: int
+) -> None:
+    """Decode of GQA and MLA from a rank's own queries, two layers one after the other."""
+    heads, width = 2 * size, 512 if rope else 16
+    ranks = Ranks(size, heads, width, torch.float32, queries=(width, rope) if rope else (width,))
+    cache = Cache(size, 1, width, rope)
+    q = torch.randn(len(LENGTHS), heads, width + rope, device=DEVICE)
+    backends = [cache.backend(rank, group, heads, 4) for rank, group in enumerate(ranks.groups)]
+    layer = attention_layer(heads if rope else heads // size, width, rope, 1.0)
+    monkeypatch.setattr(comm, "get_parallel", get_parallel)
+
+    def step(rank: int, group: Any) -> torch.Tensor:
+        own, given = q.chunk(size, dim=1)[rank], {}
+        get_parallel().dcp_group = group
+        query = own.flatten(1)
+        if rope:
+            latents, ropes = own[..., :width], own[..., width:]
+            query, given["q_rope"] = comm.all_gather_q_for_mla_decode(latents, ropes)
+            given["k_rope"] = None
+        attended = backends[rank].forward_decode(
+            query, None, None, layer, SimpleNamespace(), save_kv_cache=False, **given
+        )
+        if not rope:
+            return attended.view(len(q), heads // size, width)
+        out, lse = attended
+        merged = comm.cp_lse_ag_out_rs_mla(out, lse, group, is_lse_base_on_e=True)
+        return merged.transpose(0, 1)
+
+    want = cache.attended(q)
+    results = ranks.play(lambda rank, group: torch.stack([step(rank, group) for _ in range(2)]))
+    for result in torch.cat(results, dim=2):
+        assert relative_error(result, want) < (5e-6 if DEVICE == "cpu" else 5e-3)
+    assert [gather.calls for gather in ranks.gathers] == [2] * size
 
 
 @kernels

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang.srt.distributed import parallel_state
-from sglang_helix.srt.layers.dcp import comm, symm
+from sglang_helix.srt.layers.dcp import comm, gather, symm
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
@@ -217,6 +217,60 @@ def graphs_on_rank(rank: int, world_size: int) -> list[str]:
 
 def test_graphs_of_several_batch_sizes(world: World) -> None:
     assert not list(itertools.chain(*world.run(graphs_on_rank)))
+
+
+def gathered_on_rank(rank: int, world_size: int) -> list[str]:
+    """Queries by the kernel beside the group's all-gather, eager and from graphs, every bit."""
+    wrong = []
+    for widths, heads in (((512, 64), 4 * world_size), ((128,), 2 * world_size)):
+        group = prepared(128, 2 * world_size, torch.bfloat16)
+        group.exchanger.prepare_queries(
+            max_tokens=MAX_TOKENS,
+            num_heads=heads,
+            widths=widths,
+            dtype=torch.bfloat16,
+            timeout=60.0,
+        )
+        for T in (1, 8, MAX_TOKENS, 0, 3, MAX_TOKENS + 1):
+            rows = torch.empty(T, heads // world_size, 640, device=group.device).bfloat16()
+            parts = rows[..., : sum(widths)].split(widths, dim=-1)
+
+            def call(parts: Any = parts, group: Any = group) -> list[torch.Tensor]:
+                return [gather.all_gather(parts, group) for _ in range(3)]
+
+            def differ(results: list[torch.Tensor], parts: Any = parts, group: Any = group) -> int:
+                whole = torch.cat(parts, -1).transpose(0, 1).contiguous()
+                want = group.all_gather(whole, dim=0).transpose(0, 1)
+                return sum(not torch.equal(result, want) for result in results)
+
+            rows.normal_()
+            problems = differ(call())
+            torch.cuda.synchronize()
+            if 0 < T <= MAX_TOKENS:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    results = call()
+                for turn in range(20):
+                    rows.normal_()
+                    if rank == turn % world_size:
+                        time.sleep(0.01)  # out of step
+                    graph.replay()
+                    problems += differ(results)
+            if problems:
+                wrong.append(f"{widths} T={T}: {problems}")
+        rows = torch.randn(4, heads // world_size, sum(widths), device=group.device).bfloat16()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            gather.all_gather(rows.split(widths, dim=-1), group)
+            torch.cuda.synchronize()
+        on_device = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA]
+        if on_device != ["gather_kernel"]:
+            wrong.append(f"launches {on_device}")
+    return wrong
+
+
+def test_queries_in_one_launch(world: World) -> None:
+    assert not list(itertools.chain(*world.run(gathered_on_rank)))
 
 
 def stuck_on_rank(rank: int, world_size: int) -> None:

@@ -1,10 +1,11 @@
-"""The one-kernel exchange on a real device: ranks that run at the same time and out of step."""
+"""The one-kernel exchange and gather on a device: ranks at the same time and out of step."""
 
 from __future__ import annotations
 
 import os
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -22,8 +23,8 @@ import triton
 import triton.language as tl
 from sglang_helix.srt.layers.dcp import symm
 from sglang_helix.srt.layers.dcp.partial import Partial
-from sglang_helix.srt.layers.dcp.symm_launch import Workspace, exchange
-from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_launch import Workspace, exchange, gather
+from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from sglang_helix.srt.layers.dcp.symm_workspace import Stall, SymmExchange, between_ranks
 from srt.layers.dcp.symm_ranks import Ranks, expected, poison, relative_error
 from torch.autograd import DeviceType
@@ -68,8 +69,12 @@ def _check(got_ptr, want_ptr, wrong_ptr, D: tl.constexpr, BOUND: tl.constexpr):
 class Batches:
     """Partial results of all ranks for each call of a graph, and what is to come of them."""
 
-    def __init__(self, ranks: int, heads: int, width: int):
-        self.ranks = ranks
+    bound = BOUND
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.ranks = ranks = layout.ranks
+        heads, width = layout.heads, layout.head_dim
         self.sizes = [1 + (5 * call) % 6 for call in range(CALLS)]
         rows = [(ranks * B, heads) for B in self.sizes]
         self.xs = [torch.empty(*r, width, dtype=torch.bfloat16, device="cuda") for r in rows]
@@ -87,11 +92,47 @@ class Batches:
             combined, _ = expected(x, lse, self.ranks)
             want.copy_(combined.unflatten(1, (self.ranks, -1)).movedim(1, 0))
 
+    def run(self, workspace: Workspace[Layout], call: int) -> torch.Tensor:
+        """A rank's call."""
+        rank = workspace.rank
+        partial = Partial(*(part[call].chunk(self.ranks)[rank] for part in (self.xs, self.lses)))
+        return exchange(workspace, partial).out
+
+
+class Queries:
+    """The same of queries, whose every bit is to arrive."""
+
+    bound = 0.0
+
+    def __init__(self, layout: QueryLayout):
+        self.layout = layout
+        self.ranks = ranks = layout.ranks
+        self.sizes = [1 + (5 * call) % 6 for call in range(CALLS)]
+        options: Any = {"dtype": layout.wire, "device": "cuda"}
+        self.parts = [
+            [torch.empty(ranks * T, layout.owned, width, **options) for width in layout.widths]
+            for T in self.sizes
+        ]
+        shape = layout.heads, sum(layout.widths)
+        self.wants = [torch.empty(ranks, T, *shape, device="cuda") for T in self.sizes]
+
+    def draw(self) -> None:
+        """The same on every rank that has seeded torch alike."""
+        for parts, want in zip(self.parts, self.wants, strict=True):
+            for part in parts:
+                part.normal_()
+            everyones = torch.cat(parts, -1).unflatten(0, (self.ranks, -1))
+            want.copy_(everyones.transpose(0, 1).flatten(1, 2).expand_as(want))
+
+    def run(self, workspace: Workspace[QueryLayout], call: int) -> torch.Tensor:
+        """A rank's call."""
+        return gather(workspace, [p.chunk(self.ranks)[workspace.rank] for p in self.parts[call]])
+
 
 class OutOfStep:
     """One rank: a graph of calls with delays of its own, every row compared on the device."""
 
-    def __init__(self, workspace: Workspace, batches: Batches):
+    def __init__(self, workspace: Workspace[Any], batches: Batches | Queries):
         self.workspace, self.batches = workspace, batches
         self.wants = [want[workspace.rank] for want in batches.wants]
         self.results = [torch.empty_like(want, dtype=torch.bfloat16) for want in self.wants]
@@ -102,15 +143,13 @@ class OutOfStep:
     def check(self, call: int) -> None:
         result, want = self.results[call], self.wants[call]
         rows, D = want.numel() // want.shape[-1], want.shape[-1]
-        _check[(rows,)](result, want, self.wrong, D=D, BOUND=BOUND, num_warps=1)
+        options = {"D": D, "BOUND": self.batches.bound, "num_warps": 1}
+        _check[(rows,)](result, want, self.wrong, **options)
 
     def do(self, call: int) -> None:
         """Tensors begin on 16 bytes, so one compiled kernel serves all calls and ranks."""
         _delay[(1,)](self.noise, MOST=20_000, num_warps=1)
-        rank, ranks = self.workspace.rank, self.batches.ranks
-        parts = self.batches.xs, self.batches.lses
-        partial = Partial(*(part[call].chunk(ranks)[rank] for part in parts))
-        self.results[call] = exchange(self.workspace, partial).out
+        self.results[call] = self.batches.run(self.workspace, call)
         self.check(call)
 
     def capture(self) -> None:
@@ -123,7 +162,7 @@ class OutOfStep:
             self.graph.replay()
 
 
-def replays_out_of_step(ranks: list[OutOfStep], batches: Batches) -> int:
+def replays_out_of_step(ranks: list[OutOfStep], batches: Batches | Queries) -> int:
     """Run the ranks of this process out of step, with inputs drawn anew; calls of each."""
     # Loading a kernel may wait for those that run, so none may be waiting for a rank then.
     batches.draw()
@@ -158,40 +197,43 @@ def replays_out_of_step(ranks: list[OutOfStep], batches: Batches) -> int:
     return done * CALLS
 
 
-def out_of_step_layout(ranks: int) -> Layout:
-    """For batches of up to 6."""
-    return Layout(ranks, 16, 128, torch.bfloat16, 6)
+#: What plays out of step on so many ranks, for batches of up to 6.
+OUT_OF_STEP: dict[str, Callable[[int], Batches | Queries]] = {
+    "exchange": lambda ranks: Batches(Layout(ranks, 16, 128, torch.bfloat16, 6)),
+    "gather": lambda ranks: Queries(QueryLayout(ranks, 16, (448, 64), torch.bfloat16, 6)),
+}
 
 
-def test_ranks_out_of_step() -> None:
+@pytest.mark.parametrize("what", OUT_OF_STEP)
+def test_ranks_out_of_step(what: str) -> None:
     """Each rank replays a graph of its own on a stream of its own, with delays of its own.
 
     So ranks are in different calls, up to one apart, as they are in a server. Batch sizes vary
     from call to call.
     """
     N = 8
-    ranks = Ranks(out_of_step_layout(N), "cuda")
-    batches = Batches(N, ranks.layout.heads, ranks.layout.head_dim)
+    batches = OUT_OF_STEP[what](N)
+    ranks = Ranks(batches.layout, "cuda")
     calls = replays_out_of_step([OutOfStep(w, batches) for w in ranks.apart], batches)
     print(f"{calls} calls by each of {N} ranks, none wrong")
 
 
-def _gpu_out_of_step(rank: int, group: torch.distributed.ProcessGroup) -> int:
+def _gpu_out_of_step(rank: int, group: torch.distributed.ProcessGroup, what: str) -> int:
     torch.manual_seed(0)
-    layout = out_of_step_layout(group.size())
-    workspace = between_ranks(group, layout, torch.device("cuda", torch.cuda.current_device()))
-    batches = Batches(group.size(), layout.heads, layout.head_dim)
+    batches, device = OUT_OF_STEP[what](group.size()), torch.cuda.current_device()
+    workspace = between_ranks(group, batches.layout, torch.device("cuda", device))
     calls = replays_out_of_step([OutOfStep(workspace, batches)], batches)
     group.barrier().wait()  # peers may still write to this rank's memory
     return calls
 
 
+@pytest.mark.parametrize("what", OUT_OF_STEP)
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_gpus_out_of_step(world_size: int) -> None:
+def test_gpus_out_of_step(world_size: int, what: str) -> None:
     """The same over the link: a process and a GPU for each rank."""
     if world_size > torch.cuda.device_count():
         pytest.skip(f"needs {world_size} GPUs: ranks that share one take turns of milliseconds")
-    calls = _in_processes(_gpu_out_of_step, world_size, 400)
+    calls = _in_processes(_gpu_out_of_step, world_size, 400, what)
     print(f"{calls} calls by {world_size} GPUs, none wrong")
 
 

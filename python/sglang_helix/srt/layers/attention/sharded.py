@@ -349,7 +349,7 @@ class ShardedAttention(Drafts, OwnedRows):
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if layer.tp_q_head_num == self.heads:
             return queries
-        return all_gather((queries,), self.kvp_group)
+        return all_gather((queries,), self.kvp_group, layer.layer_id)
 
     def _own_queries(self, q: Tensor, layer: RadixAttention) -> Tensor:
         """Queries of this rank's own heads, [T, H/K, Dk]."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,15 +25,25 @@ import torch
 
 from sglang_helix.srt.layers.dcp.lse_combine import combine, combine_splits, merge, pack, rescale
 from sglang_helix.srt.layers.dcp.packed_rows import unpack
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Partial, Splits
 
 if TYPE_CHECKING:
-    from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
+    from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange, SymmGather
 
 logger = logging.getLogger(__name__)
 
 # GroupCoordinator of the KVP group; SGLang is untyped.
 Group = Any
+
+GATHER_VARIABLE = "HELIX_SYMM_GATHER"
+
+
+def gathers_by_kernel() -> bool:
+    """Whether queries are to be gathered by a backend's own kernel, where it has one.
+
+    No GPU has run it: until one has, only for whoever asks.
+    """
+    return os.environ.get(GATHER_VARIABLE) == "1"
 
 
 class Collective(Protocol):
@@ -96,20 +107,48 @@ class Backend:
     """What the flag's help says of it; empty for those that SGLang has itself."""
     kernel: Callable[..., SymmExchange] | None = None
     """What makes its own kernel for batches of one shape and dtype; see `Exchanger.prepare`."""
+    query_kernel: Callable[..., SymmGather | None] | None = None
+    """What makes one that gathers queries of a shape and dtype, if it serves them."""
 
 
 def _symm(
     group: Group, max_tokens: int | None, shape: tuple[int, int, torch.dtype], timeout: float
 ) -> SymmExchange:
-    from sglang_helix.srt.layers.dcp.symm_layout import largest_batch
+    from sglang_helix.srt.layers.dcp.symm_layout import Layout, largest_batch
     from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
 
-    most = largest_batch(group.world_size, *shape)
+    most = largest_batch(Layout(group.world_size, *shape, 0))
     most = min(max_tokens or most, most)
     kernel = SymmExchange(group.cpu_group, most, *shape, group.device, timeout=timeout)
     logger.info(
         "symm: batches of up to %d tokens of %d heads of %d elements (%s), in %.1f MiB of each "
         "rank; larger ones and other dtypes go to a2a",
+        kernel.max_tokens,
+        *shape,
+        kernel.layout.nbytes / 2**20,
+    )
+    return kernel
+
+
+def _symm_gather(
+    group: Group,
+    max_tokens: int | None,
+    shape: tuple[int, tuple[int, ...], torch.dtype],
+    timeout: float,
+) -> SymmGather | None:
+    from sglang_helix.srt.layers.dcp.symm_layout import QueryLayout, largest_batch
+    from sglang_helix.srt.layers.dcp.symm_workspace import SymmGather
+
+    _, widths, dtype = shape
+    if any(width * dtype.itemsize % VECTOR_BYTES for width in widths):
+        logger.info("symm: queries of %s elements (%s) are all-gathered", widths, dtype)
+        return None
+    most = largest_batch(QueryLayout(group.world_size, *shape, 0))
+    most = min(max_tokens or most, most)
+    kernel = SymmGather(group.cpu_group, most, *shape, group.device, timeout=timeout)
+    logger.info(
+        "symm: queries of up to %d tokens of %d heads of %s elements (%s) are gathered in %.1f MiB "
+        "of each rank; others are all-gathered",
         kernel.max_tokens,
         *shape,
         kernel.layout.nbytes / 2**20,
@@ -127,6 +166,7 @@ BACKENDS: dict[str, Backend] = {
         "one kernel over symmetric memory; requires NVIDIA GPUs of one host with peer access to "
         "each other",
         _symm,
+        _symm_gather,
     ),
 }
 
@@ -150,6 +190,7 @@ class Exchanger:
     def __init__(self, backend: str, group: Group) -> None:
         self.name, self.backend, self.group = backend, BACKENDS[backend], group
         self._kernels: dict[tuple[int, int, torch.dtype], SymmExchange] = {}
+        self._gathers: dict[tuple[int, tuple[int, ...], torch.dtype], SymmGather] = {}
 
     def prepare(
         self,
@@ -182,6 +223,54 @@ class Exchanger:
         if self.backend.kernel and shape not in self._kernels:
             kernel = self.backend.kernel(self.group, max_tokens, shape, timeout)
             self._kernels[shape] = kernel
+
+    def prepare_queries(
+        self,
+        *,
+        max_tokens: int | None,
+        num_heads: int,
+        widths: tuple[int, ...],
+        dtype: torch.dtype,
+        timeout: float,
+    ) -> None:
+        """The same for what gathers queries of one shape and dtype.
+
+        Args:
+            max_tokens: the largest batch; None where it is not known. Larger ones are gathered by
+                the group, as those are for which nothing was prepared.
+            num_heads: H, query heads of the whole group.
+            widths: elements of each part of a query.
+            dtype: of the queries.
+            timeout: see `prepare`.
+
+        Raises:
+            RuntimeError: see `prepare`.
+        """
+        shape, make = (num_heads, widths, dtype), self.backend.query_kernel
+        if make and shape not in self._gathers:
+            kernel = make(self.group, max_tokens, shape, timeout)
+            if kernel is not None:
+                self._gathers[shape] = kernel
+
+    def gathered(self, parts: Sequence[torch.Tensor], layer: int = -1) -> torch.Tensor | None:
+        """Each rank's parts [T, H/K, W_i] of queries -> those of all heads [T, H, sum W_i].
+
+        By what was prepared for them, contiguous; None where the group's all-gather is to do it.
+        That goes by shapes and dtype, which are the same on every rank.
+        """
+        if not self._gathers:
+            return None
+        tokens, own, _ = parts[0].shape
+        widths = tuple(part.shape[-1] for part in parts)
+        shape = own * self.group.world_size, widths, parts[0].dtype
+        kernel = self._gathers.get(shape)
+        if kernel is None:
+            _say_once("symm: queries of %d heads of %s elements in %s are all-gathered", *shape)
+        elif tokens > kernel.max_tokens:
+            _say_once("symm: queries of more than %d tokens are all-gathered", kernel.max_tokens)
+        else:
+            return kernel(parts, layer=layer)
+        return None
 
     def __call__(
         self,
@@ -265,7 +354,8 @@ class Exchanger:
     def slow_seconds(self) -> list[float]:
         """By rank: seconds in which this rank's kernel waited milliseconds for it."""
         seconds = [0.0] * self.group.world_size
-        for kernel in self._kernels.values():
+        kernels: list[SymmExchange | SymmGather] = [*self._kernels.values()]
+        for kernel in [*kernels, *self._gathers.values()]:
             for peer, more in dict(kernel.slow_seconds).items():
                 if peer >= 0:
                     seconds[peer] += more

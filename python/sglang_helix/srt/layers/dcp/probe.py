@@ -1,4 +1,5 @@
 """Each exchange once, before anything is served: what its ranks make of partials that all know.
+And the gather of queries, where there is one.
 
 An exchange can be wrong on one machine only: a driver, a link, a library of another version. The
 ranks then answer, and wrongly. So every rank brings random partials, empty ones among them, and
@@ -17,11 +18,20 @@ import torch
 import torch.distributed as dist
 
 from sglang_helix.helix import SeriesError
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger, Group
+from sglang_helix.srt.layers.dcp.exchange import (
+    BACKENDS,
+    GATHER_VARIABLE,
+    Exchanger,
+    Group,
+    gathers_by_kernel,
+)
+from sglang_helix.srt.layers.dcp.gather import all_gather
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 
 logger = logging.getLogger(__name__)
 
+_SLOTS = 2  # of `symm`: each is tried
+_NOT_BY_KERNEL = f"; or, where only queries are wrong, unset {GATHER_VARIABLE}"
 _BLOCK = 32  # tokens of a split, in the form of splits
 _LOG2_E = 1.4426950408889634
 # Empty shards, as kernels leave them.
@@ -37,6 +47,7 @@ def probe(
     dtype: torch.dtype,
     base2: bool,
     splits: bool,
+    queries: Sequence[tuple[int, ...]] = (),
     max_tokens: int | None = None,
 ) -> None:
     """Compare what a prepared exchange makes of random partials with a reference. Collective.
@@ -49,6 +60,7 @@ def probe(
         dtype: of the partial outputs.
         base2: what the decode backend's LSEs are.
         splits: whether that backend leaves `Splits`.
+        queries: widths of the parts of queries that are gathered.
         max_tokens: the largest batch; None where it is not known.
 
     Raises:
@@ -61,6 +73,9 @@ def probe(
             shape = num_heads, head_dim
             if found := _compare(exchanger, form, shape, dtype, base2, max_tokens):
                 problems.append(f"{form} of {head_dim} elements in {dtype}: {found}")
+    for widths in queries:
+        if found := _compare_gather(exchanger, num_heads, widths, dtype, max_tokens):
+            problems.append(f"gathered queries of {widths} elements in {dtype}: {found}")
     verdicts: list[list[str]] = [[]] * dist.get_world_size(everyone)
     dist.all_gather_object(verdicts, problems, group=everyone)
     if any(verdicts):
@@ -71,7 +86,7 @@ def probe(
         raise SeriesError(
             f"--dcp-comm-backend {backend} does not give what attention over all ranks gives, so "
             f"its answers would be wrong ({wrong}). Give --dcp-comm-backend {others}, and check "
-            "the machine"
+            f"the machine{_NOT_BY_KERNEL if gathers_by_kernel() else ''}"
         )
     logger.info(
         "--dcp-comm-backend %s gives what its reference gives, on every rank (%.2f s)",
@@ -122,6 +137,36 @@ def _compare(
             worst = float(errors.nan_to_num(torch.inf).max())
             return f"{name} is off by {worst:.2g} (at most {allowed:.2g} is rounding)"
     return ""
+
+
+def _compare_gather(
+    exchanger: Exchanger,
+    num_heads: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    max_tokens: int | None,
+) -> str:
+    """What is wrong with the queries of all heads that are gathered; empty if nothing is."""
+    group, own = exchanger.group, num_heads // exchanger.group.world_size
+    generator = torch.Generator().manual_seed(group.rank_in_group)
+    # As views of wider rows, which a model's queries are too.
+    rows = torch.randn(min(4, max_tokens or 4), own, sum(widths) + 8, generator=generator)
+    rows = rows.to(dtype)
+    everyones = _gathered(rows.float()[:, :, None], group)[..., : sum(widths)]
+    wanted = everyones.transpose(0, 1).flatten(1, 2)
+    parts = rows.to(group.device)[..., : sum(widths)].split(widths, dim=-1)
+    problem = ""
+    for _ in range(_SLOTS):
+        try:
+            got = all_gather(parts, group).cpu().float()
+        except Exception as error:  # the others wait for this rank in what comes next
+            problem = f"it raised {type(error).__name__}: {error}"
+            continue
+        if got.shape != wanted.shape:
+            problem = f"it is {list(got.shape)} in place of {list(wanted.shape)}"
+        elif wrong := int((got != wanted).any(-1).sum()):
+            problem = f"{wrong} of {len(rows) * num_heads} are not what their rank sent"
+    return problem
 
 
 def _shards(

@@ -1,4 +1,4 @@
-"""Partial attention to combined heads in one kernel over symmetric memory.
+"""Partial attention to combined heads in one kernel over symmetric memory, and queries to all.
 
 Every rank of a KVP group of N ranks holds a partial output of all H heads. The kernel writes each
 head's row and LSE straight into the workspace of the rank that owns the head, waits for the rows
@@ -30,6 +30,11 @@ their numbers, as devices do and CUDA does not promise, fewer may fit than there
 for a row waits for one of the lowest that are left, and these have started on every rank. Where
 ranks started them in other orders, all would have to fit (the model checks both); so a launch is
 never larger than what fits.
+
+The gather of queries (`gather_kernel`) goes by the same protocol: a row is a token and a place
+among a rank's own heads, and the piece that a rank sends is the same for all. What has arrived is
+stored where attention reads it, in the order of the heads, before the value is put back. Every bit
+arrives as it was, but for a word of ones, a NaN, which is sent as the NaN below it.
 
 What the caller owes: every rank makes the same calls (batch size, order), and calls on one
 workspace never overlap in time: one workspace per stream that runs concurrently with others. And a
@@ -313,4 +318,101 @@ def exchange_kernel(
             # row's next call.
             tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.uint32), mask=cells)
             tl.store(lses, tl.full([NP], _NEVER_SENT, tl.uint32), mask=live)
+            tl.store(epochs + row, epoch + 1)
+
+
+@triton.jit
+def _whole(part, n, w, WORDS: tl.constexpr):
+    """Load a part of a query, once for every rank: all of its words but those never sent."""
+    at = tl.multiple_of(part + n[:, None] * 0, (16, 16)) + w[None, :]
+    return tl.minimum(tl.load(at, mask=(w < WORDS)[None, :], other=0), _NEVER_SENT - 1)
+
+
+@triton.jit(do_not_specialize=["rank", "tokens", "layer", "l_b", "l_h", "r_b", "r_h"])
+def gather_kernel(
+    left_ptr,
+    right_ptr,  # None where a query is of one part
+    peers_ptr,  # int64 [N]: address of each rank's workspace
+    epochs_ptr,
+    y_ptr,  # [tokens, N * OWNED, LEFT + RIGHT] of each rank in this launch, in words
+    status_ptr,
+    rank,
+    tokens,
+    layer,
+    l_b,  # strides in 16-byte vectors
+    l_h,
+    r_b,
+    r_h,
+    N: tl.constexpr,
+    OWNED: tl.constexpr,
+    LEFT: tl.constexpr,  # words of each part
+    RIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    """Send queries of own heads, wait for everybody's, store them; `gather` fills in the arguments.
+
+    Grid as for the exchange.
+    """
+    W: tl.constexpr = LEFT + RIGHT
+    me = rank + tl.program_id(1)
+    first_token = tl.program_id(1).to(tl.int64) * tokens
+    n = tl.arange(0, power_of_2(N))
+    lw = tl.arange(0, power_of_2(LEFT))
+    rw = tl.arange(0, power_of_2(RIGHT) if RIGHT else 1)
+    live = n < N
+    left_cells = live[:, None] & (lw < LEFT)[None, :]
+    right_cells = live[:, None] & (rw < RIGHT)[None, :]
+    base = tl.load(peers_ptr + n, mask=live, other=0)
+    own = tl.load(peers_ptr + me)
+    epochs = epochs_ptr + tl.program_id(1) * ROWS
+    first_row = tl.program_id(0)
+    first_epoch = tl.load(epochs + first_row)
+
+    if PHASE & 1:
+        for row in tl.range(first_row, tokens * OWNED, tl.num_programs(0)):
+            b, h = first_token + row // OWNED, row % OWNED
+            epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+            slot_row, number = (epoch & 1) * ROWS + row, me + n * 0
+            left = left_ptr.to(tl.pointer_type(tl.uint32)) + (b * l_b + h * l_h.to(tl.int64)) * 4
+            x = _whole(left, n, lw, LEFT)
+            lefts = _rows(base, 0, slot_row, number, lw, N, W)
+            tl.store(lefts, x, mask=left_cells, cache_modifier=".wt")
+            if RIGHT:
+                right = right_ptr.to(tl.pointer_type(tl.uint32))
+                x = _whole(right + (b * r_b + h * r_h.to(tl.int64)) * 4, n, rw, RIGHT)
+                rights = _rows(base, 4 * LEFT, slot_row, number, rw, N, W)
+                tl.store(rights, x, mask=right_cells, cache_modifier=".wt")
+
+    if PHASE & 2:
+        status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        for row in tl.range(first_row, tokens * OWNED, tl.num_programs(0)):
+            epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+            home, slot_row = own + base * 0, (epoch & 1) * ROWS + row
+            lefts = _rows(home, 0, slot_row, n, lw, N, W)
+            rights = _rows(home, 4 * LEFT, slot_row, n, rw, N, W)
+            polls = 0
+            x = tl.load(lefts, mask=left_cells, other=0, volatile=True)
+            most = tl.max(x, 1)
+            if RIGHT:
+                z = tl.load(rights, mask=right_cells, other=0, volatile=True)
+                most = tl.maximum(most, tl.max(z, 1))
+            while _any_thread(tl.max(most, 0) == _NEVER_SENT):
+                polls += 1
+                if polls % _POLLS_PER_REPORT == 0:
+                    _report(status, most == _NEVER_SENT, n, epoch, layer)
+                x = tl.load(lefts, mask=left_cells, other=0, volatile=True)
+                most = tl.max(x, 1)
+                if RIGHT:
+                    z = tl.load(rights, mask=right_cells, other=0, volatile=True)
+                    most = tl.maximum(most, tl.max(z, 1))
+
+            b, h = first_token + row // OWNED, row % OWNED
+            heads = (b * N + n) * OWNED + h
+            y = (y_ptr.to(tl.pointer_type(tl.uint32)) + heads * W)[:, None]
+            tl.store(tl.multiple_of(y, (16, 16)) + lw[None, :], x, mask=left_cells)
+            tl.store(lefts, tl.full(x.shape, _NEVER_SENT, tl.uint32), mask=left_cells)
+            if RIGHT:
+                tl.store(tl.multiple_of(y, (16, 16)) + (LEFT + rw)[None, :], z, mask=right_cells)
+                tl.store(rights, tl.full(z.shape, _NEVER_SENT, tl.uint32), mask=right_cells)
             tl.store(epochs + row, epoch + 1)

@@ -1,4 +1,4 @@
-"""A launch of `symm`'s kernel: its arguments from a rank's workspace and partial results.
+"""A launch of `symm`'s kernels: their arguments from a rank's workspace and its tensors.
 
 An eager decode calls once a layer, so what follows from the form of a call's arguments is worked
 out once for each form.
@@ -6,24 +6,25 @@ out once for each form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Partial, Splits
-from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, exchange_kernel
-from sglang_helix.srt.layers.dcp.symm_layout import TL_DTYPE, Layout
+from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, exchange_kernel, gather_kernel
+from sglang_helix.srt.layers.dcp.symm_layout import TL_DTYPE, Layout, QueryLayout, Slots
 
 _MAX_REGISTERS = 128  # per thread
 _WARPS_PER_SM = 65536 // (32 * _MAX_REGISTERS)  # resident on every GPU since Volta
 
+L = TypeVar("L", bound=Slots)
+
 
 @dataclass(frozen=True)
-class Workspace:
-    """A rank's end of the exchange.
+class Workspace(Generic[L]):
+    """A rank's end of the exchange (of a `Layout`) or of the gather (of a `QueryLayout`).
 
     Attributes:
         layout: what stands where.
@@ -35,10 +36,10 @@ class Workspace:
             once, or waiting ones could keep out those that peers wait for.
         memory: what the addresses in peers need kept alive.
         local_ranks: ranks that one launch plays; tensors stack their batches.
-        calls: what `exchange` worked out for each form of its arguments.
+        calls: what was worked out for each form of a call's arguments.
     """
 
-    layout: Layout
+    layout: L
     peers: torch.Tensor
     epochs: torch.Tensor
     status: torch.Tensor
@@ -48,15 +49,9 @@ class Workspace:
     local_ranks: int = 1
     calls: dict[tuple[object, ...], _Call] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
-    def heads(self) -> int:
-        """Heads of a result: those the rank owns, or places of each where there are several."""
-        layout = self.layout
-        return layout.owned if self.local_ranks > 1 else len(layout.owned_by(self.rank))
-
 
 def exchange(
-    workspace: Workspace,
+    workspace: Workspace[Layout],
     partial: Partial | Splits,
     *,
     base2: bool = False,
@@ -131,13 +126,62 @@ def exchange(
     return Partial(out, out_lse)
 
 
+def gather(
+    workspace: Workspace[QueryLayout],
+    parts: Sequence[torch.Tensor],
+    *,
+    layer: int = 0,
+    phase: int = SEND | RECEIVE,
+) -> torch.Tensor:
+    """One launch: send this rank's queries to all ranks, and receive everybody's.
+
+    Args:
+        workspace: this rank's end.
+        parts: [T, H/N, W_i] in the layout's dtype and widths; any strides, but where vectors of a
+            head are not whole 16-byte ones all parts are copied.
+        layer: 0 to 65535; named when the gather is stuck.
+        phase: for proofs: SEND and RECEIVE in two launches.
+
+    Returns:
+        [T, H, sum W_i], contiguous: rank j's heads are [j * H/N, (j + 1) * H/N).
+
+    Raises:
+        ValueError: a shape does not fit, or T exceeds the workspace's largest batch.
+        TypeError: a dtype does not fit.
+    """
+    form = (*map(_form, parts), phase)
+    call = workspace.calls.get(form)
+    if call is None:
+        call = workspace.calls[form] = _prepare_gather(workspace, parts, phase)
+    out = parts[0].new_empty_strided(*call.out)
+    if call.tokens == 0:  # on every rank: the epochs stand still together
+        return out
+    if call.copies:
+        parts = [part.contiguous() for part in parts]
+    left, right = parts if len(parts) == 2 else (parts[0], None)
+    gather_kernel[call.grid](
+        left,
+        right,
+        workspace.peers,
+        workspace.epochs,
+        out,
+        workspace.status,
+        workspace.rank,
+        call.tokens,
+        layer,
+        *call.strides,
+        **call.options,
+    )
+    return out
+
+
 class _Call(NamedTuple):
     """What follows from the forms of a call's arguments: the host works it out once for each."""
 
     tokens: int
     """Of each rank."""
     copies: bool
-    """Whether the rows are copied, to be vectors."""
+    """Whether what is sent is copied, to be vectors."""
     out: tuple[torch.Size, tuple[int, ...]]
     """Shape and strides of the result."""
     dtype: torch.dtype
@@ -154,7 +198,7 @@ def _form(x: torch.Tensor | None) -> tuple[object, ...] | None:
 
 
 def _prepare(
-    workspace: Workspace,
+    workspace: Workspace[Layout],
     partial: Partial | Splits,
     sinks: torch.Tensor | None,
     base2: bool,
@@ -166,7 +210,10 @@ def _prepare(
     layout, splits = workspace.layout, isinstance(partial, Splits)
     x, lse = partial[0], partial[1]
     tokens = _check_partial(workspace, partial, base2, drafts)
-    heads, B, D = workspace.heads * drafts, len(x), layout.head_dim
+    # Those the rank owns, or places of each where there are several.
+    several = workspace.local_ranks > 1
+    owned = layout.owned if several else len(layout.owned_by(workspace.rank))
+    heads, B, D = owned * drafts, len(x), layout.head_dim
     _check_result(dtype, sinks, workspace.local_ranks * heads)
     if head_major:
         out = torch.empty((heads, B, D), dtype=dtype, device="meta").transpose(0, 1)
@@ -188,15 +235,50 @@ def _prepare(
         "OWNED": layout.owned * drafts,
         "SPLITS": splits,
         "BASE2": base2,
+        **_launched(workspace, warps, phase),
+    }
+    grid = _grid(workspace, tokens * drafts, warps)
+    return _Call(tokens, copies, (out.shape, out.stride()), dtype, grid, strides, options)
+
+
+def _prepare_gather(
+    workspace: Workspace[QueryLayout], parts: Sequence[torch.Tensor], phase: int
+) -> _Call:
+    layout = workspace.layout
+    tokens = _check_queries(workspace, parts)
+    copies = not all(map(_rows_are_vectors, parts))
+    if copies:
+        parts = [
+            torch.empty_like(part, device="meta", memory_format=torch.contiguous_format)
+            for part in parts
+        ]
+    steps = [step for part in parts for step in _vectors(part)]
+    shape = torch.Size((len(parts[0]), layout.heads, sum(layout.widths)))
+    return _Call(
+        tokens,
+        copies,
+        (shape, torch.empty(shape, device="meta").stride()),
+        layout.wire,
+        _grid(workspace, tokens, layout.warps),
+        (*steps, 0, 0)[:4],
+        {**layout.constants, **_launched(workspace, layout.warps, phase)},
+    )
+
+
+def _grid(workspace: Workspace[L], tokens: int, warps: int) -> tuple[int, int]:
+    """Programs of so many warps, and ranks."""
+    rows = tokens * workspace.layout.rows_per_token
+    return min(rows, max(1, workspace.warps // warps)), workspace.local_ranks
+
+
+def _launched(workspace: Workspace[L], warps: int, phase: int) -> dict[str, Any]:
+    return {
         "PHASE": phase,
         "num_warps": warps,
         "maxnreg": _MAX_REGISTERS,
         # Ranks on one device could keep each other out; one rank's programs always fit.
         "launch_cooperative_grid": workspace.local_ranks > 1,
     }
-    rows = tokens * drafts * layout.rows_per_token
-    grid = min(rows, max(1, workspace.warps // warps)), workspace.local_ranks
-    return _Call(tokens, copies, (out.shape, out.stride()), dtype, grid, strides, options)
 
 
 def resident_warps(device: torch.device, local_ranks: int = 1) -> int:
@@ -229,7 +311,7 @@ def _vectors(x: torch.Tensor) -> list[int]:
 
 
 def _check_partial(
-    workspace: Workspace, partial: Partial | Splits, base2: bool, drafts: int
+    workspace: Workspace[Layout], partial: Partial | Splits, base2: bool, drafts: int
 ) -> int:
     """Tokens per rank of a valid partial, as rows of the heads that it has."""
     layout, (x, lse) = workspace.layout, partial[:2]
@@ -263,6 +345,25 @@ def _check_partial(
         raise ValueError(
             f"symm was set up for at most {layout.max_tokens} tokens per call and got "
             f"{tokens * drafts}: raise max_tokens, or use --dcp-comm-backend a2a for such batches"
+        )
+    return tokens
+
+
+def _check_queries(workspace: Workspace[QueryLayout], parts: Sequence[torch.Tensor]) -> int:
+    """Tokens per rank of queries that fit the workspace."""
+    layout = workspace.layout
+    T = len(parts[0])
+    expected = [(T, layout.owned, width) for width in layout.widths]
+    got = [tuple(part.shape) for part in parts]
+    if got != expected:
+        raise ValueError(f"the parts of queries must be {expected}, got {got}")
+    if any(part.dtype != layout.wire for part in parts):
+        raise TypeError(f"expected {layout.wire}, got {[part.dtype for part in parts]}")
+    tokens = T // workspace.local_ranks
+    if tokens > layout.max_tokens:
+        raise ValueError(
+            f"symm was set up to gather at most {layout.max_tokens} tokens per call and got "
+            f"{tokens}: raise max_tokens, or gather such batches by the group"
         )
     return tokens
 

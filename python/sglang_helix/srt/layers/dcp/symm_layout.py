@@ -1,4 +1,4 @@
-"""What a rank's workspace of `symm` holds, and where: see `symm` for why."""
+"""What a rank's workspaces of `symm` hold, and where: see `symm` for why."""
 
 from __future__ import annotations
 
@@ -32,8 +32,42 @@ def power_of_2(number):  # type: ignore[no-untyped-def]
     return 1 << (number - 1).bit_length()
 
 
+class Slots:
+    """What the workspaces of the exchange and of the gather have in common: rows, in two slots."""
+
+    ranks: int
+    max_tokens: int
+
+    @property
+    def rows_per_token(self) -> int:
+        """Rows that a rank receives per token."""
+        raise NotImplementedError
+
+    @property
+    def token_bytes(self) -> int:
+        """What a rank sends per token, to itself too, without LSEs."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the workspace."""
+        raise NotImplementedError
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows that the workspace holds in a slot, of each rank."""
+        return self.max_tokens * self.rows_per_token
+
+    def initialise(self, workspace: torch.Tensor) -> None:
+        """Bring a rank's workspace (uint8 [nbytes], 16-byte aligned) into its first state.
+
+        All ranks must have done so before any rank makes its first call.
+        """
+        workspace.fill_(0xFF)
+
+
 @dataclass(frozen=True)
-class Layout:
+class Layout(Slots):
     """What one rank's workspace holds and where; the same on every rank.
 
     What follows from the attributes is worked out once: every exchange reads it.
@@ -53,8 +87,7 @@ class Layout:
     max_tokens: int
 
     def __post_init__(self) -> None:
-        if self.wire not in TL_DTYPE:
-            raise TypeError(f"symm exchanges bf16, fp16 or fp32 rows, not {self.wire}")
+        _check_wire(self.wire)
         if self.head_dim * self.wire.itemsize % VECTOR_BYTES:
             raise ValueError(
                 f"head_dim {self.head_dim} in {self.wire} is not whole 16-byte vectors, which symm "
@@ -108,11 +141,6 @@ class Layout:
         return places
 
     @cached_property
-    def rows(self) -> int:
-        """Rows that the workspace holds in a slot, of each rank."""
-        return self.max_tokens * self.rows_per_token
-
-    @cached_property
     def line(self) -> int:
         """Words set aside for a row's N LSEs: whole cache lines of its own.
 
@@ -159,18 +187,95 @@ class Layout:
         share = _WORDS_PER_THREAD // 2 if splits else _WORDS_PER_THREAD  # sums are held beside it
         return max(1, tile // (32 * share))
 
-    def initialise(self, workspace: torch.Tensor) -> None:
-        """Bring a rank's workspace (uint8 [nbytes], 16-byte aligned) into its first state.
 
-        All ranks must have done so before any rank makes its first call.
-        """
-        workspace.fill_(0xFF)
+@dataclass(frozen=True)
+class QueryLayout(Slots):
+    """What one rank's workspace of the gather holds; the same on every rank.
+
+    A row is a token and a place among a rank's own heads; of each rank it holds one piece, the
+    parts of its query one after the other.
+
+    Attributes:
+        ranks: N.
+        heads: H, those of all ranks; N divides them.
+        widths: elements of each part of a query, in order: one, or MLA's latent and rope part.
+        wire: dtype of the queries (bf16, fp16, fp32).
+        max_tokens: the largest batch.
+    """
+
+    ranks: int
+    heads: int
+    widths: tuple[int, ...]
+    wire: torch.dtype
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        _check_wire(self.wire)
+        if self.heads % self.ranks or len(self.widths) not in (1, 2):
+            raise ValueError(
+                f"symm gathers one or two parts of queries of as many heads from every rank, not "
+                f"{len(self.widths)} of {self.heads} heads from {self.ranks} ranks"
+            )
+        if any(width * self.wire.itemsize % VECTOR_BYTES for width in self.widths):
+            raise ValueError(
+                f"parts of {self.widths} elements in {self.wire} are not whole 16-byte vectors, "
+                "which symm needs to gather queries"
+            )
+
+    @cached_property
+    def owned(self) -> int:
+        """Heads of each rank."""
+        return self.heads // self.ranks
+
+    @cached_property
+    def rows_per_token(self) -> int:
+        """Rows that a rank receives per token."""
+        return self.owned
+
+    @cached_property
+    def words(self) -> tuple[int, ...]:
+        """Of four bytes, in each part of a piece."""
+        return tuple(width * self.wire.itemsize // 4 for width in self.widths)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """What a rank sends per token, to itself too."""
+        return self.heads * 4 * sum(self.words)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the workspace."""
+        return _align(2 * self.max_tokens * self.token_bytes)
+
+    @cached_property
+    def constants(self) -> Mapping[str, Any]:
+        """What the kernel is compiled for; every call shares them, so nobody may write to them."""
+        left, right = (*self.words, 0)[:2]
+        constants = {
+            "N": self.ranks,
+            "OWNED": self.owned,
+            "LEFT": left,
+            "RIGHT": right,
+            "ROWS": self.rows,
+        }
+        return MappingProxyType(constants)
+
+    @cached_property
+    def warps(self) -> int:
+        """Warps per program: the pieces of a row, of all ranks, are tiles in registers."""
+        tiles = power_of_2(self.ranks) * sum(map(power_of_2, self.words))
+        return power_of_2(-(-tiles // (32 * _WORDS_PER_THREAD)))
+
+
+def _check_wire(wire: torch.dtype) -> None:
+    if wire not in TL_DTYPE:
+        raise TypeError(f"symm exchanges bf16, fp16 or fp32 rows, not {wire}")
 
 
 def _align(size: int) -> int:
     return -(-size // _LINE_BYTES) * _LINE_BYTES
 
 
-def largest_batch(ranks: int, heads: int, head_dim: int, wire: torch.dtype) -> int:
-    """Tokens above which another exchange should be taken."""
-    return max(1, _MAX_BYTES // Layout(ranks, heads, head_dim, wire, 0).token_bytes)
+def largest_batch(layout: Slots) -> int:
+    """Tokens above which a collective should be taken, whatever the layout is made for."""
+    return max(1, _MAX_BYTES // layout.token_bytes)

@@ -1,4 +1,4 @@
-"""Symmetric memory for the one-kernel exchange, and the thread that notices when it is stuck.
+"""Symmetric memory for `symm`'s kernels, and the thread that notices when one is stuck.
 
 `symm` holds the kernel and its protocol, `symm_launch` calls it; here a KVP group meets, and
 allocates one workspace per rank that all ranks can write to.
@@ -12,17 +12,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
-from sglang_helix.srt.layers.dcp.symm_launch import Workspace, exchange, resident_warps
-from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_launch import (
+    L,
+    Workspace,
+    exchange,
+    gather,
+    resident_warps,
+)
+from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +132,41 @@ def abort(stall: Stall) -> None:
     os.kill(os.getpid(), signal.SIGABRT)
 
 
-class SymmExchange:
+class _Watched(Generic[L]):
+    """A rank's end of a kernel between the ranks of a group, and who notices when it is stuck."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        layout: L,
+        device: torch.device,
+        timeout: float,
+        on_stall: Callable[[Stall], None],
+    ):
+        self.layout = layout
+        self._workspace = between_ranks(group, layout, device)
+        self._watchdog = Watchdog(self._workspace.status, group.rank(), timeout, on_stall)
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest batch."""
+        return self.layout.max_tokens
+
+    @property
+    def slow_seconds(self) -> dict[int, float]:
+        """By peer: seconds in which a call waited some milliseconds or longer for its rows."""
+        return self._watchdog.slow_seconds
+
+    def close(self) -> None:
+        """Stop the watchdog.
+
+        The workspace goes with the object, which must outlive its peers' calls. Freeing it waits
+        for the device, and so for ever while a call is stuck.
+        """
+        self._watchdog.stop()
+
+
+class SymmExchange(_Watched[Layout]):
     """Partial outputs of a KVP group's heads to each rank's own heads, in one kernel.
 
     Rank j of K ends with heads [j*h, (j+1)*h), h = ceil(H/K): `symm_layout.Layout.owned_by`. All
@@ -163,14 +203,8 @@ class SymmExchange:
         timeout: float = 300.0,
         on_stall: Callable[[Stall], None] = abort,
     ):
-        self.layout = Layout(group.size(), num_heads, head_dim, dtype, max_tokens)
-        self._workspace = between_ranks(group, self.layout, device)
-        self._watchdog = Watchdog(self._workspace.status, group.rank(), timeout, on_stall)
-
-    @property
-    def max_tokens(self) -> int:
-        """Largest batch."""
-        return self.layout.max_tokens
+        layout = Layout(group.size(), num_heads, head_dim, dtype, max_tokens)
+        super().__init__(group, layout, device, timeout, on_stall)
 
     def __call__(
         self,
@@ -193,18 +227,32 @@ class SymmExchange:
             layer=layer & _UNKNOWN_LAYER,
         )
 
-    @property
-    def slow_seconds(self) -> dict[int, float]:
-        """By peer: seconds in which a call waited some milliseconds or longer for its rows."""
-        return self._watchdog.slow_seconds
 
-    def close(self) -> None:
-        """Stop the watchdog.
+class SymmGather(_Watched[QueryLayout]):
+    """Queries of each rank's own heads to those of a KVP group's heads on all, in one kernel.
 
-        The workspace goes with the object, which must outlive its peers' calls. Freeing it waits
-        for the device, and so for ever while an exchange is stuck.
-        """
-        self._watchdog.stop()
+    What `SymmExchange` says of calls and of construction holds here too, and so do its arguments;
+    widths: elements of the parts of a query, see `symm_layout.QueryLayout`.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        max_tokens: int,
+        num_heads: int,
+        widths: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        timeout: float = 300.0,
+        on_stall: Callable[[Stall], None] = abort,
+    ):
+        layout = QueryLayout(group.size(), num_heads, widths, dtype, max_tokens)
+        super().__init__(group, layout, device, timeout, on_stall)
+
+    def __call__(self, parts: Sequence[torch.Tensor], *, layer: int = -1) -> torch.Tensor:
+        """All heads' queries, see `symm_launch.gather`; layer: -1 where it is not known."""
+        return gather(self._workspace, parts, layer=layer & _UNKNOWN_LAYER)
 
 
 def is_available(group: dist.ProcessGroup) -> str | None:
@@ -279,8 +327,8 @@ def _gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
     return values
 
 
-def between_ranks(group: dist.ProcessGroup, layout: Layout, device: torch.device) -> Workspace:
-    """This rank's end of an exchange with the other ranks of a group.
+def between_ranks(group: dist.ProcessGroup, layout: L, device: torch.device) -> Workspace[L]:
+    """This rank's end of an exchange, or of a gather, with the other ranks of a group.
 
     Collective, and synchronises; every rank may make its first call as soon as it returns. Nobody
     watches over it: `SymmExchange` does. Raises RuntimeError on every rank where the layouts
@@ -318,11 +366,11 @@ def between_ranks(group: dist.ProcessGroup, layout: Layout, device: torch.device
     )
 
 
-def one_device(layout: Layout, device: torch.device, warps: int | None = None) -> Workspace:
+def one_device(layout: L, device: torch.device, warps: int | None = None) -> Workspace[L]:
     """All ranks of an exchange on one device, for proofs and measurements without a group.
 
     `symm_launch.exchange` then plays all ranks in one launch and takes their batches stacked:
-    out [N*B, H, D] and lse [N*B, H] -> [N*B, h, D].
+    out [N*B, H, D] and lse [N*B, H] -> [N*B, h, D]; so does `gather`, [N*T, h, W] -> [N*T, H, W].
     """
     buffers = torch.empty((layout.ranks, layout.nbytes), dtype=torch.uint8, device=device)
     for buffer in buffers:
