@@ -12,6 +12,10 @@ process: FlashInfer's fused exchange (`flashinfer kernel` on inputs that lie as 
 `flashinfer` from where attention leaves them), and torch's `all_to_all_nd` between our pack and our
 combine.
 
+With `--op gather` it is queries that are exchanged, before attention: every rank has those of its
+own H/N heads, and is left with those of all, by the group's all-gather from a copy (as SGLang's of
+MLA are) and by `symm`'s kernel. Every bit is checked.
+
 Each output is poisoned and checked against float64 before it is timed. On GPUs a sample is the
 replay of a CUDA graph where capture works, else the calls one by one. A sample counts for as long
 as the slowest rank took. Inputs lie in the cache, as attention leaves them there.
@@ -101,6 +105,7 @@ def main(argv: list[str]) -> int:
     )
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=here)
+    parser.add_argument("--op", choices=["exchange", "gather"], default="exchange")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
         "--ranks", nargs="+", type=int, metavar="N", help="powers of two up to the GPUs; at least 2"
@@ -136,7 +141,8 @@ def main(argv: list[str]) -> int:
             if why := reason_of_mark(options.device, N):
                 print(f"{MARK}: {why}", flush=True)
             rows += run_ranks(N, options)
-            rows += symmetric_rows(N, options)
+            if options.op == "exchange":
+                rows += symmetric_rows(N, options)
     if options.csv:
         report.write_csv(rows, options.csv, Row)
         print(f"figures: {options.csv}")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,10 +20,13 @@ from benchmark.dcp.collectives_report import Row, mark, table_line
 from benchmark.dcp.kernels import BOUND, device_name, relative_error, software
 from benchmark.dcp.kernels_stage import DTYPE, SHAPES, Sizes
 
+if TYPE_CHECKING:
+    from sglang_helix.srt.layers.dcp.exchange import Exchanger
+
 SETS = 4  # of buffers; few, so that they stay in the cache
 SYMM = f"{report.OURS} symm"
 
-Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Run = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,20 @@ class Candidate(NamedTuple):
     group: Any
     """The GroupCoordinator it goes over: its capture context makes it capturable."""
     run: Run
-    """(out [B, H, D], lse [B, H]) -> [B, H/N, D]"""
+    """(out [B, H, D], lse [B, H]) -> [B, H/N, D]; of another operation what `inputs` says"""
     takes: torch.dtype = DTYPE
     """What it asks attention for."""
     most: int | None = None
-    """The largest batch; the series takes another exchange above it."""
+    """The largest batch; the series takes a collective above it."""
     lay: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     """What its inputs are made of (out, lse) before the time is taken; None: they are these."""
 
 
 class Bench:
     """One rank: its groups, and what to measure on them."""
+
+    bound = BOUND
+    """Of an output's relative error."""
 
     def __init__(
         self, rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
@@ -118,7 +124,7 @@ class Bench:
             candidates = self.candidates(shape, heads, head_dim)
             for batch in self.options.batch:
                 started = time.monotonic()
-                problem = Problem(shape, heads, head_dim, self.ranks, batch)
+                problem = self.problem(shape, heads, head_dim, batch)
                 found = self.measure(problem, candidates)
                 for row in found:
                     self.say(table_line(row))
@@ -127,6 +133,9 @@ class Bench:
                     spent = time.monotonic() - started
                     print(f"{shape} N={self.ranks} B={batch}: {spent:.1f} s", file=sys.stderr)
         return rows
+
+    def problem(self, shape: str, heads: int, head_dim: int, batch: int) -> Problem:
+        return Problem(shape, heads, head_dim, self.ranks, batch)
 
     def candidates(self, shape: str, heads: int, head_dim: int) -> list[Candidate]:
         if self.symmetric:
@@ -139,7 +148,7 @@ class Bench:
 
         exchangers = {name: Exchanger(name, self.ours) for name in BACKENDS}
         self.kept.append(exchangers)
-        symm = self.prepare_symm(exchangers["symm"], heads, head_dim)
+        symm = self.prepared(SYMM, partial(self.prepare_symm, exchangers["symm"], heads, head_dim))
         ours = [
             Candidate(
                 f"{report.OURS} {name}",
@@ -169,37 +178,40 @@ class Bench:
                 found += built
         return found
 
-    def prepare_symm(self, symm: Any, heads: int, head_dim: int) -> int:
+    def prepared(self, name: str, prepare: Callable[[], int]) -> int:
         """Largest batch that goes through symmetric memory; 0, with the reason said, if none can.
 
-        Its workspaces stay until the process ends: `kept` has it.
+        Its workspaces stay until the process ends: `kept` has them.
         """
         if self.device.type != "cuda":
-            self.not_measured(SYMM, "it needs GPUs with access to each other's memory")
+            self.not_measured(name, "it needs GPUs with access to each other's memory")
             return 0
         try:
-            symm.prepare(
-                max_tokens=max(self.options.batch),
-                num_heads=heads,
-                head_dim=head_dim,
-                dtype=DTYPE,
-                timeout=self.options.timeout,
-            )
+            return prepare()
         except RuntimeError as error:  # on every rank
-            self.not_measured(SYMM, str(error))
+            self.not_measured(name, str(error))
             return 0
-        return symm.largest_prepared
+
+    def prepare_symm(self, symm: Exchanger, heads: int, head_dim: int) -> int:
+        symm.prepare(
+            max_tokens=max(self.options.batch),
+            num_heads=heads,
+            head_dim=head_dim,
+            dtype=DTYPE,
+            timeout=self.options.timeout,
+        )
+        return symm.largest_prepared()
 
     def measure(self, p: Problem, candidates: list[Candidate]) -> list[Row]:
-        x, lse, want = self.partials(p)
+        (first, *others), want = self.inputs(p)
         rotations: dict[str, measure.Rotation] = {}
         errors: dict[str, float] = {}
         for candidate in candidates:
             if candidate.most is not None and p.batch > candidate.most:
                 if candidate.most:
-                    self.not_measured(candidate.name, f"above batch {candidate.most} it is a2a")
+                    self.not_measured(candidate.name, f"not above batch {candidate.most}")
                 continue
-            sources = x.to(candidate.takes), lse
+            sources = first.to(candidate.takes), *others
             if candidate.lay:
                 sources = candidate.lay(*sources)
             inputs = [tuple(source.clone() for source in sources) for _ in range(SETS)]
@@ -211,7 +223,7 @@ class Bench:
                     tensor.copy_(source)
             outputs = rotation.checked_outputs()
             error = max(self.of_all_ranks(max(relative_error(out, want) for out in outputs)))
-            if not error <= BOUND:
+            if not error <= self.bound:
                 wrong = f"{candidate.name} at {p}: relative error {error}"
                 if candidate.name.startswith(report.OURS):
                     raise AssertionError(wrong)
@@ -236,7 +248,7 @@ class Bench:
             for name, timing in self.slowest(timings).items()
         ]
 
-    def partials(self, p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self, p: Problem) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """This rank's out and lse, and its heads of all ranks' combination in float64."""
         drawn = []
         for rank in range(p.ranks):
@@ -250,7 +262,7 @@ class Bench:
                 mine = x, lse
         weights = torch.stack([lse for _, lse in drawn]).softmax(0)[..., None]
         want = sum(weight * x for weight, (x, _) in zip(weights, drawn, strict=True))
-        return *mine, want
+        return mine, want
 
     def rotation(self, candidate: Candidate, calls: list[measure.Call]) -> measure.Rotation | None:
         """Captured where all ranks can, else as it is; None, with the reason said, where neither
@@ -408,7 +420,10 @@ def run_rank(
     rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
 ) -> None:
     """Body of a rank's process; the first leaves the figures in the folder."""
-    rows = Bench(rank, options, ranks, folder, symmetric).run()
+    from benchmark.dcp.collectives_gather import GatherBench
+
+    bench = GatherBench if options.op == "gather" else Bench
+    rows = bench(rank, options, ranks, folder, symmetric).run()
     if rank == 0:
         report.write_csv(rows, figures_in(folder), Row)
     # No teardown: it is a collective, and the peers' threads may still be in one.

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from srt.threads import ThreadGroup, run_threads
 
 from benchmark.dcp import (
     collectives,
+    collectives_gather,
     collectives_rank,
     collectives_report,
     kernels,
@@ -75,6 +77,55 @@ def test_says_what_it_leaves_out(ran: tuple[Path, str]) -> None:
     assert ran[1].count("not measured: helix symm (it needs GPUs") == 1
     peers = "not measured: flashinfer, torch all_to_all_nd (they need a GPU for each rank)"
     assert ran[1].count(peers) == 1
+
+
+class OneThread(collectives_gather.GatherBench):
+    """A rank of a group of threads on the CPU."""
+
+    def __init__(self, rank: int, group: ThreadGroup) -> None:
+        self.rank, self.ranks, self.ours, self.said = rank, group.world_size, group, set()
+        self.device, self.kept, self.symmetric = torch.device("cpu"), [], False
+        self.options: Any = SimpleNamespace(
+            shape=["mla", "gqa"], batch=[1, 3], samples=2, eager=False, timeout=60, device="cpu"
+        )
+
+    def of_all_ranks(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_queries_are_gathered_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = run_threads(lambda rank, group: OneThread(rank, group).run(), 2)
+    for rows in ranks:
+        assert [(row.shape, row.head_dim, row.batch, row.name) for row in rows] == [
+            (shape, width, batch, "helix all-gather")
+            for shape, width in (("mla", 576), ("gqa", 128))
+            for batch in (1, 3)
+        ]
+        for row in rows:
+            assert row.error == 0
+            assert row.link_bytes == row.batch * row.heads // 2 * row.head_dim * 2
+    assert capsys.readouterr().out.count("not measured: helix symm gather (it needs GPUs") == 1
+
+
+def test_the_largest_batch_of_what_was_prepared_bounds_it() -> None:
+    """A batch above it would be timed by another name."""
+    rank, prepared = OneRank(), []
+    rank.options = SimpleNamespace(batch=[1, 8], timeout=60)
+    symm = SimpleNamespace(
+        prepare=lambda **options: prepared.append(options),
+        prepare_queries=lambda **options: prepared.append(options),
+        largest_prepared=lambda: 8,
+    )
+    gather = object.__new__(collectives_gather.GatherBench)
+    gather.ranks, gather.options = 4, rank.options
+    assert rank.prepared("symm", lambda: rank.prepare_symm(symm, 128, 512)) == 8
+    assert gather.prepare_queries(symm, 128, (512, 64)) == (128 << 20) // (128 * 576 * 2)
+    assert [options["max_tokens"] for options in prepared] == [8, 8]
+
+    def refused() -> int:
+        raise RuntimeError("no peer access")
+
+    assert rank.prepared("symm", refused) == 0
 
 
 def test_reports_on_earlier_figures(ran: tuple[Path, str], tmp_path: Path) -> None:

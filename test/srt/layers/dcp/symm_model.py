@@ -1,5 +1,8 @@
 """Model of the protocol of `sglang_helix.srt.layers.dcp.symm`, to be run in every order.
 
+The gather's too: that a rank's pieces of a row are the same for all, and that one part of them is
+stored before the other, is nothing that a word knows of.
+
 Ranks make calls, a call is a kernel of programs, a program carries rows. What a real device may
 reorder is a step of its own: programs of a kernel go on in any order, a store becomes visible at
 any time after it was issued (two of one program to the same word in order), words of a row are

@@ -262,6 +262,11 @@ PARTS: tuple[Part, ...] = (
         "their order against a plain gather, SGLang's schedulers, launches counted",
     ),
     Part(
+        "queries gathered by `symm`'s kernel (`HELIX_SYMM_GATHER=1`)",
+        "interpreter, every bit, 2, 3, 4 and 8 ranks, also out of step; decode of GQA and MLA with "
+        "it; sm_90 and sm_100 machine code; launches counted; a broken one stops every rank",
+    ),
+    Part(
         "MLA's values projected before the exchange (`--dcp-replicate-v-proj`)",
         "SGLang's schedulers against `transformers` on both sides of the switch; `symm` in the "
         "interpreter",
