@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from sglang_helix import helix
-from sglang_helix.srt.layers.dcp.exchange import GATHER_VARIABLE, gathers_by_kernel
 from sglang_helix.srt.managers.scheduler import series_of
 
 logger = logging.getLogger(__name__)
@@ -234,6 +233,8 @@ def what_runs() -> dict[str, Any]:
         get_server_args,
         process_model_config,
     )
+
+    from sglang_helix.srt.layers.dcp.exchange import GATHER_VARIABLE, gathers_by_kernel
 
     args = resolved_view(get_server_args())
     config = _plain(process_model_config().hf_config.to_dict())
