@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.runtime_context import get_platform
-from sglang_cpu_reference import drafts
 from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
 from sglang_cpu_reference.server import Server, free_port
@@ -132,8 +131,13 @@ def in_bf16(family: str) -> Family:
     return FAMILIES[family]._replace(written={"dtype": "bfloat16"})
 
 
-def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "triton") -> Server:
-    """Ranks share a GPU where there are fewer GPUs than ranks."""
+def gpu_server(
+    checkpoint: Path, layout: str, *flags: str, attention: str = "triton", launcher: str = ""
+) -> Server:
+    """Ranks share a GPU where there are fewer GPUs than ranks.
+
+    launcher: a module of these tests that starts the server in place of `sglang.launch_server`.
+    """
     ranks, *layout_flags = REPLICAS if layout == "replicas" else LAYOUTS[layout]
     sharing = int(ranks) > torch.cuda.device_count()
     server = Server(
@@ -147,8 +151,8 @@ def gpu_server(checkpoint: Path, layout: str, *flags: str, attention: str = "tri
         env=share_gpu.ENVIRONMENT if sharing else None,
         start_timeout=480,
     )
-    if sharing:
-        server.command[1:3] = ["-m", "srt.share_gpu"]
+    if launcher := launcher or (share_gpu.__name__ if sharing else ""):
+        server.command[1:3] = ["-m", launcher]
         server.env["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{server.env.get('PYTHONPATH', '')}"
     return server
 
@@ -365,98 +369,6 @@ def test_drafts_from_earlier_answers(
         assert sum(answer.meta_info["spec_num_correct_drafts"] for answer in again) > NEW_TOKENS
         assert clear > 20
         everything_is_free(server)
-
-
-DRAFTED = {
-    "eagle": (lambda path: drafts.make_eagle(path, head_dim=64), "EAGLE"),
-    # Wide enough for the draft's norm on CUDA, and all experts of all groups, as above.
-    "mtp": (
-        lambda path: drafts.make_mtp(
-            path,
-            hidden_size=512,
-            qk_nope_head_dim=128,
-            v_head_dim=128,
-            num_experts_per_tok=8,
-            topk_group=4,
-        ),
-        "NEXTN",
-    ),
-}
-# Steps, branches and tokens.
-CHAIN, TREE = ("3", "1", "4"), ("2", "2", "5")
-
-
-@pytest.mark.timeout(1080)
-@pytest.mark.parametrize(
-    ("family", "layout", "attention", "shape", "graphs"),
-    [
-        ("eagle", "a2a", "triton", CHAIN, "disabled"),
-        ("eagle", "symm", "fa3", CHAIN, "disabled"),
-        ("eagle", "attn-tp 1", "triton", TREE, "disabled"),
-        ("mtp", "a2a", "triton", CHAIN, "disabled"),
-        ("mtp", "symm of 4", "triton", TREE, "disabled"),
-        ("eagle", "a2a", "triton", CHAIN, "full"),
-        ("eagle", "symm", "triton", TREE, "full"),
-        ("mtp", "a2a", "triton", CHAIN, "full"),
-        ("mtp", "symm of 4", "triton", CHAIN, "full"),
-        ("mtp", "a2a", "fa3", CHAIN, "disabled"),
-        ("eagle", "symm", "fa3", CHAIN, "full"),
-        ("mtp", "symm of 4", "fa3", CHAIN, "full"),
-        ("eagle", "symm", "flashinfer", CHAIN, "full"),
-        ("mtp", "symm of 4", "flashinfer", CHAIN, "full"),
-        ("mtp", "a2a", "flashmla", CHAIN, "full"),
-    ],
-)
-def test_a_draft_model(
-    tmp_path: Path,
-    family: str,
-    layout: str,
-    attention: str,
-    shape: tuple[str, str, str],
-    graphs: str,
-) -> None:
-    """Answers are the oracle's where it is clear; as many drafts are right as on one rank.
-
-    Counted where both answer the same: behind a token that bf16 turned over other drafts follow.
-    And but for a few: bf16 rounds sums of another order to other drafts where two are close, and
-    drafts behind the last token count too. Batches of one request and of five, which graphs pad.
-    """
-    if not adapter(attention).runs_on(get_platform(), "MLA" if family == "mtp" else "GQA"):
-        pytest.skip(f"no kernels of {attention} for this GPU")
-    make, algorithm = DRAFTED[family]
-    target, draft = make(tmp_path)
-    steps, topk, width = shape
-    flags = ("--speculative-algorithm", algorithm, "--speculative-num-steps", steps)
-    flags += ("--speculative-eagle-topk", topk, "--speculative-num-draft-tokens", width)
-    flags += ("--speculative-draft-model-path", str(draft)) if draft else ()
-    flags += ("--max-total-tokens", "16384", "--chunked-prefill-size", str(CHUNK))
-    page = (adapter(attention).pages or (1,))[0]
-    flags += ("--page-size", str(page), "--cuda-graph-backend-decode", graphs)
-    flags += ("--decode-log-interval", "1")
-    oracle = Oracle(target)
-    prompts = [prompt(length) for length in (1, 2, 19, 40, 63, 64, 65, CHUNK + 3)]
-    answered = {}
-    for name in ("tp 1", layout):
-        with gpu_server(target, name, *flags, attention=attention) as server:
-            answers = [server.generate(tokens, NEW_TOKENS) for tokens in prompts[:3]]
-            answers += server.generate_batch(prompts[3:], NEW_TOKENS)
-            clear = 0
-            for tokens, answer in zip(prompts, answers, strict=True):
-                clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
-            assert clear > 20
-            steps = [line for line in server.log().splitlines() if "Decode batch" in line]
-            assert {"cuda graph: True" in line for line in steps} == {graphs == "full"}
-            everything_is_free(server)
-        answered[name] = answers
-    same = [
-        [answer.meta_info["spec_num_correct_drafts"] for answer in pair]
-        for pair in zip(*answered.values(), strict=True)
-        if len({tuple(answer.completion.token_ids) for answer in pair}) == 1
-    ]
-    assert len(same) > len(prompts) // 2
-    one, sharded = map(sum, zip(*same, strict=True))
-    assert one > len(prompts)
-    assert abs(one - sharded) <= max(2, one // 10), same
 
 
 @pytest.mark.timeout(1080)
