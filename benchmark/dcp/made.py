@@ -20,12 +20,15 @@ def make_context(scheduler: Any, req: Any, is_retracted: bool = False) -> None:
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.common import evict_from_tree_cache
     from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang_helix.srt.managers.scheduler import draft_runner
 
     tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
     tokens = (len(req.origin_input_ids) - 1) // tree.page_size * tree.page_size
     if tokens <= COMPUTED:
         return
-    key = RadixKey(req.origin_input_ids[:tokens], req.extra_key)
+    # Beside a draft model the tree's keys are pairs of tokens: one token more for as many slots.
+    ahead = int(scheduler.spec_algorithm.is_eagle())
+    key = RadixKey(req.origin_input_ids[: tokens + ahead], req.extra_key)
     found = tree.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
     if found == tokens:
         return
@@ -36,6 +39,8 @@ def make_context(scheduler: Any, req: Any, is_retracted: bool = False) -> None:
     if not hasattr(scheduler, "_helix_filled"):
         scheduler._helix_filled = True
         fill(allocator.get_kvcache())
+        if draft := draft_runner(scheduler):
+            fill(draft.token_to_kv_pool)
     # The tree keeps its own slots of what it has, and is told not to free those given for it.
     slots = torch.cat([slots.new_zeros(found), slots])
     tree.insert(InsertParams(key=key, value=slots, prev_prefix_len=found))

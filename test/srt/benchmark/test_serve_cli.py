@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from sglang_cpu_reference.drafts import make_eagle
 from sglang_cpu_reference.server import Server
+from srt.fresh import Fresh
+from srt.models import serving
 
-from benchmark.dcp import layouts, load, report, serve
+from benchmark.dcp import layouts, load, made, report, serve
 from benchmark.dcp.layouts import Row, parse_layout
 from benchmark.dcp.load import Answer, Load
 
@@ -19,6 +24,10 @@ ROOT = Path(__file__).parents[3]
 NEW_TOKENS = 8
 # What the pool of plain TP holds for two requests, what only the sharded one does, and neither.
 FITS, FITS_SHARDED, FITS_NOWHERE = 48, 160, 600
+DRAFTS = (
+    *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"),
+    *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
+)
 
 
 def benchmark(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -88,9 +97,11 @@ LINE_STARTS = [[word] for word in ("tp", "a2a", str(FITS), str(FITS_SHARDED), st
 
 @pytest.mark.server
 @pytest.mark.timeout(420)
-def test_a_running_server(tmp_path: Path) -> None:
-    model = serve.tiny_model(str(tmp_path))
+def test_a_running_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That drafts: what came of it is printed beside its times."""
+    model, draft = make_eagle(tmp_path)
     flags = ["--tp", "2", "--dcp-size", "2", "--dcp-comm-backend", "a2a"]
+    flags += [*DRAFTS, "--speculative-draft-model-path", str(draft)]
     rows = {}
     with Server(model, *flags, "--max-total-tokens", "256", "--page-size", "8") as server:
         for prefix in ("shared", "cold"):
@@ -102,6 +113,9 @@ def test_a_running_server(tmp_path: Path) -> None:
             ]
             assert serve.main(list(map(str, flags))) == 0
             rows[prefix] = report.read_csv(path, Row)
+    said = re.findall(r"(\d+) requests: ([\d.]+) tokens a verify pass", capsys.readouterr().out)
+    assert [requests for requests, _ in said] == 2 * ["1", "3"]
+    assert all(1 < float(tokens) <= 4 for _, tokens in said)
     for prefix, found in rows.items():
         assert [(row.context, row.concurrency) for row in found] == [
             (FITS, 1), (FITS, 3), (FITS_NOWHERE, 1), (FITS_NOWHERE, 3),
@@ -114,6 +128,34 @@ def test_a_running_server(tmp_path: Path) -> None:
             # One prefill served all requests, but for what does not fill a unit of the cache.
             assert row.cached_tokens == (0 if prefix == "cold" else (FITS - 1) // 16 * 16)
         assert {row.status for row in found[2:]} == {layouts.DOES_NOT_FIT}
+
+
+def over_made_contexts(
+    rank: int, argv: list[str], batches: list[list[list[int]]]
+) -> serving.Report:
+    """In a rank's process: answers to prompts whose contexts nobody computed."""
+    scheduler = serving.scheduler_of(rank, argv)
+    add = scheduler._add_request_to_queue
+
+    def made_first(request: Any, *args: Any, **kwargs: Any) -> None:
+        made.make_context(scheduler, request)
+        add(request, *args, **kwargs)
+
+    scheduler._add_request_to_queue = made_first
+    return serving.answer_all(scheduler, batches, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_contexts_are_made_beside_a_draft_model(ready: Fresh, tmp_path: Path, page: int) -> None:
+    """Whose keys in the prefix cache are pairs of tokens; no slot is lost."""
+    model, draft = make_eagle(tmp_path)
+    flags = (*DRAFTS, "--speculative-draft-model-path", str(draft), "--page-size", str(page))
+    argv = serving.command_line(model, 2, "--dcp-size", "2", "--dcp-comm-backend", "a2a", *flags)
+    tokens = [i % 256 for i in range(60)]
+    for answered in ready.ranks(over_made_contexts, 2, argv, [[tokens], [[*tokens, 7, 8]]]):
+        for answers, length in zip(answered.answers, (60, 62), strict=True):
+            # All but the last pair, in whole pages of the group.
+            assert answers[0].cached_tokens == (length - 2) // (2 * page) * 2 * page
 
 
 def test_gaps_between_tokens() -> None:
