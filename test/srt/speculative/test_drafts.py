@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import pytest
 from sglang_cpu_reference import drafts
 from sglang_cpu_reference.server import Server
+from srt import poison
 from srt.expected import LOGPROB_TOLERANCE, check, check_all, oracle, prompt
 from srt.fresh import Fresh
 from srt.models.serving import (
     Answer,
     Report,
     answer,
+    answer_all,
     command_line,
     expect_few_tokens,
     scheduler_of,
@@ -136,6 +138,23 @@ def test_drafts_are_those_of_a_whole_cache(
             assert all(right > 0 for answers in counts(report) for right, _ in answers)
 
 
+def over_poison(rank: int, argv: list[str], batches: Any) -> Report:
+    """In a rank's process: its answers, each pass of the target over a page 0 of NaN."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    scheduler = scheduler_of(rank, argv)
+    assert poison.TARGET not in HookRegistry._patched, "which a server's poison could not hook"
+    runner, name = scheduler.tp_worker.model_runner, poison.TARGET.rpartition(".")[2]
+    forward = getattr(runner, name)
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        poison.poison(runner)
+        return forward(*args, **kwargs)
+
+    setattr(runner, name, poisoned)
+    return answer_all(scheduler, batches, NEW_TOKENS)
+
+
 @pytest.mark.parametrize(
     ("backend", "family", "page"),
     [
@@ -149,7 +168,7 @@ def test_drafts_are_those_of_a_whole_cache(
 def test_verified_by(
     kernels: Fresh, models: Any, whole: Any, backend: str, family: str, page: int
 ) -> None:
-    """On stand-ins for the kernels."""
+    """On stand-ins for the kernels, over a page 0 of NaN."""
     target, draft = models(family)
     flags = (*LAYOUTS["a2a"][1], *flags_of(FAMILIES[family][1], draft, *CHAIN))
     flags += ("--attention-backend", backend, "--cuda-graph-backend-decode", "disabled")
@@ -157,7 +176,8 @@ def test_verified_by(
     if page > 4:
         flags += ("--chunked-prefill-size", str(2 * page))
     batches = BATCHES[1:2]
-    for report in serve(kernels, target, 2, flags, batches, NEW_TOKENS):
+    argv = command_line(target, 2, *flags)
+    for report in kernels.ranks(over_poison, 2, argv, batches):
         check_all(target, batches, report.answers, NEW_TOKENS)
         assert counts(report)[0] == counts(whole(family, CHAIN, 2))[1]
 
