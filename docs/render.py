@@ -7,10 +7,13 @@ import contextlib
 import io
 import json
 import sys
+import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import measured
 from sglang.srt.configs.model_config import ModelConfig
@@ -34,6 +37,7 @@ DOCS = Path(__file__).parent
 README = "../README.md"
 ATTENTIONS: tuple[Attention, ...] = ("GQA", "MLA")
 TP_SIZES = (8, 16)
+FEW = 4
 MEMORY_GIB = 60
 # Models of docs/capacity.md; models.md has all of docs/models.
 CAPACITY = ("DeepSeek-V3", "Kimi-K2", "Llama-3-70B", "Qwen3-235B-A22B")
@@ -108,35 +112,54 @@ exchange.
 def models() -> str:
     """docs/models.md. Takes minutes: every model is built, without weights."""
     lines = []
-    verdicts: Counter[str] = Counter()
-    with Builder() as builder:
-        for path in model_directories():
+    counted: dict[str, Counter[str]] = {"Hopper": Counter(), "Blackwell": Counter()}
+    with Builder() as builder, tempfile.TemporaryDirectory() as root:
+        for path in listed_models(Path(root)):
             gains, flags = model_layout(path)
-            answer = check(["--model-path", str(path), *flags], builder, "Hopper")
-            verdicts[answer.verdict] += 1
+            argv = ["--model-path", str(path), *flags]
+            answer = check(argv, builder, "Hopper")
+            # What layers need does not depend on the machine.
+            elsewhere = check(argv, UNBUILT, "Blackwell").verdict
+            for machine, verdict in zip(counted, (answer.verdict, elsewhere), strict=True):
+                counted[machine][verdict] += 1
+            both = answer.verdict
+            if elsewhere != both:
+                both += f" ({elsewhere} on Blackwell)"
             why = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
             why = why or READ_WITH.get(path.name, "")
-            cells = (answer.verdict, f"`{' '.join(flags)}`", *gains, answer.attention)
-            cells += (proven_by(architecture_of(path), answer.verdict), why)
+            cells = (both, f"`{' '.join(flags)}`", *gains, answer.attention)
+            cells += (proven_by(path, answer.verdict), why)
             lines.append(f"| {path.name} | {' | '.join(cells)} |")
-    counted = ", ".join(f"{verdicts[kind]} {kind}" for kind in ("works", "own", "refused"))
+    says = "; on Blackwell ".join(
+        ", ".join(f"{verdicts[kind]} {kind}" for kind in ("works", "own", "refused"))
+        for verdicts in counted.values()
+    )
     return f"""# Models
 
-Open models that people serve with long contexts in 2026, and what becomes of them on Hopper GPUs:
-{counted}. Written by `python docs/render.py models.md`, in some minutes, from the configurations
-in `docs/models` by `python -m sglang_helix check`, which resolves a launch and builds every layer
-without weights; have any model's by the same. What has run on a GPU: [status.md](status.md).
+{len(lines)} open models that people serve with long contexts in 2026, and what becomes of them on
+Hopper GPUs: {says}. Written by `python docs/render.py models.md`, in some minutes, by
+`python -m sglang_helix check`, which resolves a launch and builds every layer without weights; have
+any model's by the same. What has run on a GPU: [status.md](status.md).
 
-The flags are for 8 ranks, or for 16 where 8 store nothing twice, with the least `--dcp-size` that
-has all the gain. Gain is how many tokens fit, beside plain TP, at 8 and at 16 ranks. "works" says
-that a server starts and that no layer of it is of a kind that the series does not compute. The
-test (of `test/srt`, from `docs/models/proof.json`) compares tokens and log-probabilities of a tiny
-model of the same class with `transformers`, not this model itself, or shows the refusal.
+Half of the configurations are published ones, `docs/models/NAME/config.json`; the others,
+`docs/models/others.json`, are of the same classes and heads, and else from memory, with few layers
+where a list of them would be long: their verdict and gain are meant, no other size of them.
+
+The flags are for 8 ranks, for 16 where 8 store nothing twice, or for 4 where heads allow neither,
+with the least `--dcp-size` that has all the gain. Gain is how many tokens fit, beside plain TP, at
+8 and at 16 ranks. "works" says that a server starts and that no layer of it is of a kind that the
+series does not compute. The test (of `test/srt`, from `docs/models/proof.json`) compares tokens and
+log-probabilities of a tiny model of the same class with `transformers`, not this model itself, or
+shows the refusal.
 
 | model | verdict | flags | gain, 8 | 16 | attention by | proven by | why, or what to know |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 """
+
+
+# A builder of check's where layers are taken as the series needs them.
+UNBUILT: Any = SimpleNamespace(build=lambda argv: ("", ""))
 
 
 # Published configurations that SGLang 0.5.23 does not read as they are, sharded or not: what the
@@ -169,18 +192,59 @@ def proofs() -> dict[str, str]:
     return found
 
 
-def proven_by(architecture: str, verdict: str) -> str:
+def proven_by(model: Path, verdict: str) -> str:
     """A cell of docs/models.md."""
-    proof = proofs()[architecture]
-    if proof in proofs():
-        return f"its text's class: {proven_by(proof, verdict)}"
+    proof = others().get(model.name, {}).get("proof") or proofs()[architecture_of(model)]
+    if text := proofs().get(proof):
+        return f"its text's class: `{text}`"
     none = "its layers alone" if verdict == "works" else "SGLang refuses it"
     return f"`{proof}`" if proof else none
 
 
-def model_directories() -> list[Path]:
+def others() -> dict[str, dict[str, Any]]:
+    """By model, its configuration, or its entries that are not those of the model that it is like.
+
+    "like": a name in docs/models. "proof": as in proof.json, where it is not that of its class.
+    """
+    found: dict[str, dict[str, Any]] = json.loads((DOCS / "models/others.json").read_text())
+    return found
+
+
+def published_models() -> list[Path]:
     """The published configurations in docs/models."""
     return sorted(path for path in DOCS.glob("models/*") if path.is_dir())
+
+
+def listed_models(root: Path) -> list[Path]:
+    """The models of docs/models.md: the published ones, and the others, written below root."""
+    written = []
+    for name, entries in others().items():
+        config: dict[str, Any] = {"torch_dtype": "bfloat16"}
+        if "like" in entries:
+            config = json.loads((DOCS / "models" / entries["like"] / "config.json").read_text())
+        written.append(root / name)
+        written[-1].mkdir()
+        own = {key: value for key, value in entries.items() if key not in ("like", "proof")}
+        (written[-1] / "config.json").write_text(json.dumps(_merged(config, own)))
+    return sorted([*published_models(), *written], key=lambda path: path.name)
+
+
+def table_of_models() -> dict[str, list[str]]:
+    """By model, its line of docs/models.md as it stands there, in cells."""
+    page = (DOCS / "models.md").read_text()
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    _, _, *lines = [cells for cells in split if len(cells) == 8]
+    return {cells[0]: cells for cells in lines}
+
+
+def _merged(config: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """With these entries in the place of its own, in the configurations within it too."""
+    return config | {
+        key: _merged(config[key], value)
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
+        else value
+        for key, value in entries.items()
+    }
 
 
 def model_layout(model: Path) -> tuple[list[str], list[str]]:
@@ -188,14 +252,15 @@ def model_layout(model: Path) -> tuple[list[str], list[str]]:
     flags: list[str] = []
     gains = []
     config = configuration_of(str(model))
-    for tp_size in TP_SIZES:
+    for tp_size in (*TP_SIZES, FEW):
         by_gain = {
             gain: asked
             for asked, gain in reversed(layouts(config, tp_size))
             if asked[0] == "--dcp-size"
         }
         most = max(by_gain, default=None)
-        gains.append("" if most is None else f"{most:g}x")
+        if tp_size != FEW:
+            gains.append("" if most is None else f"{most:g}x")
         if most is not None and (most > 1 or tp_size == TP_SIZES[-1]) and not flags:
             flags = ["--tp-size", str(tp_size), *by_gain[most]]
     return gains, flags or ["--tp-size", str(TP_SIZES[0]), "--dcp-size", "2"]

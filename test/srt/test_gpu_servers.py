@@ -51,7 +51,12 @@ REPLICAS = (4, "--attn-dp-size", "2", "--dcp-size", "2", "--dcp-comm-backend", "
 # With 4 ranks a prompt of one token leaves three of them without any.
 SHARDED = ("a2a", "symm", "attn-tp 1", "symm of 4")
 ATTENTION: dict[str, Attention] = {"llama": "GQA", "deepseek_v2": "MLA"}
-HYBRIDS: dict[str, Attention] = {"qwen3_next": "GQA", "kimi_linear": "MLA", "nemotron_h": "GQA"}
+HYBRIDS: dict[str, Attention] = {
+    "qwen3_next": "GQA",
+    "kimi_linear": "MLA",
+    "nemotron_h": "GQA",
+    "bailing_hybrid": "MLA",
+}
 CASES = [
     *itertools.product(ATTENTION, LAYOUTS, ("triton",)),
     *(
@@ -107,6 +112,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nemotron_h": make_checkpoint(
             "nemotron_h", root / "nemotron_h", head_dim=64, num_key_value_heads=1
         ),
+        "bailing_hybrid": make_checkpoint(
+            in_bf16("bailing_hybrid"),
+            root / "bailing_hybrid",
+            qk_nope_head_dim=128,
+            v_head_dim=128,
+            head_dim=128,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=8,
+        ),
         # One key-value head for two ranks, a window that prompts end before, at and beyond.
         "gpt_oss": make_checkpoint(
             in_bf16("gpt_oss"),
@@ -128,7 +143,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def in_bf16(family: str) -> Family:
     """The family, bf16 in its configuration too: some models take it from there, not the flag."""
-    return FAMILIES[family]._replace(written={"dtype": "bfloat16"})
+    return FAMILIES[family]._replace(written={**FAMILIES[family].written, "dtype": "bfloat16"})
 
 
 def gpu_server(

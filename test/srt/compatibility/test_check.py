@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import render
 from srt.fresh import Fresh
 from srt.model_loader.configurations import configuration
 from srt.models.test_every_model import BUILT
@@ -150,3 +151,25 @@ def test_check_builds_the_layers_of_every_layout(gpu: Fresh, tmp_path: Path) -> 
     assert of_half.startswith(f"{half}: works: --dcp-size 2 (2x) works by fa3; --attn-tp-size 2 (2")
     assert "refused: --dcp-size > 1 does not support OlmoeForCausalLM: " in of_half
     assert of_none.startswith(f"{tmp_path / 'none'}: refused: ")
+
+
+def verdicts(servers: list[list[str]]) -> list[tuple[str, str]]:
+    """Of servers' arguments on Hopper: the verdict, and by what they attend."""
+    from sglang_helix.check import check
+
+    return [check(argv, render.UNBUILT, "Hopper")[::2] for argv in servers]
+
+
+def test_the_models_that_people_run(gpu: Fresh, tmp_path: Path) -> None:
+    """docs/models.md, but for the layers, whose classes `test_every_model.py` has."""
+    rows = render.table_of_models()
+    flags = {name: cells[2].strip("`").split() for name, cells in rows.items()}
+    models = render.listed_models(tmp_path)
+    argvs = [["--model-path", str(path), *flags[path.name]] for path in models]
+    said = dict(zip(rows, gpu.value(verdicts, argvs), strict=True))
+    assert said == {name: (cells[1].split()[0], cells[5]) for name, cells in rows.items()}
+    works = {name for name, (verdict, _) in said.items() if verdict == "works"}
+    published = {path.name for path in render.published_models()}
+    assert (len(said), len(published)) == (60, 30)
+    assert len(works) >= 45
+    assert len(works & published) >= 22
