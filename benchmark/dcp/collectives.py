@@ -106,6 +106,9 @@ def main(argv: list[str]) -> int:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=here)
     parser.add_argument("--op", choices=["exchange", "gather"], default="exchange")
+    parser.add_argument(
+        "--variants", action="store_true", help="the experiments with symm's kernel too"
+    )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
         "--ranks", nargs="+", type=int, metavar="N", help="powers of two up to the GPUs; at least 2"

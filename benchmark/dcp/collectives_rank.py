@@ -18,7 +18,7 @@ import torch
 from benchmark.dcp import measure, report
 from benchmark.dcp.collectives_report import Row, mark, table_line
 from benchmark.dcp.kernels import BOUND, device_name, relative_error, software
-from benchmark.dcp.kernels_stage import DTYPE, SHAPES, Sizes
+from benchmark.dcp.kernels_stage import DTYPE, SHAPES, VARIANTS, Sizes
 
 if TYPE_CHECKING:
     from sglang_helix.srt.layers.dcp.exchange import Exchanger
@@ -158,7 +158,34 @@ class Bench:
             )
             for name, exchanger in exchangers.items()
         ]
+        if self.options.variants:
+            ours += [
+                self.variant(f"{SYMM}, {name}", heads, head_dim, variant)
+                for name, variant in VARIANTS.items()
+            ]
         return [*ours, *sglang_candidates(shape, self.peers)]
+
+    def variant(self, name: str, heads: int, head_dim: int, variant: dict[str, Any]) -> Candidate:
+        """An experiment with the kernel, without a thread that watches it."""
+        from sglang_helix.srt.layers.dcp.partial import Partial
+        from sglang_helix.srt.layers.dcp.symm_launch import exchange
+        from sglang_helix.srt.layers.dcp.symm_layout import Layout, largest_batch
+        from sglang_helix.srt.layers.dcp.symm_workspace import between_ranks
+
+        most = largest_batch(Layout(self.ranks, heads, head_dim, DTYPE, 0))
+        most = min(most, max(self.options.batch))
+        layout = Layout(self.ranks, heads, head_dim, DTYPE, most, **variant)
+        made: list[Any] = []
+
+        def prepare() -> int:
+            made.append(between_ranks(self.ours.cpu_group, layout, self.device))
+            self.kept.append(made)
+            return most
+
+        def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+            return exchange(made[0], Partial(x, lse)).out
+
+        return Candidate(name, self.ours, run, most=self.prepared(name, prepare))
 
     def symmetric_candidates(self, owned: int, head_dim: int) -> list[Candidate]:
         """What needs NCCL's symmetric memory; what cannot be built here says so on all ranks."""

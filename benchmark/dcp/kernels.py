@@ -15,6 +15,10 @@ Six operations, for N ranks that share H heads (each ends with h = H/N of them),
     values    MLA's value projection and the exchange of one rank, in both orders: a2a as in
               `layer`, the one kernel as in `exchange`, which has all N ranks' work in it
 
+and one that is run only by its name:
+
+    variants  the one-kernel exchange as it is, and with each experiment of `VARIANTS`
+
 Every candidate gets the same numbers in the layout it wants, and its poisoned output is checked
 against float64 before it is timed. `copy` is a device-to-device copy that moves as many bytes as
 the operation must. Peers are SGLang's and FlashInfer's own functions, where they can be imported.
@@ -31,7 +35,7 @@ from functools import partial
 import torch
 
 from benchmark.dcp import measure, report
-from benchmark.dcp.kernels_candidates import OPERATIONS, fits, moved_bytes
+from benchmark.dcp.kernels_candidates import ASKED_FOR, OPERATIONS, fits, moved_bytes
 from benchmark.dcp.kernels_stage import SHAPES, Peers, Problem, find_peers
 
 BOUND = 4e-3  # relative error of bf16 results
@@ -117,7 +121,12 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        choices=OPERATIONS,
+        default=[op for op in OPERATIONS if op not in ASKED_FOR],
+    )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256, 4096], metavar="B")

@@ -15,6 +15,7 @@ from sglang_helix.srt.layers.dcp.packed_rows import packed_row_bytes, unpack
 
 from benchmark.dcp.kernels_stage import (
     DTYPE,
+    VARIANTS,
     Peers,
     Problem,
     StandIn,
@@ -185,6 +186,18 @@ def exchange_cases(p: Problem, peers: Peers) -> Cases:
         yield "sglang a2a", Case(sglang_a2a, inputs, want)
 
 
+def variants_cases(p: Problem, peers: Peers) -> Cases:
+    if not peers.symm or p.device.type != "cuda":
+        return
+    x, lse = random_partials(p, p.ranks, p.heads)
+    owners = zip(x.split(p.owned, 2), lse.split(p.owned, 2), strict=True)
+    want = torch.cat([merged(*owned) for owned in owners])
+    inputs = x.flatten(0, 1), lse.flatten(0, 1)
+    yield "helix symm", Case(one_kernel(p), inputs, want)
+    for name, variant in VARIANTS.items():
+        yield f"helix symm, {name}", Case(one_kernel(p, **variant), inputs, want)
+
+
 def values_cases(p: Problem, peers: Peers) -> Cases:
     if p.shape != "mla":
         return
@@ -269,6 +282,9 @@ OPERATIONS = {
     "layer": layer_cases,
     "exchange": exchange_cases,
     "values": values_cases,
+    "variants": variants_cases,
 }
 # Those in which one device plays all ranks.
-ALL_RANKS = ("exchange", "values")
+ALL_RANKS = ("exchange", "values", "variants")
+# Not of the full run.
+ASKED_FOR = ("variants",)

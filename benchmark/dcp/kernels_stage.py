@@ -104,12 +104,20 @@ class StandIn:
         return output
 
 
-def one_kernel(p: Problem) -> Callable[..., torch.Tensor]:
+# Experiments with the kernel of the exchange: attributes of `symm_layout.Layout`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LSEs polled": {"hint": True},
+    "three slots": {"slots": 3},
+    "LSEs polled, three slots": {"hint": True, "slots": 3},
+}
+
+
+def one_kernel(p: Problem, **variant: Any) -> Callable[..., torch.Tensor]:
     """The one-kernel exchange of [N * B, H, D] with all ranks on this device."""
     from sglang_helix.srt.layers.dcp import symm_launch, symm_layout, symm_workspace
     from sglang_helix.srt.layers.dcp.partial import Partial
 
-    layout = symm_layout.Layout(p.ranks, p.heads, p.head_dim, DTYPE, p.batch)
+    layout = symm_layout.Layout(p.ranks, p.heads, p.head_dim, DTYPE, p.batch, **variant)
     workspace = symm_workspace.one_device(layout, p.device)
 
     def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,8 @@ class Model:
             before them end.
         dispatch: per rank, the order in which programs start; None: by number, as devices do.
         words: separate stores of one piece.
-        slots: 2 in the kernel.
+        slots: 2 in the kernel, 3 in its experiment, which goes with `early`.
+        early: whether a call puts back what the one before has read, before it waits.
         heads: of `places` places per rank and token, those that stand for a head; the others'
             pieces are sent only with `phantoms`. Rows count places.
     """
@@ -54,6 +55,7 @@ class Model:
     dispatch: tuple[tuple[int, ...], ...] | None = None
     words: int = 2
     slots: int = 2
+    early: bool = False
     places: int = 1
     heads: int = 1_000_000
     phantoms: bool = True
@@ -154,7 +156,7 @@ def run_at_random(model: Model, seed: int) -> None:
     draw, state = random.Random(seed), first(model)
     while not finished(model, state):
         state = take(model, state, draw.choice(_some(model, state)))
-    if state.memory:
+    if state.memory and not model.early:
         raise ViolationError(f"not put back: {sorted(at for at, _ in state.memory)}")
 
 
@@ -193,8 +195,11 @@ def _operations(model: Model, call: int, program: int) -> Iterator[tuple[str, in
     rows = range(program, model.rows[call], model.programs)
     yield from (("send", row) for row in rows)
     for row in rows:
+        if model.early:
+            yield "put back", row
         yield "read", row
-        yield "put back", row
+        if not model.early:
+            yield "put back", row
         yield "count", row
 
 
@@ -224,9 +229,11 @@ def _epoch(model: Model, state: State, rank: int, row: int) -> int:
     return 1 + sum(row < rows for rows in model.rows[: state.calls[rank]])
 
 
-def _pieces(model: Model, state: State, rank: int, row: int, *, sends: bool) -> list[Word]:
-    """Words that a rank sends, or receives, for a row of its current call."""
-    slot = _epoch(model, state, rank, row) % model.slots
+def _pieces(
+    model: Model, state: State, rank: int, row: int, *, sends: bool, past: int = 0
+) -> list[Word]:
+    """Words that a rank sends, or receives, for a row of its current call, or of one before."""
+    slot = (_epoch(model, state, rank, row) - past) % model.slots
     if sends:
         peers = [owner for owner in range(model.ranks) if model.received(owner, row)]
     else:
@@ -250,7 +257,8 @@ def _operate(model: Model, state: State, rank: int, operation: str, row: int) ->
     if operation == "send":
         words = _pieces(model, state, rank, row, sends=True)
         return replace(state, flying=state.flying | {Store(at, epoch, rank) for at in words})
-    words = _pieces(model, state, rank, row, sends=False)
+    past = model.early and operation == "put back"
+    words = _pieces(model, state, rank, row, sends=False, past=past)
     if operation == "read":
         memory = dict(state.memory)
         for at in words:

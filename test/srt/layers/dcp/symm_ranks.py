@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
@@ -12,6 +14,7 @@ from sglang_helix.srt.layers.dcp.symm_launch import exchange, gather
 from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from sglang_helix.srt.layers.dcp.symm_workspace import one_device
 
+T = TypeVar("T")
 INF = float("inf")
 EMPTY = (-INF, INF, float("nan"))  # what an LSE says where a shard has no token
 
@@ -72,6 +75,29 @@ class Ranks:
                 results[rank] = exchange(self.apart[rank], partials[rank], phase=phase, **options)
         return [results[rank] for rank in range(self.layout.ranks)]
 
+    def out_of_step(self, calls: int, launch: Callable[[int, int, int], T]) -> list[list[T]]:
+        """Results by call and rank of launch(call, rank, phase), in an order drawn anew.
+
+        A rank sends as soon as it has ended its last call, and receives once all have sent.
+        """
+        N = self.layout.ranks
+        sent, ended = [0] * N, [0] * N
+        results: list[list[Any]] = [[None] * N for _ in range(calls)]
+        while min(ended) < calls:
+            able = [
+                rank
+                for rank in range(N)
+                if (sent[rank] == ended[rank] < calls) or ended[rank] < min(sent)
+            ]
+            rank = self.random.choice(able)
+            call, sends = ended[rank], sent[rank] == ended[rank]
+            results[call][rank] = launch(call, rank, SEND if sends else RECEIVE)
+            if sends:
+                sent[rank] += 1
+            else:
+                ended[rank] += 1
+        return results
+
     def _own(self, rank: int, part: torch.Tensor) -> torch.Tensor:
         B = len(part) // self.layout.ranks
         columns = len(self.layout.owned_by(rank)) * (part.shape[1] // self.layout.owned)
@@ -85,32 +111,19 @@ class QueryRanks(Ranks):
         """Parts [N*T, H/N, W_i], those of the ranks stacked -> result of each rank."""
         if parts[0].is_cuda:
             return list(gather(self.together, parts).unflatten(0, (self.layout.ranks, -1)))
-        return self.out_of_step([parts])[0]
+        return self.queries_out_of_step([parts])[0]
 
-    def out_of_step(self, calls: list[tuple[torch.Tensor, ...]]) -> list[list[torch.Tensor]]:
-        """Results by call and rank: a launch per rank, call and phase, in an order drawn anew.
-
-        A rank sends as soon as it has ended its last call, and receives once all have sent.
-        """
+    def queries_out_of_step(
+        self, calls: list[tuple[torch.Tensor, ...]]
+    ) -> list[list[torch.Tensor]]:
+        """Results by call and rank."""
         N = self.layout.ranks
-        sent, ended = [0] * N, [0] * N
-        results: list[list[torch.Tensor]] = [[torch.empty(0)] * N for _ in calls]
-        while min(ended) < len(calls):
-            able = [
-                rank
-                for rank in range(N)
-                if (sent[rank] == ended[rank] < len(calls)) or ended[rank] < min(sent)
-            ]
-            rank = self.random.choice(able)
-            call, sends = ended[rank], sent[rank] == ended[rank]
+
+        def launch(call: int, rank: int, phase: int) -> torch.Tensor:
             own = [part.unflatten(0, (N, -1))[rank] for part in calls[call]]
-            phase = SEND if sends else RECEIVE
-            results[call][rank] = gather(self.apart[rank], own, phase=phase)
-            if sends:
-                sent[rank] += 1
-            else:
-                ended[rank] += 1
-        return results
+            return gather(self.apart[rank], own, phase=phase)
+
+        return self.out_of_step(len(calls), launch)
 
 
 def expected(

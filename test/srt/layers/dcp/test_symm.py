@@ -55,7 +55,8 @@ def layouts(draw) -> Layout:
     heads = draw(st.integers(1, 2 * ranks + 1))
     wire = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     head_dim = draw(st.sampled_from([8, 24, 80, 96, 128, 192]))
-    return Layout(ranks, heads, head_dim, wire, max_tokens=5)
+    slots, hint = draw(st.sampled_from([2, 3])), draw(st.booleans())
+    return Layout(ranks, heads, head_dim, wire, 5, slots, hint)
 
 
 @launches
@@ -76,6 +77,23 @@ def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> N
             assert got.out.dtype == dtype
             assert relative_error(got.out, want[:, heads]) < BOUND[dtype]
             torch.testing.assert_close(got.lse.double(), want_lse[:, heads], rtol=2e-6, atol=2e-6)
+
+
+@launches
+@pytest.mark.parametrize(("slots", "hint"), [(2, False), (3, True)])
+def test_ranks_out_of_step(slots: int, hint: bool) -> None:
+    """A rank may be a call ahead of another, whose slot it must not touch."""
+    layout = Layout(3, 6, 16, torch.float32, 2, slots, hint)
+    world = Ranks(layout, DEVICE, warps=3, seed=slots)
+    calls = [partial(3, B, layout) for B in (2, 1, 2, 2, 1, 2, 2)]
+
+    def launch(call: int, rank: int, phase: int) -> Partial:
+        own = Partial(*(part.chunk(3)[rank] for part in calls[call]))
+        return symm_launch.exchange(world.apart[rank], own, phase=phase)
+
+    for results, (x, lse) in zip(world.out_of_step(len(calls), launch), calls, strict=True):
+        got = torch.cat([result.out for result in results], 1)
+        assert relative_error(got, expected(x, lse, 3)[0]) < BOUND[torch.float32]
 
 
 def small(ranks: int = 3, heads: int = 6, head_dim: int = 128, **options) -> Layout:

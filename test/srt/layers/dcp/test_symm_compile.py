@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def matching(counts: Counter[str], pattern: str) -> int:
     return sum(count for name, count in counts.items() if re.fullmatch(pattern, name))
 
 
+@pytest.mark.parametrize("slots", [2, 3])
+def test_machine_code_of_a_hint(slots: int, tmp_path: Path) -> None:
+    layout = replace(MLA, slots=slots, hint=True)
+    counts, report = instructions(layout, tmp_path, 90)
+    vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(False))
+    assert_one_trip(counts, report, vectors, loads=1)  # the first poll is one of the loop's
+
+
 @pytest.mark.parametrize("sm", [90, 100])
 @pytest.mark.parametrize("layout", [MLA, GQA], ids=["mla", "gqa"])
 @pytest.mark.parametrize("splits", [False, True], ids=["rows", "splits"])
@@ -123,7 +132,7 @@ def test_machine_code_of_the_gather(
     assert counts["STG.E.128"] == 2 * vectors  # the result, and what is put back
 
 
-def assert_one_trip(counts: Counter[str], report: str, vectors: int) -> None:
+def assert_one_trip(counts: Counter[str], report: str, vectors: int, loads: int = 2) -> None:
     """Nothing is spilled, no fence, one 16-byte access per vector of the N pieces."""
     assert re.findall(r"STACK:(\d+)", report) == ["0"]
     assert not matching(counts, r"(LDL|STL).*")
@@ -132,7 +141,7 @@ def assert_one_trip(counts: Counter[str], report: str, vectors: int) -> None:
 
     # Sent, received, and put back.
     assert counts["STG.E.128.STRONG.SYS"] == vectors
-    assert counts["LDG.E.128.STRONG.SYS"] == 2 * vectors  # the first poll and the loop
+    assert counts["LDG.E.128.STRONG.SYS"] == loads * vectors  # the first poll and the loop
     assert matching(counts, r"STG\.E\.128") >= vectors
     assert not matching(counts, "MEMBAR.*")
     assert not matching(counts, r"(LDG|STG)\.E\.[US](8|16).*")

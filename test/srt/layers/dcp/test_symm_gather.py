@@ -93,7 +93,7 @@ def test_ranks_out_of_step(ranks: int, widths: tuple[int, ...]) -> None:
     layout = QueryLayout(ranks, 2 * ranks, widths, torch.bfloat16, max_tokens=2)
     world = QueryRanks(layout, DEVICE, warps=3, seed=ranks)
     calls = [queries(layout, T) for T in (2, 1, 0, 2, 2, 1, 2)]
-    for results, parts in zip(world.out_of_step(calls), calls, strict=True):
+    for results, parts in zip(world.queries_out_of_step(calls), calls, strict=True):
         check(results, parts)
 
 

@@ -65,6 +65,16 @@ def test_one_slot_overwrites_what_was_not_read() -> None:
         run_in_every_order(model(slots=1, calls=2, programs=1, words=1))
 
 
+def test_what_is_put_back_in_the_next_call_takes_a_third_slot() -> None:
+    """While that call's pieces are under way; of two slots it would be theirs."""
+    for seed in range(20):
+        run_at_random(model(ranks=3, rows=2, calls=5, slots=3, early=True), seed)
+    size = {"calls": 4, "words": 1, "programs": 1, "early": True}
+    assert run_in_every_order(model(slots=3, **size)) > 100
+    with pytest.raises(ViolationError):
+        run_in_every_order(model(slots=2, **size))
+
+
 def test_a_rank_that_receives_nothing_runs_ahead() -> None:
     """Three heads, four ranks: without pieces for the place that is no head, rank 3 never waits."""
     assert fails(model(ranks=4, heads=3, phantoms=False, calls=6), "overwrites")

@@ -22,6 +22,11 @@ put back. One slot would not do; test/srt/layers/dcp/symm_model.py checks both. 
 a piece from every rank in every call: where h*N > H the places that stand for no head travel too,
 as empty shards.
 
+Three slots are an experiment (`Layout.slots`): what a call has read is put back in the next one,
+before it waits. A rank's call k + 2 writes there, after a piece that was sent once call k + 1 had
+ended. So is the hint of the LSEs (`Layout.hint`), which are stored last: what is read is looked at
+again.
+
 Epochs. Each row counts its calls in the rank's own memory. No host state, so CUDA graphs replay;
 no reset, so batch sizes may vary.
 
@@ -161,6 +166,18 @@ def _line(home, offset, slot_row, number, LINE: tl.constexpr):
 
 
 @triton.jit
+def _slot(epoch, SLOTS: tl.constexpr):
+    return epoch & 1 if SLOTS == 2 else epoch % SLOTS
+
+
+@triton.jit
+def _put_back(rows, cells, lses, live):
+    """Bring the words of a row into the state in which nothing has arrived."""
+    tl.store(rows, tl.full(cells.shape, _NEVER_SENT, tl.uint32), mask=cells)
+    tl.store(lses, tl.full(live.shape, _NEVER_SENT, tl.uint32), mask=live)
+
+
+@triton.jit
 def _report(status, missing, n, epoch, layer):
     """Tell the host what this program waits for; `symm_workspace.Stall` reads it.
 
@@ -215,6 +232,8 @@ def exchange_kernel(
     LINE: tl.constexpr,
     DATA: tl.constexpr,
     LSES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HINT: tl.constexpr,
     SPLITS: tl.constexpr,
     BASE2: tl.constexpr,
     PHASE: tl.constexpr,
@@ -267,7 +286,7 @@ def exchange_kernel(
             x = tl.minimum(x, _NEVER_SENT - 1)
             epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
             # In a peer's memory pieces stand under this rank's number, in ours under the peer's.
-            slot_row, number = (epoch & 1) * ROWS + row, me + n * 0
+            slot_row, number = _slot(epoch, SLOTS) * ROWS + row, me + n * 0
             rows = _rows(base, DATA, slot_row, number, w, N, W)
             tl.store(rows, x, mask=cells, cache_modifier=".wt")
             lses = _line(base, LSES, slot_row, number, LINE)
@@ -277,10 +296,21 @@ def exchange_kernel(
         status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
             epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-            home, slot_row = own + base * 0, (epoch & 1) * ROWS + row
+            home, slot_row = own + base * 0, _slot(epoch, SLOTS) * ROWS + row
             rows = _rows(home, DATA, slot_row, n, w, N, W)
             lses = _line(home, LSES, slot_row, n, LINE)
             polls = 0
+            if SLOTS == 3:  # those of the call before, while this one's are under way
+                past = _slot(epoch + 2, SLOTS) * ROWS + row
+                past_rows = _rows(home, DATA, past, n, w, N, W)
+                _put_back(past_rows, cells, _line(home, LSES, past, n, LINE), live)
+            if HINT:  # they are stored last: what is polled until then is a line, not the row
+                bits = tl.load(lses, mask=live, other=0, volatile=True)
+                while _any_thread(tl.max(bits) == _NEVER_SENT):
+                    polls += 1
+                    if polls % _POLLS_PER_REPORT == 0:
+                        _report(status, bits == _NEVER_SENT, n, epoch, layer)
+                    bits = tl.load(lses, mask=live, other=0, volatile=True)
             # The value that is never sent is the largest.
             x = tl.load(rows, mask=cells, other=0, volatile=True)
             bits = tl.load(lses, mask=live, other=0, volatile=True)
@@ -316,8 +346,8 @@ def exchange_kernel(
             tl.store(y_lse_ptr + b * yl_b + h * yl_h, whole, mask=is_head & (part == 0))
             # Last, off the path of the result. The words and the epoch are only ours until the
             # row's next call.
-            tl.store(rows, tl.full([NP, WP], _NEVER_SENT, tl.uint32), mask=cells)
-            tl.store(lses, tl.full([NP], _NEVER_SENT, tl.uint32), mask=live)
+            if SLOTS == 2:
+                _put_back(rows, cells, lses, live)
             tl.store(epochs + row, epoch + 1)
 
 

@@ -78,6 +78,8 @@ class Layout(Slots):
         head_dim: D; rows of D elements must be whole 16-byte vectors.
         wire: dtype of the pieces (bf16, fp16, fp32).
         max_tokens: the largest batch.
+        slots, hint: experiments with the kernel, for tests and benchmarks: 3 slots; a row's LSEs
+            are polled, and the row only when they are there.
     """
 
     ranks: int
@@ -85,6 +87,8 @@ class Layout(Slots):
     head_dim: int
     wire: torch.dtype
     max_tokens: int
+    slots: int = 2
+    hint: bool = False
 
     def __post_init__(self) -> None:
         _check_wire(self.wire)
@@ -131,8 +135,8 @@ class Layout(Slots):
     def _places(self) -> dict[str, tuple[int, int]]:
         """Offset and size in bytes of each part of the workspace, in order."""
         sizes = {
-            "lse": 2 * self.rows * 4 * self.line,
-            "data": 2 * self.rows * self.ranks * self.row_bytes,
+            "lse": self.slots * self.rows * 4 * self.line,
+            "data": self.slots * self.rows * self.ranks * self.row_bytes,
         }
         places, at = {}, 0
         for name, size in sizes.items():
@@ -170,6 +174,8 @@ class Layout(Slots):
             "LINE": self.line,
             "DATA": places["data"],
             "LSES": places["lse"],
+            "SLOTS": self.slots,
+            "HINT": self.hint,
         }
         return MappingProxyType(constants)
 
