@@ -34,12 +34,13 @@ ON_SERVERS = (
     ("llama", 4, 2, "ag_rs", "fa3"),
     ("deepseek_v2", 4, 4, "a2a", ""),
 )
+# With the exchanges that are left, "" where there is none.
 IN_SCHEDULERS = [
-    (family, tp, dcp, backend)
+    (family, tp, dcp, left)
     for family in FAMILIES
     for tp, dcp in LAYOUTS
-    for backend in (BACKENDS if dcp > 1 else ("",))
-    if (family, tp, dcp, backend, "") not in ON_SERVERS
+    for names in (BACKENDS if dcp > 1 else ("",),)
+    if (left := tuple(name for name in names if (family, tp, dcp, name, "") not in ON_SERVERS))
 ]
 # Some layouts run with pages of 1, so that a widened page is as short as it can be.
 PAGE_SIZES = {(2, 2): 64, (4, 2): 1, (4, 4): 16, (1, 1): 1}
@@ -183,35 +184,46 @@ def test_layout(
         everything_is_free(server)
 
 
-def load(
-    rank: int, argv: list[str], prompts: Prompts
-) -> tuple[serving.Report, dict[str, str], serving.Answer]:
-    """In a rank: the load of a layout, the end of a request that is aborted, and one after it."""
+class Loaded(NamedTuple):
+    """A rank's answers to the load, the end of a request that was aborted, and an answer after."""
+
+    report: serving.Report
+    aborted: dict[str, str]
+    again: serving.Answer
+
+
+def load(rank: int, argv: list[str], prompts: Prompts, exchanges: tuple[str, ...]) -> list[Loaded]:
+    """In a rank: the load of a layout by each exchange, "" for plain TP."""
     scheduler = serving.scheduler_of(rank, argv)
     alone = [[tokens] for tokens in prompts.alone + prompts.continued]
-    report = serving.answer_all(scheduler, [*alone, prompts.batch], NEW_TOKENS)
-    aborted = serving.abort_midway(scheduler, prompt(20, seed=4), turns=5)
-    (again,) = serving.answer(scheduler, [prompt(33, seed=5)], NEW_TOKENS)
-    scheduler.flush_cache()
-    scheduler.on_idle()  # with nothing cached
-    return report, aborted.finish, again
+    loaded = []
+    for _ in serving.each_exchange(scheduler, exchanges) if any(exchanges) else exchanges:
+        report = serving.answer_all(scheduler, [*alone, prompts.batch], NEW_TOKENS)
+        aborted = serving.abort_midway(scheduler, prompt(20, seed=4), turns=5)
+        (again,) = serving.answer(scheduler, [prompt(33, seed=5)], NEW_TOKENS)
+        scheduler.flush_cache()
+        scheduler.on_idle()  # with nothing cached
+        loaded.append(Loaded(report, aborted.finish, again))
+    return loaded
 
 
-@pytest.mark.parametrize(("family", "tp", "dcp", "backend"), IN_SCHEDULERS)
+@pytest.mark.parametrize(("family", "tp", "dcp", "exchanges"), IN_SCHEDULERS)
 def test_layout_in_schedulers(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],
     family: str,
     tp: int,
     dcp: int,
-    backend: str,
+    exchanges: tuple[str, ...],
 ) -> None:
     checkpoint, prompts = checkpoints[family], prompts_of(tp, dcp)
-    layout = ("--dcp-size", str(dcp), "--dcp-comm-backend", backend) if dcp > 1 else ()
+    layout = ("--dcp-size", str(dcp), "--dcp-comm-backend", exchanges[0]) if dcp > 1 else ()
     processes = request.getfixturevalue("ready" if dcp > 1 else "fresh")
     argv = serving.command_line(checkpoint, tp, *layout, *sizes(tp, dcp))
     asked = [*prompts.alone, *prompts.continued, *prompts.batch]
-    for report, aborted, again in processes.ranks(load, tp, argv, prompts):
+    by_rank = processes.ranks(load, tp, argv, prompts, exchanges)
+    assert all(len(loaded) == len(exchanges) for loaded in by_rank)
+    for report, aborted, again in itertools.chain.from_iterable(by_rank):
         check_pool(checkpoint, tp, dcp, report.kv_tokens, report.kv_bytes)
         answers = itertools.chain.from_iterable(report.answers)
         for tokens, answer in zip(asked, answers, strict=True):

@@ -7,7 +7,7 @@ detokenizer are left out, and `test_end_to_end.py` has those.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -93,6 +93,26 @@ def answer_all(scheduler: Any, batches: Any, new_tokens: int, retracting: bool =
     pool = scheduler.get_init_info()["sglang_helix"]
     answers = [answer(scheduler, prompts, new_tokens, retracting) for prompts in batches]
     return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
+
+
+def each_exchange(scheduler: Any, names: Sequence[str]) -> Iterator[str]:
+    """In a rank's process: serve by one exchange after the other; the start's is the first.
+
+    Starting ranks costs as much as a load. What an exchange changes is built anew in them, and the
+    cache is emptied.
+    """
+    from sglang.srt.runtime_context import get_parallel
+    from sglang_helix.srt.model_executor.model_runner import prepare_exchange
+
+    runner = scheduler.tp_worker.model_runner
+    for number, name in enumerate(names):
+        with get_parallel().override(dcp_comm_backend=name):
+            if number:
+                scheduler.flush_cache()
+                prepare_exchange(None, runner)
+                runner.init_attention_backends()
+            assert get_parallel().dcp_group.exchanger.name == name
+            yield name
 
 
 def scheduler_of(rank: int, argv: list[str]) -> Any:
