@@ -33,7 +33,7 @@ def _untried(situation: Situation) -> bool:
         or args.enable_hierarchical_cache
         or args.disaggregation_mode not in ("null", None)
         or args.enable_mixed_chunk
-        or args.dcp_comm_backend in ("symm", "fi_a2a")
+        or args.dcp_comm_backend not in ("a2a", "ag_rs", None)
         or situation.replicates_v_proj
         or args.ep_size > 1
         or args.moe_a2a_backend not in ("none", None)
