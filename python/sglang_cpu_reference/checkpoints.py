@@ -10,7 +10,8 @@ depend on single earlier tokens, and rarely near a tie: a wrong attention shows 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -238,6 +239,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "block_auto_adjust_ff_dim": False,
             },
         ),
+        "lfm2_moe": Family(
+            "lfm2_moe",
+            {
+                **_COMMON,
+                **_GQA_16,
+                "num_hidden_layers": 4,
+                "layer_types": ["conv", "full_attention"] * 2,
+                "conv_L_cache": 3,
+                "num_dense_layers": 1,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+            },
+        ),
         "falcon_h1": Family(
             "falcon_h1",
             {
@@ -339,7 +354,8 @@ def make_checkpoint(
         model = kind.from_config(
             AutoConfig.for_model(model_type, **{**config, **overrides}), dtype=torch.float32
         )
-    _fill(model, seed)
+    biases = (one for one in model.named_buffers() if one[0].endswith("e_score_correction_bias"))
+    fill(chain(model.named_parameters(), biases), seed)
     model.save_pretrained(directory)
     if written:
         path = directory / "config.json"
@@ -364,9 +380,10 @@ _GAIN = {
 
 
 @torch.no_grad()
-def _fill(model: torch.nn.Module, seed: int) -> None:
+def fill(tensors: Iterable[tuple[str, torch.Tensor]], seed: int = 0) -> None:
+    """Random values for a checkpoint's tensors, in place, by their names and shapes."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors:
         owner, kind = name.split(".")[-2:]
         if kind == "A_log":
             # States that forget over tens to hundreds of tokens, each head at its own pace.
@@ -376,7 +393,8 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
             parameter.uniform_(-1, 3, generator=generator)
             parameter.copy_(parameter.bfloat16())
         elif parameter.dim() == 1:
-            # Norm weights and biases: away from their neutral value, so that they matter.
+            # Norm weights and biases: away from their neutral value, so that they matter. Those of
+            # routers are as wide as the scores, between 0 and 1, so that they decide.
             centre = 0.0 if kind.endswith("bias") else _GAIN.get(owner, 1.0)
             if owner.endswith("norm") and not parameter.any():
                 centre -= 1.0  # the model adds it
@@ -386,10 +404,6 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
             gain = 1.0 if embedding else _GAIN.get(owner, 1.0)
             fan_in = 1 if embedding else parameter.shape[-1]
             parameter.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            # As wide as the scores, between 0 and 1, so that it decides.
-            buffer.uniform_(-0.3, 0.3, generator=generator)
 
 
 def _processor(tokenizer: Any, patch_size: int) -> Any:

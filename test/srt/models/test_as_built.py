@@ -29,6 +29,18 @@ GQA = {
             "num_shared_experts": 1,
         },
     ),
+    "hy_v3": Family(
+        "hy_v3",
+        {
+            **COMMON,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "mlp_layer_types": ["dense", "sparse"],
+            "rope_parameters": ROPE,
+        },
+        {"use_qk_norm": True, "first_k_dense_replace": 1, "route_norm": True},
+    ),
     "gpt_bigcode": Family(
         "gpt_bigcode",
         {

@@ -103,12 +103,13 @@ CASES = [
     ("granitemoehybrid", 2, 2, "ag_rs", ONE_HEAD),
     ("falcon_h1", 2, 2, "a2a", ONE_HEAD),
     ("lfm2", 4, 4, "a2a", ONE_HEAD),
+    ("lfm2_moe", 2, 2, "a2a", ONE_HEAD),
 ]
 #: Numbers in a cached row of one layer and rank: the latent, or one head's K and V.
 WIDTHS = {
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), 512 + 64),
     "granitemoehybrid": 2 * 16,
-    "lfm2": 2 * 16,
+    **dict.fromkeys(("lfm2", "lfm2_moe"), 2 * 16),
 }
 
 
@@ -126,7 +127,7 @@ def test_sharded_equals_transformers(
     layout: tuple[str, ...] = ("--dcp-size", str(dcp), "--dcp-comm-backend", backend)
     if backend == "queries replicated":
         layout = ("--attn-tp-size", str(tp // dcp))
-    if family == "lfm2":  # SGLang takes no snapshots of its states
+    if family.startswith("lfm2"):  # SGLang takes no snapshots of its states
         layout += ("--disable-radix-cache",)
     (report, *_) = serve_and_check(ready, model, tp, dcp, *layout)
     # Two layers keep a cache, whatever the others; a page of it is not used.

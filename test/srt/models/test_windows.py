@@ -343,6 +343,7 @@ def test_gemma4_equals_transformers(interpreted: Fresh, tmp_path: Path) -> None:
     batches = [batch, batch[1:]]
     for report in serve(interpreted, model, 2, flags, batches, 3, retracting=True):
         check_all(model, batches, report.answers, 3)
+        assert report.answers[-1][0].cached_tokens == 18
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("gpt_oss", 4), ("exaone4", 2)])

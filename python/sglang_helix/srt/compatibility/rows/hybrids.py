@@ -13,6 +13,7 @@ _HYBRIDS = {
     "GraniteMoeHybridForCausalLM",
     "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM",
     "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
