@@ -18,7 +18,7 @@ import torch
 from benchmark.dcp import measure, report
 from benchmark.dcp.collectives_report import Row, mark, table_line
 from benchmark.dcp.kernels import BOUND, device_name, relative_error, software
-from benchmark.dcp.kernels_stage import DTYPE, SHAPES, VARIANTS, Sizes
+from benchmark.dcp.kernels_stage import DTYPE, SHAPES, VARIANTS, Sizes, capped
 
 if TYPE_CHECKING:
     from sglang_helix.srt.layers.dcp.exchange import Exchanger
@@ -174,11 +174,13 @@ class Bench:
 
         most = largest_batch(Layout(self.ranks, heads, head_dim, DTYPE, 0))
         most = min(most, max(self.options.batch))
-        layout = Layout(self.ranks, heads, head_dim, DTYPE, most, **variant)
+        options = {"sms": None, **variant}
+        sms = options.pop("sms")
+        layout = Layout(self.ranks, heads, head_dim, DTYPE, most, **options)
         made: list[Any] = []
 
         def prepare() -> int:
-            made.append(between_ranks(self.ours.cpu_group, layout, self.device))
+            made.append(capped(between_ranks(self.ours.cpu_group, layout, self.device), sms))
             self.kept.append(made)
             return most
 

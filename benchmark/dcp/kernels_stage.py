@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 import torch
 
 DTYPE = torch.bfloat16
+WARPS_PER_SM = 16  # of `symm`, at the 128 registers that it may take
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,30 @@ class StandIn:
         return output
 
 
-# Experiments with the kernel of the exchange: attributes of `symm_layout.Layout`.
+# Experiments with the kernel of the exchange: attributes of `symm_layout.Layout`, or the
+# multiprocessors that it may fill, so that something can run beside it.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "32 SMs": {"sms": 32},
     "LSEs polled": {"hint": True},
     "three slots": {"slots": 3},
     "LSEs polled, three slots": {"hint": True, "slots": 3},
 }
 
 
-def one_kernel(p: Problem, **variant: Any) -> Callable[..., torch.Tensor]:
+def capped(workspace: Any, sms: int | None) -> Any:
+    """A workspace whose launches fill so many multiprocessors; of one device, with all ranks."""
+    if sms is None:
+        return workspace
+    return replace(workspace, warps=WARPS_PER_SM * sms // workspace.local_ranks)
+
+
+def one_kernel(p: Problem, sms: int | None = None, **variant: Any) -> Callable[..., torch.Tensor]:
     """The one-kernel exchange of [N * B, H, D] with all ranks on this device."""
     from sglang_helix.srt.layers.dcp import symm_launch, symm_layout, symm_workspace
     from sglang_helix.srt.layers.dcp.partial import Partial
 
     layout = symm_layout.Layout(p.ranks, p.heads, p.head_dim, DTYPE, p.batch, **variant)
-    workspace = symm_workspace.one_device(layout, p.device)
+    workspace = capped(symm_workspace.one_device(layout, p.device), sms)
 
     def run(x: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         return symm_launch.exchange(workspace, Partial(x, lse)).out

@@ -12,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang_helix.srt.layers.dcp import symm_launch
+from sglang_helix.srt.layers.dcp.symm_layout import Layout
+from sglang_helix.srt.layers.dcp.symm_workspace import one_device
 
 from benchmark.dcp import kernels, kernels_candidates, kernels_stage, report
 
@@ -54,6 +57,16 @@ def test_values_are_projected_in_both_orders(tmp_path: Path) -> None:
     orders = {f"helix a2a, projected {order}" for order in ("before", "behind")}
     measured = {(row.shape, row.name) for row in report.read_csv(path)}
     assert measured == {("mla", name) for name in (*orders, report.COPY)}
+
+
+def test_a_cap_is_of_all_ranks_that_share_a_device() -> None:
+    workspace = one_device(Layout(4, 8, 16, kernels_stage.DTYPE, 2), torch.device("cpu"), 2112)
+    assert kernels_stage.capped(workspace, 32).warps == 128
+    assert kernels_stage.capped(workspace, None) is workspace
+    assert kernels_stage.WARPS_PER_SM == symm_launch._WARPS_PER_SM
+    for variant in kernels_stage.VARIANTS.values():
+        attributes = {name: value for name, value in variant.items() if name != "sms"}
+        assert Layout(4, 8, 16, kernels_stage.DTYPE, 2, **attributes).nbytes > 0
 
 
 def test_leaves_out_what_no_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
