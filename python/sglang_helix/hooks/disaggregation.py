@@ -93,6 +93,17 @@ DISAGGREGATION: tuple[Hook, ...] = (
         until="see requires_dcp_relayout",
     ),
     Hook(
+        target=f"{_MOONCAKE}.MooncakeKVSender.failure_exception",
+        kind="before",
+        stage="transfer",
+        impl=f"{_SRT}.disaggregation.mooncake.conn:name_rejection",
+        signature="self",
+        why="a rank that is told of a rejected peer by another rank gives no reason to its client",
+        how="gives the reason for which it rejects that peer too",
+        upstream="none",
+        until="see requires_dcp_relayout",
+    ),
+    Hook(
         target=f"{_MOONCAKE}.MooncakeKVManager.send_kvcache_dcp",
         kind="around",
         stage="transfer",

@@ -4,6 +4,7 @@ Each rank turns SGLang's own loop of its role. Pages, bootstrap, transfers and t
 SGLang's; the bytes are carried by `sglang_cpu_reference.transfer_engine`.
 """
 
+import math
 import os
 import threading
 import time
@@ -49,15 +50,22 @@ class Failing(NamedTuple):
 
 
 def outcomes(
-    processes: Fresh, model: Path, prefill: Side, decode: Side, batches: Batches, new_tokens: int
+    processes: Fresh,
+    model: Path,
+    prefill: Side,
+    decode: Side,
+    batches: Batches,
+    new_tokens: int,
+    within: float = math.inf,
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Answer batches of prompts, one batch after the other; how each side's ranks ended.
 
     A rank's value is its answers to each batch. Those of the prefill side have no token; of the
-    decode side `cached_tokens` are those that it had itself.
+    decode side `cached_tokens` are those that it had itself. within: seconds that a batch may take
+    on a rank, or it fails.
     """
     with TemporaryDirectory() as ended:
-        call = (_serve, batches, new_tokens, Path(ended), decode.tp)
+        call = (_serve, batches, new_tokens, Path(ended), decode.tp, within)
         return _outcomes(processes, model, prefill, decode, *call)
 
 
@@ -166,6 +174,7 @@ def _serve(
     new_tokens: int,
     ended: Path,
     decode_ranks: int,
+    within: float = math.inf,
 ) -> list[list[Answer]]:
     from sglang.srt.runtime_context import get_parallel
 
@@ -174,8 +183,10 @@ def _serve(
 
     def script() -> Iterator[None]:
         for prompts in batches:
+            began = time.monotonic()
             side.ask(prompts, new_tokens)
             answers.append((yield from side.answers()))
+            assert time.monotonic() - began < within
         if side.decodes:
             (ended / str(rank)).touch()
             return

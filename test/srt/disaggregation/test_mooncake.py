@@ -41,7 +41,7 @@ def sharded(tp: int, *layout: str) -> Side:
 PLAIN = sharded(1)
 A2A = sharded(2, "--dcp-size", "2", "--dcp-comm-backend", "a2a")
 AG_RS = sharded(2, "--dcp-size", "2", "--dcp-comm-backend", "ag_rs")
-CACHED = Side(2, (*A2A.flags, "--disaggregation-decode-enable-radix-cache"))
+CACHED = Side(2, (*AG_RS.flags, "--disaggregation-decode-enable-radix-cache"))
 CACHED_BY_TOKEN = Side(2, (*CACHED.flags, *BY_TOKEN))
 HELIX = sharded(4, "--attn-tp-size", "2", "--dcp-comm-backend", "a2a")
 
@@ -53,13 +53,13 @@ HELIX = sharded(4, "--attn-tp-size", "2", "--dcp-comm-backend", "a2a")
         ("deepseek_v2", PLAIN, PLAIN),
         ("deepseek_v2", PLAIN, CACHED),
         ("deepseek_v2", PLAIN, HELIX),
-        ("deepseek_v2", AG_RS, AG_RS),
+        ("deepseek_v2", A2A, A2A),
         ("llama", sharded(2, *BY_TOKEN), CACHED_BY_TOKEN),
         ("llama", PLAIN, HELIX),
         ("llama", AG_RS, AG_RS),
     ],
     ids=[
-        *("llama", "deepseek_v2", "1 to 2 that cache", "1 to 4 on 2 shards", "2 to 2, ag_rs"),
+        *("llama", "deepseek_v2", "1 to 2 that cache", "1 to 4 on 2 shards", "2 to 2, a2a"),
         *("llama: 2 to 2 that cache", "llama: 1 to 4 on 2 shards", "llama: 2 to 2, ag_rs"),
     ],
 )
@@ -79,22 +79,26 @@ def test_answers_equal_transformers(
 
 
 @pytest.mark.parametrize(
-    ("family", "decode"),
-    [("deepseek_v2", PLAIN), ("llama", HELIX)],
+    ("family", "decode", "layout"),
+    [("deepseek_v2", PLAIN, "--dcp-size 1"), ("llama", HELIX, "--dcp-size 2")],
     ids=["latents, to a plain one", "K and V, to another"],
 )
 def test_layouts_that_do_not_match_are_named(
-    servers: Fresh, tmp_path: Path, family: str, decode: Side
+    servers: Fresh, tmp_path: Path, family: str, decode: Side, layout: str
 ) -> None:
-    """By both values, for each request, by the prefill rank that answers clients; it goes on."""
+    """By both values, for each request, by the prefill rank that answers clients; it goes on.
+
+    Long before any of SGLang's timeouts, which are 300 seconds.
+    """
     model = make_checkpoint(family, tmp_path / "model", num_hidden_layers=2)
-    sent, received = outcomes(servers, model, AG_RS, decode, [[prompt(9)], [prompt(5)]], 2)
+    batches = [[prompt(9)], [prompt(5)]]
+    sent, received = outcomes(servers, model, AG_RS, decode, batches, 2, within=60)
     for rank in (sent[0], received[0]):
         assert rank.status == 0, rank.output
         assert [answer.finish["type"] for [answer] in rank.value] == ["abort"] * 2
     for [answer] in sent[0].value:
-        assert "--dcp-size 2" in answer.finish["message"]
-        assert f"the decode server on {decode.tp} with" in answer.finish["message"]
+        assert "the prefill server attends on 2 ranks with --dcp-size 2" in answer.finish["message"]
+        assert f"the decode server on {decode.tp} with {layout}," in answer.finish["message"]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "llama"])

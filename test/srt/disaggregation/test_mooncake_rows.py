@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,6 +156,30 @@ def test_prefill_servers_that_would_end_are_not_asked(fields: dict[str, Any], re
     assert room == 5
     assert reason in text
     assert status == (5, KVPoll.Failed)
+
+
+@pytest.mark.parametrize(
+    ("rejected", "recorded", "said"),
+    [
+        ({"b": "layouts"}, {}, "layouts"),
+        ({"b": "layouts"}, {5: "its own"}, "its own"),
+        ({"c": "layouts"}, {}, None),
+    ],
+    ids=["another rank was first", "this rank was", "a peer of other requests"],
+)
+def test_every_rank_knows_why_a_peer_is_rejected(
+    rejected: dict[str, str], recorded: dict[int, str], said: str | None
+) -> None:
+    manager = SimpleNamespace(
+        session_lock=threading.Lock(),
+        failure_lock=threading.Lock(),
+        state_layout_rejections=rejected,
+        transfer_infos={5: {"a": None, "b": None}},
+        failure_records=recorded,
+    )
+    conn.name_rejection(SimpleNamespace(kv_mgr=manager, bootstrap_room=5))
+    conn.name_rejection(SimpleNamespace(kv_mgr=manager, bootstrap_room=6))
+    assert manager.failure_records == ({5: said} if said else {})
 
 
 def test_models_that_are_not_the_same_are_named() -> None:

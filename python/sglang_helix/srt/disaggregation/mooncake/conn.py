@@ -153,6 +153,21 @@ def validate_peer_state_layout(
     return (False, reason) if reason else original(manager, peer)
 
 
+def name_rejection(sender: Any) -> None:
+    """Before a sender's `failure_exception`: the reason that every prefill rank has for a peer.
+
+    A request ends on all of them as soon as one has come to it, and the one that answers clients
+    may not have. It would say that another knows.
+    """
+    manager, room = sender.kv_mgr, sender.bootstrap_room
+    with manager.session_lock:
+        rejected = manager.state_layout_rejections
+        reasons = [rejected.get(session) for session in list(manager.transfer_infos.get(room, ()))]
+    if reason := next(filter(None, reasons), None):
+        with manager.failure_lock:
+            manager.failure_records.setdefault(room, reason)
+
+
 def mismatch(prefill: Layout, decode: Layout, *, mla: bool) -> str | None:
     """Why rows of a prefill server do not become those of a decode server; None where they do.
 
