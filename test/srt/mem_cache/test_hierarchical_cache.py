@@ -1,7 +1,6 @@
 """Prefixes that have left the pool come back from the host: the answers stay transformers'."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -84,23 +83,3 @@ def test_prefixes_come_back_from_the_host(
             answer = server.generate(tokens, NEW_TOKENS)
             check(checkpoint, tokens, answer, NEW_TOKENS)
             assert cached(answer, "storage") == answer.cached_tokens >= pages - PAGE * dcp
-        if policy == "write_through":
-            pages_of_one_rank_are_lost(server, checkpoint, tmp_path / "pages", PAGE * dcp)
-
-
-def pages_of_one_rank_are_lost(server: Server, checkpoint: Path, pages: Path, wide: int) -> None:
-    """A prompt's third page is missing on one rank of two: neither uses more than two pages."""
-    tokens = prompt(4 * wide + 1, seed=7)
-    before = set(pages.iterdir())
-    server.generate(tokens, NEW_TOKENS)
-    deadline = time.monotonic() + 120
-    while len(new := set(pages.iterdir()) - before) < 2 * 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert all("float32-layer_first" in file.name for file in new)
-    ours = sorted((f for f in new if "_dcp1_2_" in f.name), key=lambda f: f.stat().st_mtime_ns)
-    assert len(ours) == 4
-    ours[2].unlink()
-    everything_is_free(server)
-    answer = server.generate(tokens, NEW_TOKENS)
-    check(checkpoint, tokens, answer, NEW_TOKENS)
-    assert cached(answer, "storage") == answer.cached_tokens == 2 * wide

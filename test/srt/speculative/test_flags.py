@@ -1,10 +1,13 @@
 """Drafts that are refused by name, where a table of flags does not say enough."""
 
 import itertools
+from typing import Any
 
 import pytest
 from srt.resolved import Resolve
 from srt.test_server_args import ASKABLE, CAPTURED_DRAFTS, EAGLE
+
+NGRAM = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4}
 
 # Verify passes: what captures them, what does where graphs are named, and what captures none.
 REPLAYED = [("llama", "triton"), ("llama", "fa3"), ("deepseek_v2", "fa3")]
@@ -23,6 +26,18 @@ def test_drafts_captured_by_what_no_gpu_was_seen_with_are_asked_for_by_name(
     unnamed = resolved(gpu, family, **flags).error
     assert (unnamed == "") if (family, backend) in REPLAYED else (refused in unnamed)
     assert (named == "") if (family, backend) in CAPTURE else (refused in named)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize("drafts", [EAGLE, NGRAM], ids=["EAGLE", "NGRAM"])
+def test_no_drafts_in_prefill_decode_disaggregation(
+    resolved: Resolve, drafts: dict[str, Any], mode: str, family: str
+) -> None:
+    row = ASKABLE["drafts in prefill-decode disaggregation"]
+    flags = {"tp_size": 4, "dcp_size": 2, "page_size": 1, **drafts, "disaggregation_mode": mode}
+    error = resolved("Hopper", family, **flags).error
+    assert f"{row.flag} {mode} is not supported with --dcp-size 2: {row.why}" in error
 
 
 def test_a_backend_that_verifies_no_drafts_is_refused(resolved: Resolve) -> None:
