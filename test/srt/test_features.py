@@ -123,6 +123,26 @@ def memory_released_and_resumed(server: Server) -> Any:
     return [generate(server, prompt(n))["output_ids"] for n in (4, 61)]
 
 
+def paused_and_continued(server: Server) -> Any:
+    """Midway through one request, and before another, which is not answered meanwhile."""
+    answers: dict[int, Any] = {}
+
+    def ask(length: int, new_tokens: int) -> None:
+        answers[length] = generate(server, prompt(length), max_new_tokens=new_tokens)["output_ids"]
+
+    midway, behind = (threading.Thread(target=ask, args=given) for given in ((33, 100), (5, 1)))
+    with prompts_are_taken(server):
+        midway.start()
+    server.post("/pause_generation", {"mode": "in_place"})
+    behind.start()
+    behind.join(0.3)
+    assert 5 not in answers
+    server.post("/continue_generation", {})
+    for request in (midway, behind):
+        request.join(120)
+    return [answers[33], answers[5]]
+
+
 FEATURES: dict[str, Callable[[Server], Any]] = {
     function.__name__: function
     for function in (
@@ -136,6 +156,7 @@ FEATURES: dict[str, Callable[[Server], Any]] = {
         health_and_metrics,
         sessions,
         memory_released_and_resumed,
+        paused_and_continued,
     )
 }
 

@@ -329,7 +329,8 @@ PARTS: tuple[Part, ...] = (
         "and a killed prefill server; rows of K and V in 200 layouts; behind SGLang's router",
     ),
     Part(
-        "experts of other ranks (`--ep-size`), memory released and resumed, sessions",
+        "experts of other ranks (`--ep-size`), memory released and resumed, generation paused, "
+        "sessions",
         "servers, GQA and MLA",
     ),
     Part(
