@@ -85,13 +85,37 @@ class Oracle:
         for _ in range(max_new_tokens):
             result = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
             cache = result.past_key_values
-            logprobs = torch.log_softmax(result.logits[0, -1].float(), dim=-1)
-            best = torch.topk(logprobs, max(2, top_logprobs))
-            completion.top.append(
-                list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            )
-            chosen, logprob = completion.top[-1][0]
-            completion.token_ids.append(chosen)
-            completion.logprobs.append(logprob)
-            tokens = [chosen]
+            _choose(completion, result.logits[0, -1], top_logprobs)
+            tokens = completion.token_ids[-1:]
         return completion
+
+    @torch.inference_mode()
+    def follow(
+        self,
+        input_ids: Sequence[int],
+        answer: Sequence[int],
+        cache: Any,
+        top_logprobs: int = 5,
+    ) -> Completion:
+        """What `generate` chooses behind each part of an answer, all in one pass.
+
+        Where that is the answer itself, it is what `generate` says. cache: of tokens before the
+        prompt, from `read`; it is left as it was.
+        """
+        completion = Completion([], [], [])
+        tokens = torch.tensor([[*input_ids, *answer[:-1]]])
+        logits = self.model(tokens, past_key_values=cache, use_cache=True).logits[0]
+        cache.crop(-tokens.shape[1])
+        for row in logits[len(input_ids) - 1 :]:
+            _choose(completion, row, top_logprobs)
+        return completion
+
+
+def _choose(completion: Completion, logits: torch.Tensor, top_logprobs: int) -> None:
+    """Append the likeliest token by logits [vocabulary]."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    best = torch.topk(logprobs, max(2, top_logprobs))
+    completion.top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    chosen, logprob = completion.top[-1][0]
+    completion.token_ids.append(chosen)
+    completion.logprobs.append(logprob)
