@@ -150,7 +150,8 @@ with the least `--dcp-size` that has all the gain. Gain is how many tokens fit, 
 8 and at 16 ranks. "works" says that a server starts and that no layer of it is of a kind that the
 series does not compute. The test (of `test/srt`, from `docs/models/proof.json`) compares tokens and
 log-probabilities of a tiny model of the same class with `transformers`, not this model itself, or
-shows the refusal.
+shows the refusal. GigaChat-3.5, whose class `transformers` lacks, is compared with SGLang's own on
+one rank (`models/test_gigachat.py`).
 
 | model | verdict | flags | gain, 8 | 16 | attention by | proven by | why, or what to know |
 |---|---|---|---|---|---|---|---|

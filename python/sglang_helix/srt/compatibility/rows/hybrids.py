@@ -10,6 +10,7 @@ from sglang_helix.srt.compatibility.situation import Situation
 _HYBRIDS = {
     "BailingMoeV2_5ForCausalLM",
     "FalconH1ForCausalLM",
+    "GigaChat35ForCausalLM",
     "GraniteMoeHybridForCausalLM",
     "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
@@ -85,10 +86,11 @@ def _chunk_without_states(situation: Situation) -> object | None:
 HYBRIDS: tuple[Row, ...] = (
     Row(
         "hybrid linear attention of Qwen3-Next, Qwen3.5, Kimi-Linear, Ring-2.5, Nemotron-H, "
-        "Granite-4-H, Falcon-H1 and LFM2",
+        "Granite-4-H, Falcon-H1, LFM2 and GigaChat-3.5",
         "",
         "works",
-        "answers are transformers', hits asserted; A a multiple of KV heads, states as in plain TP",
+        "answers are transformers' (GigaChat-3.5's, which it lacks: SGLang's on one rank), hits "
+        "asserted; A a multiple of KV heads, states as in plain TP",
         alone="serves",
         proof="test_kimi_linear_dcp4, test_qwen3p5_triton_dcp; Qwen3-Next starts",
     ),

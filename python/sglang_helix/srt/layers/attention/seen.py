@@ -292,6 +292,10 @@ PARTS: tuple[Part, ...] = (
         "as above",
     ),
     Part(
+        "hybrid models: GigaChat-3.5, which `transformers` lacks",
+        "SGLang's schedulers against SGLang's on one rank",
+    ),
+    Part(
         "sliding windows in the pool of all layers: Gemma-2, Gemma-3, Command-A",
         "SGLang's schedulers against `transformers`",
         "by FA3 and Triton, `a2a` and `symm`; Gemma-2 by FA3, `symm`",
