@@ -95,6 +95,28 @@ def answer_all(scheduler: Any, batches: Any, new_tokens: int, retracting: bool =
     return Report(answers, pool["kv_tokens"], pool["kv_bytes"])
 
 
+def serve_by_each(
+    processes: Fresh,
+    model: Path,
+    tp: int,
+    flags: Sequence[str],
+    exchanges: Sequence[str],
+    batches: Sequence[Sequence[Sequence[int]]],
+    new_tokens: int,
+    retracting: bool = False,
+) -> list[list[Report]]:
+    """As `serve`, by one exchange after the other in the same ranks: by rank, a report of each."""
+    argv = command_line(model, tp, *flags, "--dcp-comm-backend", exchanges[0])
+    return processes.ranks(_serve_by_each, tp, argv, exchanges, batches, new_tokens, retracting)
+
+
+def _serve_by_each(
+    rank: int, argv: list[str], exchanges: Sequence[str], *load: Any
+) -> list[Report]:
+    scheduler = scheduler_of(rank, argv)
+    return [answer_all(scheduler, *load) for _ in each_exchange(scheduler, exchanges)]
+
+
 def each_exchange(scheduler: Any, names: Sequence[str]) -> Iterator[str]:
     """In a rank's process: serve by one exchange after the other; the start's is the first.
 

@@ -118,11 +118,16 @@ LONG = (
 )
 
 
-def prefilled(rank: int, argv: list[str], ranks: int) -> tuple[serving.Report, set[str]]:
-    """A rank's answers, and how its model attended prompts with a cached prefix."""
+# The tokens of a prefix that are attended at once, and what SGLang then calls its method.
+CAPACITIES = {"MHA_ONE_SHOT": 1024, "MHA_CHUNKED_KV": 96}
+
+
+def prefilled(rank: int, argv: list[str]) -> dict[str, tuple[serving.Report, set[str]]]:
+    """By method: a rank's answers, and how its model attended prompts with a cached prefix."""
+    from sglang.srt.environ import envs
     from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
-    methods, dispatch = set(), DeepseekV2AttentionMLA.dispatch_attn_forward_method
+    methods, dispatch = set[str](), DeepseekV2AttentionMLA.dispatch_attn_forward_method
 
     def noted(layer: Any, batch: Any) -> Any:
         method = dispatch(layer, batch)
@@ -131,12 +136,16 @@ def prefilled(rank: int, argv: list[str], ranks: int) -> tuple[serving.Report, s
         return method
 
     DeepseekV2AttentionMLA.dispatch_attn_forward_method = noted
-    return serving._serve(rank, argv, ranks, LONG, NEW_TOKENS), methods
+    scheduler, found = serving.scheduler_of(rank, argv), {}
+    for method, capacity in CAPACITIES.items():
+        with envs.SGLANG_MAX_KV_CHUNK_CAPACITY.override(capacity):
+            report = serving.answer_all(scheduler, LONG, NEW_TOKENS)
+        found[method] = report, {*methods}
+        methods.clear()
+        scheduler.flush_cache()
+    return found
 
 
-@pytest.mark.parametrize(
-    ("method", "capacity"), [("MHA_ONE_SHOT", 1024), ("MHA_CHUNKED_KV", 96)], ids=["once", "chunks"]
-)
 @pytest.mark.parametrize(
     ("backend", "tp", "layout", "page", "chunk"),
     [
@@ -153,23 +162,18 @@ def test_a_long_prefix_is_attended_without_absorbing_it(
     layout: tuple[str, ...],
     page: int,
     chunk: int,
-    method: str,
-    capacity: int,
 ) -> None:
     """What SGLang does from 8192 cached tokens on, and in chunks from 128K on."""
+    model = checkpoints["deepseek_v2"]
     sizes = ("--page-size", str(page), "--chunked-prefill-size", str(chunk))
     flags = ("--attention-backend", backend, *layout, *sizes, "--max-total-tokens", "1024")
-    found = kernels.ranks(
-        prefilled,
-        tp,
-        serving.command_line(checkpoints["deepseek_v2"], tp, *flags),
-        tp,
-        SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD="1",
-        SGLANG_MAX_KV_CHUNK_CAPACITY=str(capacity),
-    )
-    for report, methods in found:
-        assert methods == {method}
-        check_all(checkpoints["deepseek_v2"], LONG, report.answers, NEW_TOKENS)
+    argv = serving.command_line(model, tp, *flags)
+    for found in kernels.ranks(prefilled, tp, argv, SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD="1"):
+        assert {method: methods for method, (_, methods) in found.items()} == {
+            method: {method} for method in CAPACITIES
+        }
+        for report, _ in found.values():
+            check_all(model, LONG, report.answers, NEW_TOKENS)
 
 
 def on_blackwell(

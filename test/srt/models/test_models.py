@@ -15,7 +15,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from srt.expected import check_all, prompt
 from srt.fresh import Fresh
-from srt.models.serving import Report, answer_all, command_line, scheduler_of, serve
+from srt.models.serving import Report, serve, serve_by_each
 from srt.test_end_to_end import row_bytes
 
 NEW_TOKENS = 4
@@ -69,26 +69,6 @@ def check_reports(model: Path, reports: list[Report], widened: int) -> None:
         check_all(model, BATCHES, report.answers, NEW_TOKENS)
         # The cache answers whole widened pages.
         assert report.answers[-1][0].cached_tokens == len(BATCHES[0][0]) // widened * widened
-
-
-def served_by_each_exchange(rank: int, argv: list[str]) -> list[Report]:
-    """In a rank: its reports, the load served by one exchange after the other.
-
-    Starting the ranks costs as much as the load: what an exchange changes is built anew in them.
-    """
-    scheduler = scheduler_of(rank, argv)
-    from sglang.srt.runtime_context import get_parallel
-    from sglang_helix.srt.model_executor.model_runner import prepare_exchange
-
-    reports, runner = [], scheduler.tp_worker.model_runner
-    for backend in BACKENDS:
-        with get_parallel().override(dcp_comm_backend=backend):
-            prepare_exchange(None, runner)
-            runner.init_attention_backends()
-            assert get_parallel().dcp_group.exchanger.name == backend
-            reports.append(answer_all(scheduler, BATCHES, NEW_TOKENS))
-        scheduler.flush_cache()
-    return reports
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -162,9 +142,8 @@ def test_layout_equals_transformers(
 ) -> None:
     """With each exchange."""
     model = small(checkpoint, kv_heads)
-    layout = ("--attn-tp-size", str(attn_tp), "--dcp-comm-backend", BACKENDS[0])
-    argv = command_line(model, tp, *layout, *SIZES)
-    by_rank = ready.ranks(served_by_each_exchange, tp, argv)
+    flags = ("--attn-tp-size", str(attn_tp), *SIZES)
+    by_rank = serve_by_each(ready, model, tp, flags, BACKENDS, BATCHES, NEW_TOKENS)
     for reports in zip(*by_rank, strict=True):
         check_reports(model, list(reports), PAGE * tp // attn_tp)
     kvp_size = tp // attn_tp

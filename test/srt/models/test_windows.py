@@ -5,6 +5,7 @@ cut by owner. The load goes across the window's edge in decode and in chunks, hi
 and comes back after retraction; a rank that is idle checks that no slot of any pool is lost.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
 from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
-from srt.models.serving import command_line, oversubscribed, serve
+from srt.models.serving import command_line, oversubscribed, serve, serve_by_each
 
 WINDOW = 16
 NEW_TOKENS = 6
@@ -34,12 +35,13 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
 
 
-@pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
-def test_gpt_oss_equals_transformers(kernels: Fresh, gpt_oss: Path, exchange: str) -> None:
-    flags = (*FLAGS, "--dcp-comm-backend", exchange)
-    flags += ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
+def test_gpt_oss_equals_transformers(kernels: Fresh, gpt_oss: Path) -> None:
+    """With each exchange."""
+    flags = (*FLAGS, "--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
     flags += ("--max-total-tokens", "256")
-    for report in serve(kernels, gpt_oss, 4, flags, BATCHES, NEW_TOKENS, retracting=True):
+    load = (("a2a", "ag_rs"), BATCHES, NEW_TOKENS, True)
+    by_rank = serve_by_each(kernels, gpt_oss, 4, flags, *load)
+    for report in itertools.chain.from_iterable(by_rank):
         check_all(gpt_oss, BATCHES, report.answers, NEW_TOKENS)
         assert report.answers[-1][0].cached_tokens > CHUNK
 
