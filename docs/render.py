@@ -166,9 +166,6 @@ UNBUILT: Any = SimpleNamespace(build=lambda argv: ("", ""))
 # Published configurations that SGLang 0.5.23 does not read as they are, sharded or not: what the
 # copy in docs/models has besides. And what SGLang computes wrongly, sharded or not.
 READ_WITH = {
-    "Hunyuan-A13B": "SGLang 0.5.23 fails, sharded or not, where a rank has several heads: its "
-    "class hands on a row of queries for each, and `RadixAttention` takes as many as there are "
-    "tokens",
     "LongCat-Flash-Chat": "SGLang builds it where its configuration has a scaling: give "
     "`--json-model-override-args` `rope_scaling` of type yarn and factor 1, which is none. Plain "
     "SGLang answers wrongly: it leaves `routed_scaling_factor` off the experts that give back "

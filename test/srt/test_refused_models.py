@@ -96,6 +96,11 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     (SPARSE_ROW, "MiniMaxM3SparseForCausalLM", MINIMAX_M3),
     ("dual chunk attention", "Qwen2ForCausalLM", DUAL_CHUNK),
+    (
+        "queries in a row for each head (Hunyuan-A13B)",
+        "HunYuanMoEV1ForCausalLM",
+        {"model_type": "hunyuan_v1_moe", "use_qk_norm": True},
+    ),
     ("sparse attention of DeepSeek (DSA) elsewhere", "DeepseekV32ForCausalLM", SPARSE),
 ]
 

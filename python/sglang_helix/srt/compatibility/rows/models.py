@@ -46,6 +46,13 @@ def _norm_over_heads(situation: Situation) -> object | None:
     return (normed and not kept) or None
 
 
+def _row_of_each_head(situation: Situation) -> object | None:
+    config = situation.model.hf_config
+    hunyuan = {"HunYuanMoEV1ForCausalLM", "HunYuanDenseV1ForCausalLM"}
+    normed = bool(getattr(config, "use_qk_norm", False))
+    return (normed and not hunyuan.isdisjoint(config.architectures)) or None
+
+
 def _dsa_of_sglang(situation: Situation) -> object | None:
     return (situation.dsa and _trtllm_gen_or_npu()) or None
 
@@ -171,6 +178,18 @@ MODELS: tuple[Row, ...] = (
         _norm_over_heads,
         alone="wrong",
         proof="sgl-project/sglang#34355",
+    ),
+    Row(
+        "queries in a row for each head (Hunyuan-A13B)",
+        "",
+        "refused",
+        "SGLang 0.5.23 fails without it too: the class hands on a row for each head of a token, of "
+        "which attention takes as many as there are tokens",
+        "Serve this model with a release of SGLang whose plain TP answers",
+        _row_of_each_head,
+        alone="wrong",
+        proof="models/hunyuan.py normalizes queries as rows of one head; "
+        "padded_extend_real_tokens, layers/attention/graph_utils.py, takes them for padding",
     ),
     Row(
         "dual chunk attention",
