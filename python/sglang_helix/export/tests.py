@@ -102,11 +102,15 @@ def _uses(file: Path) -> set[str]:
 def _helpers(file: Path) -> tuple[Path, ...]:
     """Modules of this project beside the package that a file imports, and those that they do."""
     found: dict[Path, None] = {}
-    for name in _imports(file):
-        root = {"srt": _TESTS, "benchmark": _PROJECT}.get(name.partition(".")[0])
-        path = root.joinpath(*name.split(".")).with_suffix(".py") if root else None
-        if path and path.exists() and path != file and path not in found:
-            found |= dict.fromkeys((path, *_helpers(path)))
+    waiting = [file]
+    while waiting:
+        for name in _imports(waiting.pop()):
+            root = {"srt": _TESTS, "benchmark": _PROJECT}.get(name.partition(".")[0])
+            path = root.joinpath(*name.split(".")).with_suffix(".py") if root else None
+            # Two may import one another, inside of functions.
+            if path and path.exists() and path != file and path not in found:
+                found[path] = None
+                waiting.append(path)
     return tuple(found)
 
 
