@@ -223,6 +223,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "mamba_d_state": 16,
                 "mamba_chunk_size": 64,
                 "shared_intermediate_size": 128,
+                # Its default is 1, of which softmax is so sharp that fp32's rounding shows.
+                "attention_multiplier": 0.2,
                 "position_embedding_type": "rope",
                 "num_local_experts": 0,
                 "num_experts_per_tok": 0,

@@ -83,12 +83,20 @@ def test_recurrent_states_are_read_and_written_in_every_layout() -> None:
 
 
 def test_shipped_parameters_are_what_fit_writes(tmp_path: Path) -> None:
+    """Every figure is predicted the same.
+
+    What a layer, MLA, experts and a backend's call cost can stand in for one another, so that two
+    kinds of CPU fit them a few percent apart.
+    """
     out = tmp_path / "cost.json"
     assert fit.main([*map(str, FIGURES), "--out", str(out)]) == 0
     anew = json.loads(out.read_text())
     assert anew.keys() == cost.fitted()._asdict().keys()
     for name, value in cost.fitted()._asdict().items():
-        assert anew[name] == pytest.approx(value, rel=0.02), name
+        assert anew[name] == pytest.approx(value, rel=0.05), name
+    parameters = cost.Parameters(**anew)
+    for row in (row for path in FIGURES for row in fit.measured(path)):
+        assert row.predicted(parameters) == pytest.approx(row.predicted(cost.fitted()), rel=1e-3)
 
 
 def test_fit_refuses_what_it_misses(tmp_path: Path) -> None:

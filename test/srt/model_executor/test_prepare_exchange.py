@@ -28,6 +28,7 @@ class Case:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prepared: list[dict[str, Any]] = []
+        self.gathered: list[dict[str, Any]] = []
         self.probed: list[dict[str, Any]] = []
         self.group = SimpleNamespace()
         self.everyone = object()
@@ -35,6 +36,7 @@ class Case:
             dcp_comm_backend="symm",
             attn_tp_size=8,
             attn_dcp_size=4,
+            dcp_replicate_q_proj=True,
             dcp_group=self.group,
             tp_group=SimpleNamespace(cpu_group=self.everyone),
         )
@@ -63,6 +65,7 @@ class Case:
             model_config=SimpleNamespace(
                 get_max_num_attention_heads=lambda: 64,
                 kv_lora_rank=512,
+                qk_rope_head_dim=64,
                 hf_text_config=None,
                 is_hybrid_swa=False,
             ),
@@ -73,6 +76,7 @@ class Case:
         return SimpleNamespace(
             name=backend,
             prepare=lambda **shape: self.prepared.append(shape),
+            prepare_queries=lambda **shape: self.gathered.append(shape),
         )
 
     def _probe(self, exchanger: Any, everyone: object, **options: Any) -> None:
@@ -146,7 +150,24 @@ def test_every_exchange_is_probed_as_decode_calls_it(
     case.parallel.dcp_comm_backend, case.backends = backend, ("fa3", decode)
     case.load()
     shape = {"num_heads": 32, "dtype": torch.bfloat16, "max_tokens": 160, "head_dims": [64, 128]}
-    assert case.probed == [{"backend": backend, "base2": base2, "splits": splits, **shape}]
+    form = {"base2": base2, "splits": splits, "queries": []}
+    assert case.probed == [{"backend": backend, **form, **shape}]
+
+
+@pytest.mark.parametrize(("mla", "widths"), [(True, [(512, 64)]), (False, [(64,)])])
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_queries_are_probed_as_decode_gathers_them(
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    mla: bool,
+    widths: list[tuple[int]],
+    by_kernel: bool,
+) -> None:
+    case.runner.use_mla_backend, case.parallel.dcp_replicate_q_proj = mla, False
+    monkeypatch.setenv("HELIX_SYMM_GATHER", "1" if by_kernel else "0")
+    case.load()
+    assert [found["queries"] for found in case.probed] == [widths]
+    assert case.gathered == [{**COMMON, "widths": one} for one in widths if by_kernel]
 
 
 def test_another_exchange_is_not_ours(case: Case) -> None:
