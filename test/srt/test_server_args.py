@@ -222,7 +222,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         {"speculative_use_rejection_sampling": True, **EAGLE},
         "",
     ),
-    "draft models in pipeline stages": ({"pp_size": 2, **EAGLE}, ""),
+    "drafts in pipeline stages": ({"pp_size": 2, **EAGLE}, ""),
     "hierarchical cache with draft models": (
         {"enable_hierarchical_cache": True, **EAGLE},
         UPSTREAM,

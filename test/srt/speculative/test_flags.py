@@ -40,6 +40,17 @@ def test_no_drafts_in_prefill_decode_disaggregation(
     assert f"{row.flag} {mode} is not supported with --dcp-size 2: {row.why}" in error
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_no_drafts_in_pipeline_stages(resolved: Resolve, family: str) -> None:
+    """N-grams too: no draft model has to be handed on, but what was accepted does."""
+    row = ASKABLE["drafts in pipeline stages"]
+    flags = {"tp_size": 4, "dcp_size": 2, "page_size": 1, "attention_backend": "triton"}
+    for drafts in (EAGLE, NGRAM):
+        error = resolved("Hopper", family, **flags, **drafts, pp_size=2).error
+        assert f"{row.flag} 2 is not supported with --dcp-size 2: {row.why}. {row.instead}." in error
+        assert resolved("Hopper", family, **flags, **drafts).error == ""
+
+
 def test_a_backend_that_verifies_no_drafts_is_refused(resolved: Resolve) -> None:
     flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": "trtllm_mla"}
     error = resolved(

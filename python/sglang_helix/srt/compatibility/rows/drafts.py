@@ -137,12 +137,13 @@ DRAFTS: tuple[Row, ...] = (
         flag("speculative_use_rejection_sampling"),
     ),
     Row(
-        "draft models in pipeline stages",
+        "drafts in pipeline stages",
         "--pp-size",
         "refused",
-        "the last stage alone has the draft, and hands its trees to the others, not tried",
+        "what is right, and what comes next, is known to the last stage alone, which would have to "
+        "hand it to the others: not tried",
         "Use --pp-size 1, or leave --speculative-algorithm or --dcp-size out",
-        _draft_models(more_than_one("pp_size")),
+        _drafts(more_than_one("pp_size")),
     ),
     Row(
         "hierarchical cache with draft models",
