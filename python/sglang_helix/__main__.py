@@ -25,6 +25,7 @@ from sglang_helix.check import (
 
 if TYPE_CHECKING:
     from sglang_helix.contract import Contract
+    from sglang_helix.layout import Shape
 
 _GPU_HELP = (
     "h100, h200, b200, gb200, or TB/s of memory, GB/s to peers, dense bf16 TFLOP/s and GiB: "
@@ -282,10 +283,10 @@ def print_layouts(options: argparse.Namespace) -> int:
         print("\n" + states(shape, options.tp, state, options.kv_cache_dtype))
     if windows := window_layers(model_config):
         print(f"\nWithout {windows} window layers, whose pool of their own every rank holds whole.")
-    return print_advice(options, model_config) if options.gpu else 0
+    return print_advice(options, model_config, drafted) if options.gpu else 0
 
 
-def print_advice(options: argparse.Namespace, model_config: Any) -> int:
+def print_advice(options: argparse.Namespace, model_config: Any, draft: Shape | None) -> int:
     """Print, and plot where asked, milliseconds per token of every layout; 1: it cannot."""
     from sglang_helix import advice, cost
     from sglang_helix.layout import CACHE_BYTES
@@ -299,7 +300,10 @@ def print_advice(options: argparse.Namespace, model_config: Any) -> int:
             cache_bytes=CACHE_BYTES[options.kv_cache_dtype],
             weight_element=cost.weight_element_of(model_config, options.weight_dtype),
             values_first=options.dcp_replicate_v_proj,
+            draft=draft,
         )
+        if draft:
+            print("\nBelow, tokens are those beside the draft's cache; times are without drafts.")
         print("\n" + advice.table(compared, options.contexts, options.concurrency))
         if options.plot:
             advice.plot(compared, options.contexts, options.concurrency, options.plot)

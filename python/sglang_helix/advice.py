@@ -119,10 +119,12 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
         f"Weights, counted from config.json: {held / 2**30:.1f} GiB a rank with plain TP. If the "
         "checkpoint says otherwise, so will the times.",
         "",
-        "| ms per token, computed | KV tokens | "
+        "| ms per token, computed | KV tokens | largest batch of "
+        + " / ".join(map(length, contexts))
+        + " | "
         + " | ".join(f"{count} x {length(context)}" for context, count in places)
         + " |",
-        "|---" * (len(places) + 2) + "|",
+        "|---" * (len(places) + 3) + "|",
     ]
     for choice in compared.choices:
         cells = (
@@ -132,7 +134,8 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
             for context, count in places
         )
         tokens = f"{choice.row.kv_tokens:,}"
-        lines.append(f"| {choice.flags} | {tokens} | " + " | ".join(cells) + " |")
+        largest = " / ".join(str(compared.fits(choice, context)) for context in contexts)
+        lines.append(f"| {choice.flags} | {tokens} | {largest} | " + " | ".join(cells) + " |")
     lines.append("")
     for context, count in places:
         best = compared.best(context, count)

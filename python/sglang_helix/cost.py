@@ -334,10 +334,13 @@ def advise(
     weight_element: float = 2,
     exchanges: Sequence[str] = ("symm", "a2a", "ag_rs"),
     values_first: bool = False,
+    draft: Shape | None = None,
 ) -> Advice:
     """Every legal layout by each exchange; `kv_memory_gib`: of each rank, None: what weights leave.
 
     values_first: of MLA, with values projected before the exchange.
+    draft: a draft model's, whose whole cache takes its part of the memory; its weights are not
+        counted, nor its time.
 
     Raises:
         ValueError: the weights leave no memory, N ranks cannot serve the model, or it has no values
@@ -347,7 +350,8 @@ def advise(
         raise ValueError("--dcp-replicate-v-proj: only MLA projects values behind attention")
 
     def choices() -> Iterator[Choice]:
-        for row in rows(model.shape, tp_size, 0, cache_bytes):
+        listed = (rows(model.shape, tp_size, 0, cache_bytes, beside) for beside in (None, draft))
+        for row, with_draft in zip(*listed, strict=True):
             sharded = row.layout.kvp_size > 1
             for replicated in (False, True) if sharded else (False,):
                 memory = kv_memory_gib
@@ -361,7 +365,7 @@ def advise(
                         f"--tp {tp_size}: the weights take all of {gpu.memory_gib:g} GiB a rank; "
                         "give more ranks, --weight-dtype fp8, or --kv-memory-gib"
                     )
-                tokens = tokens_in(memory * 2**30, row.layout, row.kv_bytes)
+                tokens = tokens_in(memory * 2**30, row.layout, with_draft.kv_bytes)
                 for exchange in exchanges if sharded else ("",):
                     yield Choice(
                         row._replace(kv_tokens=tokens),

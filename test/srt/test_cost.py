@@ -176,6 +176,40 @@ def test_capacity_is_what_the_weights_leave() -> None:
         advice_for("DeepSeek-V3-8-layers", 2, weight_element=20)
 
 
+def test_every_layout_says_its_largest_batch() -> None:
+    compared, contexts = advice_for("DeepSeek-V2-Lite", 4), (8192, 1 << 20)
+    lines = advice.table(compared, contexts, [1]).splitlines()
+    assert "| largest batch of 8K / 1M |" in lines[2]
+    for line, choice in zip(lines[4:], compared.choices, strict=False):
+        largest = " / ".join(str(choice.row.kv_tokens // context) for context in contexts)
+        assert line.startswith(f"| {choice.flags} | {choice.row.kv_tokens:,} | {largest} |")
+
+
+def test_a_draft_takes_its_part_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """MTP beside DeepSeek-V3: a layer of K ranks' tokens on each, beside 61 of its own."""
+    path = str(ROOT / "docs/models/DeepSeek-V3")
+    model = fit.model("docs/models/DeepSeek-V3")
+    alone, drafted = (
+        cost.advise(
+            model, 8, cost.GPUS["h200"], kv_memory_gib=40, cache_bytes=2, draft=draft
+        ).choices
+        for draft in (None, model.shape._replace(layers=1))
+    )
+    for one, other in zip(alone, drafted, strict=True):
+        size = one.row.layout.kvp_size
+        held = other.row.kv_tokens / one.row.kv_tokens
+        assert held == pytest.approx(61 / (61 + size), rel=1e-4)
+        assert other._replace(row=one.row) == one
+        assert other.row._replace(kv_tokens=one.row.kv_tokens) == one.row  # and so its times
+    command = ["layout", "--model-path", path, "--tp", "8", "--gpu", "h200"]
+    command += ["--kv-memory-gib", "40", "--contexts", "8192", "--draft-model-path", path]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "Below, tokens are those beside the draft's cache; times are without drafts." in said
+    for choice in drafted:
+        assert f"| {choice.flags} | {choice.row.kv_tokens:,} |" in said
+
+
 def test_the_command_advises(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["layout", "--model-path", str(MODELS / "DeepSeek-V2-Lite"), "--tp", "4"]
     more = ["--contexts", "8192", "1048576", "--concurrency", "1", "8"]
