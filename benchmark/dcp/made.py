@@ -43,13 +43,29 @@ def make_context(scheduler: Any, req: Any, is_retracted: bool = False) -> None:
             fill(draft.token_to_kv_pool)
     # The tree keeps its own slots of what it has, and is told not to free those given for it.
     slots = torch.cat([slots.new_zeros(found), slots])
-    tree.insert(InsertParams(key=key, value=slots, prev_prefix_len=found))
+    given = InsertParams(key=key, value=slots, prev_prefix_len=found)
+    if states := getattr(scheduler.req_to_token_pool, "mamba_allocator", None):
+        given.mamba_value = state_slot(tree, states)
+    if tree.insert(given).mamba_exist:
+        states.free(given.mamba_value)
+
+
+def state_slot(tree: Any, states: Any) -> Any:
+    """A slot of a recurrent state, [1], for what a hybrid model remembers of the context: zeros."""
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    slot = states.alloc(1)
+    if slot is None:
+        tree.evict_for_alloc(EvictParams(num_tokens=0, mamba_num=1))
+        slot = states.alloc(1)
+    return slot
 
 
 def fill(pool: Any) -> None:
     """Random numbers into every row: zeros would take a GPU less time and power."""
     import torch
 
+    pool = getattr(pool, "full_kv_pool", pool)  # a hybrid's, of its attention layers alone
     for layer in range(pool.start_layer, pool.start_layer + pool.layer_num):
         for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
             for rows in buffer.split(1 << 18):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.drafts import make_eagle
 from sglang_cpu_reference.server import Server
 from srt.fresh import Fresh
@@ -156,6 +157,17 @@ def test_contexts_are_made_beside_a_draft_model(ready: Fresh, tmp_path: Path, pa
         for answers, length in zip(answered.answers, (60, 62), strict=True):
             # All but the last pair, in whole pages of the group.
             assert answers[0].cached_tokens == (length - 2) // (2 * page) * 2 * page
+
+
+def test_contexts_are_made_for_a_hybrid_model(ready: Fresh, tmp_path: Path) -> None:
+    """Each with a recurrent state, also where one is the beginning of another; none is lost."""
+    model = make_checkpoint("qwen3_next", tmp_path, num_key_value_heads=1)
+    argv = serving.command_line(model, 2, "--dcp-size", "2", "--dcp-comm-backend", "a2a")
+    tokens = [i % 256 for i in range(140)]
+    batches = [[tokens[:70]], [tokens, tokens[:70]], [tokens]]
+    for answered in ready.ranks(over_made_contexts, 2, argv, batches):
+        cached = [[answer.cached_tokens for answer in answers] for answers in answered.answers]
+        assert cached == [[68], [138, 68], [138]]  # whole pages of two ranks
 
 
 def test_gaps_between_tokens() -> None:
