@@ -2,7 +2,8 @@
 
 All of SGLang's Mooncake path runs above it, so that prefill-decode disaggregation can be tried
 without RDMA. It is stricter than hardware: both ends of a write must lie in registered memory, and
-of a batch with one that does not, nothing is written.
+of a batch with one that does not, nothing is written. Memory of a GPU is written through copies on
+the host.
 """
 
 import ctypes
@@ -14,6 +15,8 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+import torch
 
 from sglang_cpu_reference.mooncake_store import MooncakeDistributedStore, registered
 
@@ -44,6 +47,7 @@ class TransferEngine:
 
     def __init__(self) -> None:
         self._regions: dict[int, int] = {}
+        self._on_gpu: dict[int, torch.Tensor] = {}
         self._links: dict[str, _Link] = {}
         self._lock = threading.Lock()
 
@@ -51,8 +55,9 @@ class TransferEngine:
         """Begin to serve other engines' writes."""
         from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
 
-        # Otherwise page numbers come in pinned memory with a CUDA event behind them.
-        MooncakeKVSender.supports_host_tensor_indices = False
+        if not torch.cuda.is_initialized():
+            # Otherwise page numbers come in pinned memory with a CUDA event behind them.
+            MooncakeKVSender.supports_host_tensor_indices = False
         self._server = socket.create_server(("", 0))
         threading.Thread(target=self._accept, daemon=True).start()
         return _DONE
@@ -63,11 +68,14 @@ class TransferEngine:
 
     def register_memory(self, address: int, length: int) -> int:
         """Allow transfers from and to these bytes of this process."""
+        if (region := on_gpu(address, length)) is not None:
+            self._on_gpu[address] = region
         self._regions[address] = length
         return _DONE
 
     def unregister_memory(self, address: int) -> int:
         """Take back what `register_memory` has allowed."""
+        self._on_gpu.pop(address, None)
         return _DONE if self._regions.pop(address, None) is not None else _REFUSED
 
     def batch_register_memory(self, addresses: Sequence[int], lengths: Sequence[int]) -> int:
@@ -98,7 +106,7 @@ class TransferEngine:
             logger.error("a transfer to %s reads memory that is not registered", session)
             return _REFUSED
         body = b"".join(map(_REGION.pack, targets, lengths))
-        data = b"".join(map(ctypes.string_at, sources, lengths))
+        data = b"".join(map(self._read, sources, lengths))
         with self._lock:
             link = self._links.setdefault(session, _Link(session))
         try:
@@ -109,6 +117,24 @@ class TransferEngine:
 
     def _registered(self, address: int, length: int) -> bool:
         return registered(self._regions, address, length)
+
+    def _view(self, address: int, length: int) -> torch.Tensor | None:
+        """Registered bytes of a GPU, uint8 [length]; None where they are the host's."""
+        for begin, region in list(self._on_gpu.items()):  # threads may register more
+            if begin <= address < begin + len(region):
+                return region[address - begin :][:length]
+        return None
+
+    def _read(self, address: int, length: int) -> bytes:
+        view = self._view(address, length)
+        return ctypes.string_at(address, length) if view is None else view.cpu().numpy().tobytes()
+
+    def _write(self, address: int, piece: bytes) -> None:
+        view = self._view(address, len(piece))
+        if view is None:
+            ctypes.memmove(address, piece, len(piece))
+        else:
+            view.copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
 
     def _accept(self) -> None:
         while True:
@@ -128,9 +154,31 @@ class TransferEngine:
                         logger.error("a write of %d bytes at %d is not registered", length, target)
                         answer = _REFUSED
                 if answer == _DONE:
-                    for (target, length), piece in zip(regions, pieces, strict=True):
-                        ctypes.memmove(target, piece, length)
+                    for (target, _), piece in zip(regions, pieces, strict=True):
+                        self._write(target, piece)
                 peer.sendall(struct.pack("<b", answer))
+
+
+def on_gpu(address: int, length: int) -> torch.Tensor | None:
+    """These bytes, uint8 [length], where PyTorch has allocated them on a GPU; else None."""
+    if not torch.cuda.is_initialized():
+        return None
+    for segment in torch.cuda.memory_snapshot():
+        if segment["address"] <= address < segment["address"] + segment["total_size"]:
+            return torch.as_tensor(_Bytes(address, length), device=f"cuda:{segment['device']}")
+    return None
+
+
+class _Bytes:
+    """Memory of a GPU as PyTorch takes it from other libraries."""
+
+    def __init__(self, address: int, length: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (length,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 class _Link:

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from sglang.srt.runtime_context import get_platform
 from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
 from sglang_cpu_reference.oracle import Completion, Oracle
-from sglang_cpu_reference.server import Server, free_port
+from sglang_cpu_reference.server import Server
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS, Attention, adapter, serving
 from sglang_helix.srt.models.value_switch import switch
 from srt import share_gpu
-from srt.disaggregation.router import router
 from srt.expected import prompt
 from srt.mem_cache.test_hierarchical_cache import ask_and_continue, cached
 from srt.models.test_windows import CUT
@@ -201,35 +200,6 @@ def test_attention_replicas(checkpoints: dict[str, Path], family: str, attention
             clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
         assert clear > 60
         assert "cuda graph: True" in server.log()
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", ATTENTION)
-def test_symm_decodes_what_another_server_prefilled(
-    checkpoints: dict[str, Path], tmp_path: Path, family: str
-) -> None:
-    """Through the router; Mooncake itself carries the cache, by TCP."""
-    pytest.importorskip("mooncake.engine", reason="needs mooncake-transfer-engine")
-    pytest.importorskip("sglang_router", reason="needs sglang-router")
-    oracle, clear, bootstrap = Oracle(checkpoints[family]), 0, str(free_port())
-    prompts = [prompt(length) for length in (1, 63, 64, 65, 127, 128, 129, 2 * CHUNK + 3)]
-    flags = (
-        *("--page-size", "64", "--chunked-prefill-size", str(CHUNK)),
-        *("--max-total-tokens", "16384", "--disaggregation-transfer-backend", "mooncake_tcp"),
-    )
-    prefills = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", bootstrap)
-    decodes = ("--disaggregation-mode", "decode")
-    with (
-        gpu_server(checkpoints[family], "tp 1", *flags, *prefills) as prefill,
-        gpu_server(checkpoints[family], "symm", *flags, *decodes) as decode,
-        router(family, prefill, decode, bootstrap, tmp_path / "router.log") as client,
-    ):
-        answers = [client.generate(tokens, NEW_TOKENS) for tokens in prompts]
-        answers += client.generate_batch(prompts, NEW_TOKENS)
-        for tokens, answer in zip(2 * prompts, answers, strict=True):
-            clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
-        assert clear > 60
-        assert "cuda graph: True" in decode.log()
 
 
 @pytest.mark.timeout(540)

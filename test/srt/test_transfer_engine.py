@@ -1,7 +1,10 @@
 """The stand-in for Mooncake's engine: what it writes, and what it refuses."""
 
+import ctypes
+
 import pytest
 import torch
+from sglang_cpu_reference import transfer_engine
 from sglang_cpu_reference.transfer_engine import TransferEngine
 
 pytestmark = pytest.mark.quick
@@ -16,11 +19,36 @@ def engines() -> tuple[TransferEngine, TransferEngine, str]:
     return ours, theirs, f"127.0.0.1:{theirs.get_rpc_port()}"
 
 
+def on_another_device(address: int, length: int) -> torch.Tensor:
+    """Stands in for what PyTorch says of memory that the host cannot reach."""
+    return torch.frombuffer((ctypes.c_char * length).from_address(address), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        *("cpu", "another"),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
 def test_writes_what_both_sides_have_registered(
     engines: tuple[TransferEngine, TransferEngine, str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
 ) -> None:
     ours, theirs, session = engines
-    source, target = torch.arange(100.0), torch.zeros(100)
+    if device == "another":
+        device = "cpu"
+        monkeypatch.setattr(transfer_engine, "on_gpu", on_another_device)
+        monkeypatch.setattr(ctypes, "string_at", pytest.fail)
+        monkeypatch.setattr(ctypes, "memmove", pytest.fail)
+    source, target = torch.arange(100.0, device=device), torch.zeros(100, device=device)
     size = source.element_size()
     assert ours.register_memory(source.data_ptr(), 100 * size) == 0
     assert theirs.batch_register_memory([target.data_ptr()], [60 * size]) == 0
