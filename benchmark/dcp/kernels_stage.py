@@ -112,6 +112,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LSEs polled": {"hint": True},
     "three slots": {"slots": 3},
     "LSEs polled, three slots": {"hint": True, "slots": 3},
+    "PDL": {"pdl": True},
+    "one row ahead": {"ahead": True},
+    "one row ahead, 64 SMs": {"ahead": True, "sms": 64},
+    "one row ahead, LSEs polled, 64 SMs": {"ahead": True, "hint": True, "sms": 64},
 }
 
 

@@ -44,6 +44,7 @@ class Model:
         words: separate stores of one piece.
         slots: 2 in the kernel, 3 in its experiment, which goes with `early`.
         early: whether a call puts back what the one before has read, before it waits.
+        ahead: whether a program sends one row ahead of what it waits for, not all of its rows.
         heads: of `places` places per rank and token, those that stand for a head; the others'
             pieces are sent only with `phantoms`. Rows count places.
     """
@@ -56,6 +57,7 @@ class Model:
     words: int = 2
     slots: int = 2
     early: bool = False
+    ahead: bool = False
     places: int = 1
     heads: int = 1_000_000
     phantoms: bool = True
@@ -193,8 +195,11 @@ def _call(model: Model, call: int) -> int:
 def _operations(model: Model, call: int, program: int) -> Iterator[tuple[str, int]]:
     """A program's operations in one call, as (name, row)."""
     rows = range(program, model.rows[call], model.programs)
-    yield from (("send", row) for row in rows)
-    for row in rows:
+    first = 2 if model.ahead else len(rows)
+    yield from (("send", row) for row in rows[:first])
+    for place, row in enumerate(rows):
+        if place:
+            yield from (("send", row) for row in rows[first:][place - 1 : place])
         if model.early:
             yield "put back", row
         yield "read", row

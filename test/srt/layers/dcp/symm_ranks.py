@@ -38,6 +38,11 @@ class Ranks:
             for rank in range(layout.ranks)
         ]
 
+    def share(self) -> None:
+        """Let processes that are forked from this one be the ranks: they write to one memory."""
+        self.together.memory.share_memory_()
+        self.together.peers.copy_(torch.tensor([b.data_ptr() for b in self.together.memory]))
+
     def __call__(self, x: torch.Tensor, lse: torch.Tensor, **options) -> list[Partial]:
         """x [N*B, H, D] and lse [N*B, H], batches of the ranks stacked -> result of each rank."""
         if x.is_cuda:

@@ -7,6 +7,7 @@ there results are asked for in fp32, which reads bf16 and fp16 payloads exactly.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,8 @@ pytest.importorskip("triton")
 from sglang_helix.srt.layers.dcp import symm_launch
 from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 from sglang_helix.srt.layers.dcp.symm_layout import Layout
-from srt.fresh import Fresh
-from srt.interpreter import DEVICE, launches, passes, without_a_gpu
+from srt.fresh import Fresh, in_forks
+from srt.interpreter import DEVICE, INTERPRETED, launches, passes, without_a_gpu
 from srt.layers.dcp.symm_ranks import INF, Ranks, expected, poison, relative_error
 
 BOUND = {torch.float32: 2e-6}
@@ -55,8 +56,9 @@ def layouts(draw) -> Layout:
     heads = draw(st.integers(1, 2 * ranks + 1))
     wire = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     head_dim = draw(st.sampled_from([8, 24, 80, 96, 128, 192]))
-    slots, hint = draw(st.sampled_from([2, 3])), draw(st.booleans())
-    return Layout(ranks, heads, head_dim, wire, 5, slots, hint)
+    experiments = {name: draw(st.booleans()) for name in ("hint", "ahead", "pdl")}
+    experiments["pdl"] &= DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    return Layout(ranks, heads, head_dim, wire, 5, draw(st.sampled_from([2, 3])), **experiments)
 
 
 @launches
@@ -94,6 +96,35 @@ def test_ranks_out_of_step(slots: int, hint: bool) -> None:
     for results, (x, lse) in zip(world.out_of_step(len(calls), launch), calls, strict=True):
         got = torch.cat([result.out for result in results], 1)
         assert relative_error(got, expected(x, lse, 3)[0]) < BOUND[torch.float32]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on GPUs test_symm_gpu does so")
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"ahead": True, "pdl": True}, {"ahead": True, "hint": True, "slots": 3}],
+    ids=["as it is", "ahead", "ahead, polled LSEs, three slots"],
+)
+def test_ranks_in_processes_of_their_own(variant: dict[str, Any], ranks: int) -> None:
+    """They send and wait in one launch, as on devices that start one program after the other."""
+    layout = Layout(ranks, 2 * ranks, 16, torch.float32, 3, **variant)
+    world = Ranks(layout, DEVICE, warps=2)  # programs of one, two and three rows
+    world.share()
+    calls = [partial(ranks, B, layout) for B in (3, 1, 3, 2)]
+    outcomes = in_forks([(_all_calls, world, rank, calls) for rank in range(ranks)], {}, 240)
+    assert [status for status, *_ in outcomes] == [0] * ranks, outcomes
+    for call, (x, lse) in enumerate(calls):
+        got = torch.cat([results[call] for _, results, _ in outcomes], 1)
+        assert relative_error(got, expected(x, lse, ranks)[0]) < BOUND[torch.float32]
+
+
+def _all_calls(world: Ranks, rank: int, calls: list[Any]) -> list[torch.Tensor]:
+    results = []
+    for parts in calls:
+        time.sleep(world.random.random() * (rank + 1) / 100)
+        own = Partial(*(part.chunk(world.layout.ranks)[rank] for part in parts))
+        results.append(symm_launch.exchange(world.apart[rank], own).out)
+    return results
 
 
 def small(ranks: int = 3, heads: int = 6, head_dim: int = 128, **options) -> Layout:
@@ -351,6 +382,25 @@ def test_what_every_call_reads_is_worked_out_once(monkeypatch: pytest.MonkeyPatc
     # Of another form all is looked at again.
     with pytest.raises(TypeError, match="fp32 lse"):
         symm_launch.exchange(workspace, Partial(partial.out, partial.lse.half()), head_major=True)
+
+
+def test_only_the_experiment_is_launched_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[dict[str, object]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            return lambda *arguments, **options: launched.append(options)
+
+    monkeypatch.setattr(symm_launch, "exchange_kernel", Kernel())
+    for pdl in (False, True):
+        workspace = Ranks(small(pdl=pdl), "cpu").together
+        x, lse = torch.zeros(3, 6, 128, dtype=torch.bfloat16), torch.zeros(3, 6)
+        symm_launch.exchange(workspace, Partial(x, lse))
+    before, pdl = launched
+    assert "launch_pdl" not in before
+    assert (before["launch_cooperative_grid"], before["PDL"]) == (True, False)
+    assert pdl["launch_pdl"]
+    assert (pdl["launch_cooperative_grid"], pdl["PDL"]) == (False, True)
 
 
 @pytest.mark.parametrize(("splits", "programs"), [(False, 64), (True, 16)])

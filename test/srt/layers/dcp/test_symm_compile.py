@@ -81,15 +81,18 @@ def compiled_for(
 
 def machine_code(compiled: Any, folder: Path) -> tuple[Counter[str], str]:
     (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    return Counter(names_in_order(folder)), _dump("-res-usage", folder)
 
-    def dump(option: str) -> str:
-        command = [CUOBJDUMP, option, folder / "kernel.cubin"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    names = re.findall(
-        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", dump("-sass"), re.M
-    )
-    return Counter(names), dump("-res-usage")
+def names_in_order(folder: Path) -> list[str]:
+    """Names of the instructions that `machine_code` counted."""
+    instruction = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)"
+    return re.findall(instruction, _dump("-sass", folder), re.M)
+
+
+def _dump(option: str, folder: Path) -> str:
+    command = [CUOBJDUMP, option, folder / "kernel.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def matching(counts: Counter[str], pattern: str) -> int:
@@ -102,6 +105,32 @@ def test_machine_code_of_a_hint(slots: int, tmp_path: Path) -> None:
     counts, report = instructions(layout, tmp_path, 90)
     vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(False))
     assert_one_trip(counts, report, vectors, loads=1)  # the first poll is one of the loop's
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_machine_code_ahead_by_one_row(ranks: int, sm: int, tmp_path: Path) -> None:
+    """As much is sent in one place of the code as without: the two loops are not copied."""
+    layout = replace(MLA, ranks=ranks, ahead=True)
+    counts, report = instructions(layout, tmp_path, sm)
+    assert_one_trip(counts, report, ranks * layout.row_bytes // 16 // (32 * layout.warps(False)))
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("options", [{}, {"ahead": True, "hint": True, "slots": 3}])
+def test_machine_code_of_a_launch_before_its_time(
+    options: dict[str, Any], sm: int, tmp_path: Path
+) -> None:
+    """Before it waits for the kernel before it has read peers' addresses, and written nothing."""
+    instructions(replace(MLA, pdl=True, **options), tmp_path, sm)
+    names = names_in_order(tmp_path)
+    wait = names.index("ACQBULK")
+    assert names.count("ACQBULK") == names.count("PREEXIT") == 1
+    assert wait < names.index("PREEXIT")
+    touched = [name for name in names[:wait] if re.match(r"(LDG?|STG?|ATOM\w?|REDG?)\b", name)]
+    assert Counter(touched) == {"LDG.E.128": MLA.ranks // 2, "LDG.E.64": 2}  # addresses, no epoch
+    instructions(MLA, tmp_path, sm)
+    assert not {"ACQBULK", "PREEXIT"} & {*names_in_order(tmp_path)}
 
 
 @pytest.mark.parametrize("sm", [90, 100])

@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -71,8 +72,8 @@ class Batches:
 
     bound = BOUND
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    def __init__(self, layout: Layout, warps: int | None = None):
+        self.layout, self.warps = layout, warps
         self.ranks = ranks = layout.ranks
         heads, width = layout.heads, layout.head_dim
         self.sizes = [1 + (5 * call) % 6 for call in range(CALLS)]
@@ -103,6 +104,7 @@ class Queries:
     """The same of queries, whose every bit is to arrive."""
 
     bound = 0.0
+    warps = None  # as many as fit
 
     def __init__(self, layout: QueryLayout):
         self.layout = layout
@@ -133,7 +135,8 @@ class OutOfStep:
     """One rank: a graph of calls with delays of its own, every row compared on the device."""
 
     def __init__(self, workspace: Workspace[Any], batches: Batches | Queries):
-        self.workspace, self.batches = workspace, batches
+        self.workspace = replace(workspace, warps=batches.warps or workspace.warps)
+        self.batches = batches
         self.wants = [want[workspace.rank] for want in batches.wants]
         self.results = [torch.empty_like(want, dtype=torch.bfloat16) for want in self.wants]
         self.wrong = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -202,6 +205,10 @@ OUT_OF_STEP: dict[str, Callable[[int], Batches | Queries]] = {
     "exchange": lambda ranks: Batches(Layout(ranks, 16, 128, torch.bfloat16, 6)),
     "polled LSEs, three slots": lambda ranks: Batches(
         Layout(ranks, 16, 128, torch.bfloat16, 6, slots=3, hint=True)
+    ),
+    "PDL": lambda ranks: Batches(Layout(ranks, 16, 128, torch.bfloat16, 6, pdl=True)),
+    "one row ahead, PDL": lambda ranks: Batches(
+        Layout(ranks, 16, 128, torch.bfloat16, 6, ahead=True, pdl=True), warps=4
     ),
     "gather": lambda ranks: Queries(QueryLayout(ranks, 16, (448, 64), torch.bfloat16, 6)),
 }

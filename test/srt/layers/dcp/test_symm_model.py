@@ -43,6 +43,7 @@ def test_any_mix_of_calls_in_random_orders(ranks: int) -> None:
                 programs=draw.randint(1, 3),
                 places=2,
                 heads=draw.randint(1, 2 * ranks),
+                ahead=draw.choice([False, True]),
             ),
             seed,
         )
@@ -73,6 +74,19 @@ def test_what_is_put_back_in_the_next_call_takes_a_third_slot() -> None:
     assert run_in_every_order(model(slots=3, **size)) > 100
     with pytest.raises(ViolationError):
         run_in_every_order(model(slots=2, **size))
+
+
+def test_ahead_by_one_row() -> None:
+    """Of three rows the last is sent when the first has come; what fits may differ, as before."""
+    assert run_in_every_order(model(rows=3, calls=1, programs=1, words=1, ahead=True)) > 3000
+    sizes = {"ranks": 3, "rows": 5, "calls": 2, "words": 1, "ahead": True}
+    for seed in range(5):
+        for resident in ((2, 2, 2), (1, 1, 1), (1, 2, 1)):
+            run_at_random(model(programs=2, resident=resident, **sizes), seed)
+    sizes = {"rows": 6, "programs": 3, "calls": 2, "words": 1, "ahead": True}
+    sizes["dispatch"] = (0, 1, 2), (2, 1, 0)
+    assert fails(model(resident=(1, 1), **sizes), "nothing can go on", attempts=10)
+    assert not fails(model(resident=(3, 3), **sizes), "", attempts=10)
 
 
 def test_a_rank_that_receives_nothing_runs_ahead() -> None:

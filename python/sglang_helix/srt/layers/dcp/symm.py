@@ -27,6 +27,15 @@ before it waits. A rank's call k + 2 writes there, after a piece that was sent o
 ended. So is the hint of the LSEs (`Layout.hint`), which are stored last: what is read is looked at
 again.
 
+Ahead by one row (`Layout.ahead`, an experiment too) a program sends a row before it waits for the
+one before, not all of its rows. Of the rows that some rank has not received all ranks have sent the
+first, so that somebody gets on wherever all programs are resident, or start in order.
+
+`Layout.pdl`, the last experiment, starts a call while the kernel before it ends, and waits for that
+end (PTX's griddepcontrol) where a kernel boundary stood. What is said of boundaries holds where
+every kernel that a stream launches so waits too, in each program; SGLang's and others' were not
+looked at.
+
 Epochs. Each row counts its calls in the rank's own memory. No host state, so CUDA graphs replay;
 no reset, so batch sizes may vary.
 
@@ -234,6 +243,8 @@ def exchange_kernel(
     LSES: tl.constexpr,
     SLOTS: tl.constexpr,
     HINT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
     SPLITS: tl.constexpr,
     BASE2: tl.constexpr,
     PHASE: tl.constexpr,
@@ -256,99 +267,122 @@ def exchange_kernel(
     cells = live[:, None] & (w < W)[None, :]
     base = tl.load(peers_ptr + n, mask=live, other=0)
     own = tl.load(peers_ptr + me)
+    if PDL and not _INTERPRETED:
+        # The kernel before may still run. Above stand addresses that nothing has written to since
+        # the workspace was made. All else waits until that kernel has ended and what it wrote is
+        # seen: attention's results; the epochs and what was put back, the call before's; every
+        # store, to results whose memory it may read, and to peers, as a slot is free once the call
+        # before has ended, no sooner.
+        tl.extra.cuda.gdc_wait()
+        # The next one may take what places are free, since all programs that peers wait for have
+        # theirs. It waits in its turn for all of this one, and so for all before.
+        tl.extra.cuda.gdc_launch_dependents()
     epochs = epochs_ptr + tl.program_id(1) * ROWS
     first_row = tl.program_id(0)
     first_epoch = tl.load(epochs + first_row)  # for a program that has one row, the only load
 
     # All sends come before the first wait: programs that wait never hold back what a peer needs.
-    if PHASE & 1:
-        for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
-            b, h, part = _row(first_token, row, OWNED, PARTS)
-            head = n * OWNED + h
-            here = live & (head < HEADS)
-            l_row = b * l_b + head.to(tl.int64) * l_h
-            if SPLITS:
-                x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * D
-                length = tl.load(indptr_ptr + b + 1) - tl.load(indptr_ptr + b)
-                splits, at = live_splits(length, tl.load(counts_ptr + b), block), x_ptr + x_row
-                values, lse = _merge_splits(
-                    at, x_s.to(tl.int64) * 4, l_ptr + l_row, l_s, splits, here, d, D
-                )
-                x = _words(values * v_scale, WIRE, NP, WP)
-            else:
-                x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * W
-                at = x_ptr.to(tl.pointer_type(tl.uint32)) + x_row[:, None] + w[None, :]
-                x = tl.load(at, mask=cells & here[:, None], other=0)
-                lse = tl.load(l_ptr + l_row, mask=here, other=_NEG_INF)
-            some = tl.abs(lse) < float("inf")  # tokens; NaN and +inf mean none, as -inf does
-            lse = tl.where(some, lse, _NEG_INF)
-            x = tl.where(some[:, None], x, 0)
-            x = tl.minimum(x, _NEVER_SENT - 1)
-            epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-            # In a peer's memory pieces stand under this rank's number, in ours under the peer's.
-            slot_row, number = _slot(epoch, SLOTS) * ROWS + row, me + n * 0
-            rows = _rows(base, DATA, slot_row, number, w, N, W)
-            tl.store(rows, x, mask=cells, cache_modifier=".wt")
-            lses = _line(base, LSES, slot_row, number, LINE)
-            tl.store(lses, lse.to(tl.uint32, bitcast=True), mask=live, cache_modifier=".wt")
+    # Or a turn sends the row after the one that it receives, the first turn both.
+    TURNS: tl.constexpr = AHEAD and PHASE == 3
+    rows_here, step = tokens * OWNED * PARTS, tl.num_programs(0)
+    turns = tl.cdiv(rows_here - first_row, step) if TURNS else 1
+    for turn in tl.range(turns):
+        if PHASE & 1:
+            start, end = first_row, rows_here
+            if TURNS:
+                start += (turn + (turn > 0)) * step
+                end = tl.minimum(rows_here, first_row + (turn + 2) * step)
+            for row in tl.range(start, end, step):
+                b, h, part = _row(first_token, row, OWNED, PARTS)
+                head = n * OWNED + h
+                here = live & (head < HEADS)
+                l_row = b * l_b + head.to(tl.int64) * l_h
+                if SPLITS:
+                    x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * D
+                    length = tl.load(indptr_ptr + b + 1) - tl.load(indptr_ptr + b)
+                    splits, at = live_splits(length, tl.load(counts_ptr + b), block), x_ptr + x_row
+                    values, lse = _merge_splits(
+                        at, x_s.to(tl.int64) * 4, l_ptr + l_row, l_s, splits, here, d, D
+                    )
+                    x = _words(values * v_scale, WIRE, NP, WP)
+                else:
+                    x_row = (b * x_b + head.to(tl.int64) * x_h) * 4 + part * W
+                    at = x_ptr.to(tl.pointer_type(tl.uint32)) + x_row[:, None] + w[None, :]
+                    x = tl.load(at, mask=cells & here[:, None], other=0)
+                    lse = tl.load(l_ptr + l_row, mask=here, other=_NEG_INF)
+                some = tl.abs(lse) < float("inf")  # tokens; NaN and +inf mean none, as -inf does
+                lse = tl.where(some, lse, _NEG_INF)
+                x = tl.where(some[:, None], x, 0)
+                x = tl.minimum(x, _NEVER_SENT - 1)
+                epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+                # In a peer's memory under this rank's number, in ours under the peer's.
+                slot_row, number = _slot(epoch, SLOTS) * ROWS + row, me + n * 0
+                rows = _rows(base, DATA, slot_row, number, w, N, W)
+                tl.store(rows, x, mask=cells, cache_modifier=".wt")
+                lses = _line(base, LSES, slot_row, number, LINE)
+                tl.store(lses, lse.to(tl.uint32, bitcast=True), mask=live, cache_modifier=".wt")
 
-    if PHASE & 2:
-        status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        for row in tl.range(first_row, tokens * OWNED * PARTS, tl.num_programs(0)):
-            epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-            home, slot_row = own + base * 0, _slot(epoch, SLOTS) * ROWS + row
-            rows = _rows(home, DATA, slot_row, n, w, N, W)
-            lses = _line(home, LSES, slot_row, n, LINE)
-            polls = 0
-            if SLOTS == 3:  # those of the call before, while this one's are under way
-                past = _slot(epoch + 2, SLOTS) * ROWS + row
-                past_rows = _rows(home, DATA, past, n, w, N, W)
-                _put_back(past_rows, cells, _line(home, LSES, past, n, LINE), live)
-            if HINT:  # they are stored last: what is polled until then is a line, not the row
+        if PHASE & 2:
+            status = status_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            start, end = first_row, rows_here
+            if TURNS:
+                start += turn * step
+                end = start + 1
+            for row in tl.range(start, end, step):
+                epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
+                home, slot_row = own + base * 0, _slot(epoch, SLOTS) * ROWS + row
+                rows = _rows(home, DATA, slot_row, n, w, N, W)
+                lses = _line(home, LSES, slot_row, n, LINE)
+                polls = 0
+                if SLOTS == 3:  # those of the call before, while this one's are under way
+                    past = _slot(epoch + 2, SLOTS) * ROWS + row
+                    past_rows = _rows(home, DATA, past, n, w, N, W)
+                    _put_back(past_rows, cells, _line(home, LSES, past, n, LINE), live)
+                if HINT:  # they are stored last: what is polled until then is a line, not the row
+                    bits = tl.load(lses, mask=live, other=0, volatile=True)
+                    while _any_thread(tl.max(bits) == _NEVER_SENT):
+                        polls += 1
+                        if polls % _POLLS_PER_REPORT == 0:
+                            _report(status, bits == _NEVER_SENT, n, epoch, layer)
+                        bits = tl.load(lses, mask=live, other=0, volatile=True)
+                # The value that is never sent is the largest.
+                x = tl.load(rows, mask=cells, other=0, volatile=True)
                 bits = tl.load(lses, mask=live, other=0, volatile=True)
-                while _any_thread(tl.max(bits) == _NEVER_SENT):
+                while _any_thread(tl.maximum(tl.max(x), tl.max(bits)) == _NEVER_SENT):
                     polls += 1
                     if polls % _POLLS_PER_REPORT == 0:
                         _report(status, bits == _NEVER_SENT, n, epoch, layer)
+                    x = tl.load(rows, mask=cells, other=0, volatile=True)
                     bits = tl.load(lses, mask=live, other=0, volatile=True)
-            # The value that is never sent is the largest.
-            x = tl.load(rows, mask=cells, other=0, volatile=True)
-            bits = tl.load(lses, mask=live, other=0, volatile=True)
-            while _any_thread(tl.maximum(tl.max(x), tl.max(bits)) == _NEVER_SENT):
-                polls += 1
-                if polls % _POLLS_PER_REPORT == 0:
-                    _report(status, bits == _NEVER_SENT, n, epoch, layer)
-                x = tl.load(rows, mask=cells, other=0, volatile=True)
-                bits = tl.load(lses, mask=live, other=0, volatile=True)
 
-            lse = tl.where(live, bits.to(tl.float32, bitcast=True), _NEG_INF)
-            b, h, part = _row(first_token, row, OWNED, PARTS)
-            head = me * OWNED + h
-            is_head = head < HEADS
-            top = tl.max(lse, 0)
-            if sink_ptr is not None:
-                sink_at = sink_ptr + tl.program_id(1) * OWNED + h
-                sink = sink_of(tl.load(sink_at, mask=is_head, other=_NEG_INF), BASE2)
-                top = tl.maximum(top, sink)
-            shift = shift_of(top)
-            weight = weight_of(lse, shift, BASE2)
-            total = tl.sum(weight, 0)
-            if sink_ptr is not None:
-                total += weight_of(sink, shift, BASE2)
-            weight = weight / tl.maximum(total, 1.0)
-            y = tl.sum(_floats(x, WIRE) * weight[:, None], 0)
+                lse = tl.where(live, bits.to(tl.float32, bitcast=True), _NEG_INF)
+                b, h, part = _row(first_token, row, OWNED, PARTS)
+                head = me * OWNED + h
+                is_head = head < HEADS
+                top = tl.max(lse, 0)
+                if sink_ptr is not None:
+                    sink_at = sink_ptr + tl.program_id(1) * OWNED + h
+                    sink = sink_of(tl.load(sink_at, mask=is_head, other=_NEG_INF), BASE2)
+                    top = tl.maximum(top, sink)
+                shift = shift_of(top)
+                weight = weight_of(lse, shift, BASE2)
+                total = tl.sum(weight, 0)
+                if sink_ptr is not None:
+                    total += weight_of(sink, shift, BASE2)
+                weight = weight / tl.maximum(total, 1.0)
+                y = tl.sum(_floats(x, WIRE) * weight[:, None], 0)
 
-            wanted = is_head & (d < D)
-            VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
-            at = y_ptr + (b * y_b + h * y_h.to(tl.int64)) * VECTOR + part * D + d
-            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=wanted)
-            whole = lse_of(total, shift, BASE2)
-            tl.store(y_lse_ptr + b * yl_b + h * yl_h, whole, mask=is_head & (part == 0))
-            # Last, off the path of the result. The words and the epoch are only ours until the
-            # row's next call.
-            if SLOTS == 2:
-                _put_back(rows, cells, lses, live)
-            tl.store(epochs + row, epoch + 1)
+                wanted = is_head & (d < D)
+                VECTOR: tl.constexpr = 128 // y_ptr.dtype.element_ty.primitive_bitwidth
+                at = y_ptr + (b * y_b + h * y_h.to(tl.int64)) * VECTOR + part * D + d
+                tl.store(at, y.to(y_ptr.dtype.element_ty), mask=wanted)
+                whole = lse_of(total, shift, BASE2)
+                tl.store(y_lse_ptr + b * yl_b + h * yl_h, whole, mask=is_head & (part == 0))
+                # Last, off the path of the result. The words and the epoch are only ours until the
+                # row's next call.
+                if SLOTS == 2:
+                    _put_back(rows, cells, lses, live)
+                tl.store(epochs + row, epoch + 1)
 
 
 @triton.jit

@@ -78,8 +78,10 @@ class Layout(Slots):
         head_dim: D; rows of D elements must be whole 16-byte vectors.
         wire: dtype of the pieces (bf16, fp16, fp32).
         max_tokens: the largest batch.
-        slots, hint: experiments with the kernel, for tests and benchmarks: 3 slots; a row's LSEs
-            are polled, and the row only when they are there.
+        slots, hint, ahead, pdl: experiments with the kernel, for tests and benchmarks: 3 slots; a
+            row's LSEs are polled, and the row only when they are there; a program sends one row
+            ahead of what it waits for, not all; a launch begins as the kernel before it ends, from
+            sm_90 on.
     """
 
     ranks: int
@@ -89,6 +91,8 @@ class Layout(Slots):
     max_tokens: int
     slots: int = 2
     hint: bool = False
+    ahead: bool = False
+    pdl: bool = False
 
     def __post_init__(self) -> None:
         _check_wire(self.wire)
@@ -176,6 +180,8 @@ class Layout(Slots):
             "LSES": places["lse"],
             "SLOTS": self.slots,
             "HINT": self.hint,
+            "AHEAD": self.ahead,
+            "PDL": self.pdl,
         }
         return MappingProxyType(constants)
 
@@ -190,7 +196,9 @@ class Layout(Slots):
     def _warps_of(self, splits: bool) -> int:
         words = self.head_dim // self.parts if splits else self.row_bytes // 4
         tile = power_of_2(self.ranks) * power_of_2(words)
-        share = _WORDS_PER_THREAD // 2 if splits else _WORDS_PER_THREAD  # sums are held beside it
+        share = _WORDS_PER_THREAD
+        if splits or self.ahead:  # sums, or what all turns have in common, are held beside it
+            share //= 2
         return max(1, tile // (32 * share))
 
 
