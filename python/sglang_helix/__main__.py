@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_helix.build import Builder
 from sglang_helix.check import (
+    CPU,
     LAYOUT_FLAGS,
     MACHINES,
     check,
@@ -85,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     asked.add_argument(
         "--on",
         type=str.capitalize,
-        choices=list(MACHINES),
-        help="a machine's GPUs; default: this one's, or Hopper where it has none",
+        choices=[*MACHINES, CPU],
+        help="a machine's GPUs, or none; default: this one's, or Hopper where it has none",
     )
     layout = commands.add_parser("layout", help="list every legal layout of a model")
     layout.add_argument(
@@ -226,15 +227,15 @@ def print_export(checkout: Path, branch: str, patches: Path | None) -> int:
 def print_verdict(
     paths: list[str], tp_sizes: list[int], server: list[str], machine: str | None
 ) -> int:
-    """Print a line a model: its verdict, and why; 1 where one is refused.
+    """Print a line a model: its verdict, and why; how many are served; 1 where one is refused.
 
     Without a layout among the flags, every one that the model's heads allow on so many ranks.
     """
     if machine is None and (machine := machine_here()):
-        named = ", ".join(MACHINES)
+        named = ", ".join([*MACHINES, CPU])
         print(f"this machine has no GPU: as on {machine} (--on: {named})", file=sys.stderr)
     asked = LAYOUT_FLAGS & {flag.partition("=")[0] for flag in server}
-    refused, one_server = False, bool(asked) or tp_sizes == [1]
+    refused, one_server = 0, bool(asked) or tp_sizes == [1]
     if one_server and len(tp_sizes) > 1:
         numbers = " ".join(map(str, tp_sizes))
         print(f"refused: --tp {numbers}: give one number beside {', '.join(sorted(asked))}")
@@ -248,8 +249,10 @@ def print_verdict(
                 answer = check_layouts(path, tp_sizes, server, builder, machine)
             name = f"{path}: " if len(paths) > 1 else ""
             print(f"{name}{answer.verdict}: {answer.meaning}", flush=True)
-            refused |= answer.verdict == "refused"
-    return int(refused)
+            refused += answer.verdict == "refused"
+    if len(paths) > 1:
+        print(f"{len(paths) - refused} of {len(paths)} served")
+    return int(refused > 0)
 
 
 def print_layouts(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ forks for each model.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -82,6 +83,7 @@ def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        gc.disable()  # a collection would copy the pages of all that is imported
         try:
             os.close(read)
             _mute()
@@ -111,6 +113,10 @@ def main() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    if not has_gpu():
+        # Every model file, once for all forks. Some ask the GPU as they are imported, and a fork of
+        # a process that did can use it no more.
+        import sglang.srt.models.registry  # noqa: F401
     for line in sys.stdin:
         answer = in_a_fork(_attempt, json.loads(line)) or ("", "its process ended")
         answers.write(json.dumps(answer) + "\n")

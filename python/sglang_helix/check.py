@@ -32,10 +32,15 @@ MACHINES: dict[str, dict[str, Any]] = {
         "is_blackwell": True,
     },
 }
+#: No GPU: SGLang's `--device cpu`, or the CPU reference platform.
+CPU = "Cpu"
 
 
 def facts_of(machine: str) -> dict[str, Any]:
     """Facts for SGLang's `override_platform`."""
+    if machine == CPU:
+        none = {"device_sm": 0, "device_capability": (None, None)}
+        return {"is_cuda": False, "has_flashinfer": False, **none}
     facts = MACHINES[machine]
     major = facts["device_sm"] // 10
     return {"is_cuda": True, "has_flashinfer": True, "device_capability": (major, 0), **facts}
@@ -60,6 +65,11 @@ def told_about(machine: str) -> Iterator[None]:
         yield
 
 
+def _on(machine: str) -> list[str]:
+    """Flags of a server on a machine that SGLang is told about."""
+    return ["--device", "cpu" if machine == CPU else "cuda"]
+
+
 def configuration_of(
     model_path: str, machine: str | None = None, argv: Sequence[str] | None = None
 ) -> Any:
@@ -71,10 +81,11 @@ def configuration_of(
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import prepare_server_args
 
-    with told_about(machine or "Hopper"):
+    machine = machine or "Hopper"
+    with told_about(machine):
         if argv is None:
             return ModelConfig(model_path)
-        given = ["--model-path", model_path, *argv, "--device", "cuda"]
+        given = ["--model-path", model_path, *argv, *_on(machine)]
         return ModelConfig.from_server_args(prepare_server_args(given))
 
 
@@ -96,7 +107,8 @@ class Answer(NamedTuple):
 def check(argv: Sequence[str], builder: Builder, machine: str | None = None) -> Answer:
     """The verdict of a server's command line, and what it means.
 
-    machine: one of MACHINES; None for this one, which then needs an accelerator or a platform.
+    machine: one of MACHINES, or CPU; None for this one, which then needs an accelerator or a
+    platform.
     """
     from sglang.srt.plugins import load_plugins
 
@@ -236,7 +248,7 @@ def _answer(argv: list[str], machine: str | None) -> tuple[Answer, list[str], li
     if machine is None:
         return _resolved(argv)
     with told_about(machine):
-        return _resolved([*argv, "--device", "cuda"])
+        return _resolved([*argv, *_on(machine)])
 
 
 def _resolved(argv: Sequence[str]) -> tuple[Answer, list[str], list[str]]:

@@ -54,6 +54,10 @@ def test_check_says_the_verdict_by_the_configuration_alone(
     cases = {
         (str(alone), None, "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(mxfp4), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
+        (str(alone), "cpu", "--dcp-size", "2"): (
+            0,
+            "works: --tp-size 4 --dcp-size 2 --dcp-comm-backend ag_rs, attention by torch_native.",
+        ),
         (str(alone), "Hopper", "--dcp-size", "1"): (0, "whole: no sharded cache"),
         (str(alone), "Hopper", "--dcp-size", "2"): (0, "works: --tp-size 4 --dcp-size 2 --dcp-c"),
         (str(alone), "Ampere", "--attn-tp-size", "3"): (1, "refused: --attn-tp-size 3 does not"),
@@ -146,11 +150,12 @@ def test_check_builds_the_layers_of_every_layout(gpu: Fresh, tmp_path: Path) -> 
     half = configuration("OlmoeForCausalLM", model_type, entries, tmp_path)
     (outcome,) = gpu.outcomes([(checked_by_layout, [str(half), str(tmp_path / "none")])])
     assert outcome.status == 0, outcome.output
-    status, (of_half, of_none) = outcome.value
+    status, (of_half, of_none, of_both) = outcome.value
     assert status == 1
     assert of_half.startswith(f"{half}: works: --dcp-size 2 (2x) works by fa3; --attn-tp-size 2 (2")
     assert "refused: --dcp-size > 1 does not support OlmoeForCausalLM: " in of_half
     assert of_none.startswith(f"{tmp_path / 'none'}: refused: ")
+    assert of_both == "1 of 2 served"
 
 
 def verdicts(servers: list[list[str]]) -> list[tuple[str, str]]:
