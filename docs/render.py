@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,35 +111,41 @@ exchange.
 
 def models() -> str:
     """docs/models.md. Takes minutes: every model is built, without weights."""
-    lines = []
-    counted: dict[str, Counter[str]] = {"Hopper": Counter(), "Blackwell": Counter()}
     with Builder() as builder, tempfile.TemporaryDirectory() as root:
-        for path in listed_models(Path(root)):
-            gains, flags = model_layout(path)
-            argv = ["--model-path", str(path), *flags]
-            answer = check(argv, builder, "Hopper")
-            # What layers need does not depend on the machine.
-            elsewhere = check(argv, UNBUILT, "Blackwell").verdict
-            for machine, verdict in zip(counted, (answer.verdict, elsewhere), strict=True):
-                counted[machine][verdict] += 1
-            both = answer.verdict
-            if elsewhere != both:
-                both += f" ({elsewhere} on Blackwell)"
-            why = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
-            why = why or READ_WITH.get(path.name, "")
-            cells = (both, f"`{' '.join(flags)}`", *gains, answer.attention)
-            cells += (proven_by(path, answer.verdict), why)
-            lines.append(f"| {path.name} | {' | '.join(cells)} |")
+        return models_page([cells_of(path, builder) for path in listed_models(Path(root))])
+
+
+def cells_of(path: Path, builder: Builder) -> list[str]:
+    """A model's line of docs/models.md."""
+    gains, flags = model_layout(path)
+    argv = ["--model-path", str(path), *flags]
+    answer = check(argv, builder, "Hopper")
+    # What layers need does not depend on the machine.
+    elsewhere = check(argv, UNBUILT, "Blackwell").verdict
+    both = answer.verdict
+    if elsewhere != both:
+        both += f" ({elsewhere} on Blackwell)"
+    why = "" if answer.verdict == "works" and answer.built else first_line(answer.meaning)
+    why = why or READ_WITH.get(path.name, "")
+    cells = [path.name, both, f"`{' '.join(flags)}`", *gains, answer.attention]
+    return [*cells, proven_by(path), why]
+
+
+def models_page(rows: Sequence[Sequence[str]]) -> str:
+    """docs/models.md, from the cells of its table."""
+    both = [cells[1].removesuffix(" on Blackwell)").split(" (") for cells in rows]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
     says = "; on Blackwell ".join(
         ", ".join(f"{verdicts[kind]} {kind}" for kind in ("works", "own", "refused"))
-        for verdicts in counted.values()
+        for verdicts in (Counter(one[0] for one in both), Counter(one[-1] for one in both))
     )
     return f"""# Models
 
 {len(lines)} open models that people serve with long contexts in 2026, and what becomes of them on
-Hopper GPUs: {says}. Written by `python docs/render.py models.md`, in some minutes, by
-`python -m sglang_helix check`, which resolves a launch and builds every layer without weights; have
-any model's by the same. What has run on a GPU: [status.md](status.md).
+Hopper GPUs: {says}.
+Written by `python docs/render.py models.md`, in some minutes, by `python -m sglang_helix check`,
+which resolves a launch and builds every layer without weights; have any model's by the same. What
+has run on a GPU: [status.md](status.md).
 
 Half of the configurations are published ones, `docs/models/NAME/config.json`; the others,
 `docs/models/others.json`, are of the same classes and heads, and else from memory, with few layers
@@ -193,13 +199,12 @@ def proofs() -> dict[str, str]:
     return found
 
 
-def proven_by(model: Path, verdict: str) -> str:
+def proven_by(model: Path) -> str:
     """A cell of docs/models.md."""
     proof = others().get(model.name, {}).get("proof") or proofs()[architecture_of(model)]
     if text := proofs().get(proof):
         return f"its text's class: `{text}`"
-    none = "its layers alone" if verdict == "works" else "SGLang refuses it"
-    return f"`{proof}`" if proof else none
+    return f"`{proof}`" if proof else "SGLang refuses it"
 
 
 def others() -> dict[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Models that read pictures too, around MLA of DeepSeek's class: their text against transformers.
+"""Models that SGLang reads otherwise than transformers does: their text against transformers.
 
-SGLang's class of the wrapper has no plan for a sharded prefix. What transformers answers is the
-answer of the text's own class, of the same weights under other names.
+Those that read pictures too, where SGLang's class of the wrapper has no plan for a sharded prefix
+of MLA, and others of the same weights under other names. What transformers answers is the answer of
+the text's own class.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from sglang_cpu_reference.checkpoints import FAMILIES, Family, make_checkpoint
 from srt.expected import oracle
@@ -18,6 +20,8 @@ from srt.models.serving import Report, answer_all, command_line, scheduler_of
 from srt.models.test_models import BATCHES, CHUNK, NEW_TOKENS, PAGE, SIZES, check_reports
 
 MLA = {**FAMILIES["deepseek_v3"].config, "num_hidden_layers": 2}
+GQA = {**FAMILIES["llama"].config, "num_hidden_layers": 2, "num_key_value_heads": 1}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 VISION = {
     "hidden_size": 32,
@@ -25,10 +29,21 @@ VISION = {
     "num_attention_heads": 2,
     "num_hidden_layers": 1,
 }
+PIXTRAL = {**VISION, "model_type": "pixtral", "image_size": 16, "patch_size": 8}
+PICTURES = FAMILIES["qwen3_5_vl"].config
+# Queries are scaled by position, from the middle of a chunk on.
+SCALED = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": CHUNK // 2,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 1.0,
+}
 # As transformers knows them.
 TEXTS = {
     "kimi_vl": Family("deepseek_v3", {**MLA, "q_lora_rank": None, "rope_parameters": ROPE}),
-    # Its queries are scaled by position, from the middle of a chunk on.
     "mistral-large-3": Family(
         "mistral3",
         {
@@ -38,21 +53,69 @@ TEXTS = {
                 "n_group": 1,
                 "topk_group": 1,
                 "routed_scaling_factor": 1.0,
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 16.0,
-                    "original_max_position_embeddings": CHUNK // 2,
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "attention_factor": 1.0,
-                    "llama_4_scaling_beta": 1.0,
-                },
+                "rope_parameters": {**SCALED, "attention_factor": 1.0},
             },
-            "vision_config": {**VISION, "model_type": "pixtral", "image_size": 16, "patch_size": 8},
+            "vision_config": PIXTRAL,
             "tie_word_embeddings": False,
         },
         {"language_model_only": True},
+    ),
+    "mistral3": Family(
+        "mistral3",
+        {
+            "text_config": {
+                **GQA,
+                "model_type": "ministral3",
+                # SGLang looks for it here, and transformers in what follows.
+                "original_max_position_embeddings": CHUNK // 2,
+                "rope_parameters": {**SCALED, "mscale": 1.0, "mscale_all_dim": 1.0},
+            },
+            "vision_config": PIXTRAL,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_vl_moe": Family(
+        "qwen3_vl_moe",
+        {
+            **PICTURES,
+            "vision_config": {**PICTURES["vision_config"], "deepstack_visual_indexes": [0]},
+            "text_config": {
+                **GQA,
+                **EXPERTS,
+                "rope_parameters": {
+                    **ROPE,
+                    "mrope_interleaved": True,
+                    "mrope_section": [6, 5, 5],
+                },
+            },
+        },
+    ),
+    "ernie4_5_moe": Family(
+        "ernie4_5_moe",
+        {
+            **GQA,
+            "head_dim": 16,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 64,
+            "moe_num_shared_experts": 1,
+        },
+    ),
+    # Ling is GLM's attention with DeepSeek's groups of experts.
+    "ling": Family(
+        "glm4_moe",
+        {
+            **GQA,
+            **EXPERTS,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "norm_topk_prob": True,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+        },
     ),
 }
 
@@ -61,6 +124,10 @@ TEXTS = {
 PUBLISHED = {
     "kimi_vl": {"architectures": ["KimiVLForConditionalGeneration"]},
     "mistral-large-3": {"architectures": ["PixtralForConditionalGeneration"]},
+    "mistral3": {"architectures": ["Mistral3ForConditionalGeneration"]},
+    "qwen3_vl_moe": {"architectures": ["Qwen3VLMoeForConditionalGeneration"]},
+    "ernie4_5_moe": {"architectures": ["Ernie4_5_MoeForCausalLM"]},
+    "ling": {"architectures": ["BailingMoeV2ForCausalLM"]},
 }
 
 
@@ -101,9 +168,9 @@ MISTRAL_NAMES = {
 }
 
 
-def mistral_name(name: str) -> str:
+def published_name(name: str, names: dict[str, str]) -> str:
     """The publisher's name of a weight."""
-    for ours, theirs in MISTRAL_NAMES.items():
+    for ours, theirs in names.items():
         name = name.replace(ours, theirs)
     return name
 
@@ -159,9 +226,55 @@ def mistral_large_3(text: Path, weights: dict[str, Any], served: Path) -> None:
     }
     (served / "params.json").write_text(json.dumps(params))
     save_file(
-        {mistral_name(name): w for name, w in weights.items() if "vision" not in name},
+        {
+            published_name(name, MISTRAL_NAMES): weight
+            for name, weight in weights.items()
+            if "vision" not in name
+        },
         served / "consolidated.safetensors",
     )
+
+
+def qwen3_vl_moe(text: Path, weights: dict[str, Any], served: Path) -> None:
+    """Experts one by one: in one, those of transformers stand the other way round."""
+    (served / "config.json").write_text((text / "config.json").read_text())
+    save_file(weights, served / "model.safetensors")
+
+
+LING_NAMES = {
+    "embed_tokens": "word_embeddings",
+    "self_attn.o_proj": "attention.dense",
+    "self_attn.q_norm": "attention.query_layernorm",
+    "self_attn.k_norm": "attention.key_layernorm",
+    "e_score_correction_bias": "expert_bias",
+}
+
+
+def ling(text: Path, weights: dict[str, Any], served: Path) -> None:
+    """As published: names of its own, and one projection for queries, keys and values."""
+    entries = {
+        **json.loads((text / "config.json").read_text()),
+        **PUBLISHED["ling"],
+        "model_type": "llama",  # its own code's is not at hand
+        "num_shared_experts": 1,
+        "moe_router_enable_expert_bias": True,
+        "score_function": "sigmoid",
+        "router_dtype": "fp32",
+        "partial_rotary_factor": 0.5,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "embedding_dropout": 0.0,
+    }
+    (served / "config.json").write_text(json.dumps(entries))
+    named = {}
+    for name, weight in weights.items():
+        owner, is_query, _ = name.partition("self_attn.q_proj")
+        if is_query:
+            parts = [weights[f"{owner}self_attn.{kind}_proj.weight"] for kind in "qkv"]
+            named[f"{owner}attention.query_key_value.weight"] = torch.cat(parts)
+        elif "k_proj" not in name and "v_proj" not in name:
+            named[published_name(name, LING_NAMES)] = weight
+    save_file(named, served / "model.safetensors")
 
 
 def by_expert(weights: dict[str, Any]) -> dict[str, Any]:
@@ -186,24 +299,39 @@ def by_expert(weights: dict[str, Any]) -> dict[str, Any]:
 WRITERS: dict[str, Callable[[Path, dict[str, Any], Path], None]] = {
     "kimi_vl": kimi_vl,
     "mistral-large-3": mistral_large_3,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "ling": ling,
 }
 
 
 @pytest.mark.parametrize("family", TEXTS)
-def test_text_of_a_wrapper_equals_transformers(ready: Fresh, tmp_path: Path, family: str) -> None:
-    text, served = make_checkpoint(TEXTS[family], tmp_path / "text"), tmp_path / family
-    served.mkdir()
-    WRITERS[family](text, by_expert(oracle(text).model.state_dict()), served)
+def test_text_as_published_equals_transformers(ready: Fresh, tmp_path: Path, family: str) -> None:
+    text = served = make_checkpoint(TEXTS[family], tmp_path / "text")
+    if family in WRITERS:
+        served = tmp_path / family
+        served.mkdir()
+        WRITERS[family](text, by_expert(oracle(text).model.state_dict()), served)
     layout = ("--dcp-size", "2", "--dcp-comm-backend", "a2a", "--skip-tokenizer-init")
     argv = command_line(served, 2, *layout, *SIZES, "--dtype", "float32")
     check_reports(text, ready.ranks(in_fp32, 2, argv, PUBLISHED[family]), 2 * PAGE)
 
 
 def in_fp32(rank: int, argv: list[str], published: dict[str, list[str]]) -> Report:
-    """In a rank: its answers. SGLang has Mistral's class in bf16, whatever is asked for."""
+    """In a rank: its answers."""
     from sglang.srt.arg_groups.model_override_base import MODEL_OVERRIDES
+    from sglang.srt.models import ernie4
+    from sglang.srt.models.llava import LlavaForConditionalGeneration
 
+    # SGLang has Mistral's class in bf16, whatever is asked for.
     MODEL_OVERRIDES.pop("PixtralForConditionalGeneration")
+    # Where it runs in torch, the experts' bias has one dimension.
+    ernie4._is_cpu = True
+    # What it knows of text and tower it finds by importing each class of transformers.
+    parts = {
+        "Ministral3Config": "Ministral3ForCausalLM",
+        "PixtralVisionConfig": "PixtralVisionModel",
+    }
+    LlavaForConditionalGeneration._config_cls_name_to_arch_name_mapping = lambda *_: parts
     scheduler = scheduler_of(rank, argv)
     assert scheduler.model_config.hf_config.architectures == published["architectures"]
     return answer_all(scheduler, BATCHES, NEW_TOKENS, retracting=True)
