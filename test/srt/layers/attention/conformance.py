@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import threading
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ from srt.layers.attention import steps
 from srt.layers.attention.steps import Heads, LatentPool, Pool
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 CONTEXT = 128  # tokens of a request, at most
@@ -232,12 +234,39 @@ def parallel(ranks: int, exchange: str = "a2a") -> dict[str, Any]:
     }
 
 
-class NoSync(TorchDispatchMode):
-    """Raises where the host would wait for the device."""
+class NoSync(TorchFunctionMode):
+    """Raises where the host would wait for the device, or copy from it.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-        ), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
+    On a CPU all memory is the host's: a batch's lengths, requests and slots count as the device's,
+    and so does whatever is computed from them. What a kernel does stays unseen.
+    """
+
+    _COPIES = ("cpu", "item", "tolist", "numpy", "nonzero", "unique", "__bool__", "__int__")
+    _COPIES += ("__index__", "__float__", "__iter__", "__contains__")
+    WAITS = tuple(getattr(torch.Tensor, name) for name in _COPIES)
+
+    def __init__(self, *on_the_device: torch.Tensor) -> None:
+        super().__init__()
+        self._there: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used again
+        self._take(on_the_device)
+
+    @classmethod
+    def over(cls, batch: Any, adapter_: Any) -> "NoSync":
+        """What a batch and the table of its requests bring of the device."""
+        parts = [part for name, part in vars(batch).items() if not name.endswith("_cpu")]
+        parts = [part for part in parts if isinstance(part, torch.Tensor)]
+        return cls(*parts, adapter_.req_to_token_pool.req_to_token)
+
+    def _take(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and (address := tensor.untyped_storage().data_ptr()):
+                self._there[address] = tensor.untyped_storage()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = any(x.untyped_storage().data_ptr() in self._there for x in given)
+        assert not (there and func in self.WAITS), f"{func} waits for the device"
+        result = func(*args, **(kwargs or {}))
+        if there:
+            self._take(x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result

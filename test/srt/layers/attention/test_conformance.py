@@ -35,7 +35,7 @@ from srt.layers.attention.conformance import (
     parallel,
     prepare,
 )
-from srt.layers.attention.steps import Heads
+from srt.layers.attention.steps import Heads, Step
 from srt.slots import Slots
 from srt.threads import ThreadGroup, run_threads
 
@@ -156,8 +156,9 @@ def replays_on_rank(
         layer.k_scale_float = layer.v_scale_float = scale
     wrong = []
     for requests in BATCHES:
-        with NoSync():
-            adapter_.init_forward_metadata_out_graph(batch(requests))
+        at_hand = batch(requests)
+        with NoSync.over(at_hand, adapter_):
+            adapter_.init_forward_metadata_out_graph(at_hand)
         vars(adapter_).update(captured)  # what the graph reads
         if not mla:
             ends = [slots.of[request][-1] for request in requests]
@@ -190,7 +191,31 @@ def replays_on_rank(
             allowed = 1e-5 if out.dtype == torch.float32 else 5e-3
             if not (error < allowed and of_lse < 1e-5):
                 wrong.append(f"rank {rank}, {requests}: {request}: {error:.1e}, LSE {of_lse:.1e}")
+    if not mla and backend != "triton":  # upstream's own metadata is beside theirs
+        for step in (Step("decode", {0: 1, 1: 1}), Step("extend", {3: 5, 6: 4, 1: 2})):
+            eager, _ = steps.forward_batch(step, slots)
+            adapter_.req_to_token_pool.req_to_token = slots.table()
+            with NoSync.over(eager, adapter_):
+                adapter_.init_forward_metadata(eager)
     return wrong
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        torch.Tensor.cpu,
+        torch.Tensor.nonzero,
+        lambda lens: (torch.zeros(2, dtype=lens.dtype).copy_(lens)[:1] * 2).tolist(),
+        lambda lens: int(lens.max()),
+        lambda lens: bool((torch.tensor([3, 4]) == lens).all()),
+    ],
+)
+def test_a_copy_to_the_host_is_seen(waits: Any) -> None:
+    lens, on_host = torch.tensor([3, 4]), torch.tensor([3, 4])
+    with NoSync(lens):
+        assert int(on_host.cpu().max()) == 4
+        with pytest.raises(AssertionError, match="waits for the device"):
+            waits(lens)
 
 
 def replay_failures(backend: str, attention: Attention, page: int, dtype: torch.dtype) -> list[str]:
