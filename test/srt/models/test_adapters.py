@@ -15,6 +15,7 @@ from srt.models import serving
 from srt.models.test_models import BATCHES, NEW_TOKENS
 from srt.test_end_to_end import everything_is_free, lengths, on_stand_ins
 
+EXCHANGES = ("a2a", "ag_rs")
 DCP = ("--dcp-size", "2", "--dcp-comm-backend", "a2a")
 DECOUPLED = ("--attn-tp-size", "1", "--dcp-comm-backend", "ag_rs")
 # Facts of a machine, as SGLang has them.
@@ -28,7 +29,7 @@ CASES = [
     ("fa4", "llama", 2, DCP, 16, 80),
     ("flashinfer", "llama", 2, DCP, 1, 70),
     ("flashinfer", "llama", 4, DECOUPLED, 16, 80),
-    ("flashinfer", "deepseek_v2", 2, DCP, 1, 70),
+    ("flashinfer", "deepseek_v2", 2, DECOUPLED, 1, 70),
     ("flashmla", "deepseek_v2", 2, DCP, 64, 128),
     ("flashmla", "deepseek_v2", 4, DECOUPLED, 64, 256),
 ]
@@ -66,12 +67,16 @@ def small_pool(ranks: int, page: int) -> tuple[tuple[str, ...], list[list[int]]]
 
 def served(
     rank: int, argv: list[str], many: list[list[int]]
-) -> tuple[serving.Report, list[serving.Answer]]:
-    """In a rank: answers to `BATCHES`, and to prompts that do not fit together."""
-    scheduler = serving.scheduler_of(rank, argv)
-    report = serving.answer_all(scheduler, BATCHES, NEW_TOKENS)
+) -> tuple[list[serving.Report], list[serving.Answer]]:
+    """In a rank: answers to `BATCHES` by each exchange, and to prompts that do not fit together."""
+    from sglang.srt.runtime_context import get_parallel
+
+    scheduler, reports = serving.scheduler_of(rank, argv), []
+    first = get_parallel().dcp_group.exchanger.name
+    for _ in serving.each_exchange(scheduler, sorted(EXCHANGES, key=lambda name: name != first)):
+        reports.append(serving.answer_all(scheduler, BATCHES, NEW_TOKENS))
     serving.expect_few_tokens()
-    return report, serving.answer(scheduler, many, 28)
+    return reports, serving.answer(scheduler, many, 28)
 
 
 def check_retracted(model: Path, many: list[list[int]], answers: list[serving.Answer]) -> None:
@@ -92,18 +97,20 @@ def test_equals_transformers(
     page: int,
     chunk: int,
 ) -> None:
-    """Where it retracts, requests go on."""
+    """By each exchange; where it retracts, requests go on."""
     model, (rows, many) = checkpoints[family], small_pool(tp, page)
     if tp > 2 or not retracts(backend, family):
         rows, many = ("--max-total-tokens", str(max(512, 16 * page))), []
     sizes = ("--page-size", str(page), "--chunked-prefill-size", str(chunk))
     flags = ("--attention-backend", backend, *layout, *sizes, *rows)
-    for report, answers in kernels.ranks(served, tp, serving.command_line(model, tp, *flags), many):
-        check_all(model, BATCHES, report.answers, NEW_TOKENS)
+    argv = serving.command_line(model, tp, *flags)
+    for reports, answers in kernels.ranks(served, tp, argv, many):
+        for report in reports:
+            check_all(model, BATCHES, report.answers, NEW_TOKENS)
+            if page < 64:  # else no prompt fills a page of all ranks
+                assert report.answers[-1][0].cached_tokens > 0
         if many:
             check_retracted(model, many, answers)
-        if page < 64:  # else no prompt fills a page of all ranks
-            assert report.answers[-1][0].cached_tokens > 0
 
 
 # Prefixes of several chunks, of two lengths in a batch, and none beside them.
@@ -178,7 +185,7 @@ def test_a_long_prefix_is_attended_without_absorbing_it(
 
 def on_blackwell(
     rank: int, argv: list[str], many: list[list[int]]
-) -> tuple[serving.Report, list[serving.Answer]]:
+) -> tuple[list[serving.Report], list[serving.Answer]]:
     """As `served`, where SGLang is told of a GPU that these backends are for."""
     from sglang.srt.runtime_context import override_platform
 
@@ -203,8 +210,9 @@ def test_equals_transformers_on_blackwell(
         rows, many = ("--max-total-tokens", "512"), []
     sizes = ("--page-size", "16", "--chunked-prefill-size", "80", *rows)
     argv = serving.command_line(model, tp, "--attention-backend", backend, *layout, *sizes)
-    for report, answers in kernels.ranks(on_blackwell, tp, argv, many):
-        check_all(model, BATCHES, report.answers, NEW_TOKENS)
+    for reports, answers in kernels.ranks(on_blackwell, tp, argv, many):
+        for report in reports:
+            check_all(model, BATCHES, report.answers, NEW_TOKENS)
         if many:
             check_retracted(model, many, answers)
 
@@ -215,8 +223,8 @@ def test_equals_transformers_on_blackwell(
     [
         ("flashinfer", "llama", DCP, 16, {}),
         ("flashmla", "deepseek_v2", DECOUPLED, 64, {}),
-        ("fa4", "deepseek_v2", DCP, 1, BLACKWELL),
-        ("trtllm_mha", "llama", DECOUPLED, 16, BLACKWELL),
+        ("fa4", "deepseek_v2", DECOUPLED, 1, BLACKWELL),
+        ("trtllm_mha", "llama", DCP, 16, BLACKWELL),
     ],
 )
 def test_a_server(
