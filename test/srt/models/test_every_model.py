@@ -297,6 +297,12 @@ BUILT = {
         "a norm over several heads (q_norm). It is served with --dcp-size 2 and no "
         "--attn-tp-size or --dcp-replicate-q-proj, or without --dcp-size.",
     ),
+    # Olmo-3 is of this class.
+    "Olmo2ForCausalLM": (
+        "olmo3",
+        {"layer_types": ["full_attention"] * 3},
+        "a norm over several heads (k_norm)",
+    ),
     # One query head per rank: its norm over all heads has the shape of one over a head.
     "MiniMaxM2ForCausalLM": (
         "minimax_m2",
@@ -359,10 +365,15 @@ LEFT_AS_BUILT = {
         },
         "built",
     ),
-    # SGLang's class of it has no windows.
+    # SGLang's classes of these have no windows.
     "MistralForCausalLM": (
         "mistral",
         {**TWO, "sliding_window": 32},
+        "a window of 32 in its configuration alone",
+    ),
+    "Qwen2ForCausalLM": (
+        "qwen2",
+        {**TWO, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
         "a window of 32 in its configuration alone",
     ),
     "Exaone4ForCausalLM": (
