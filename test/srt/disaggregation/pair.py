@@ -9,12 +9,14 @@ import os
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from sglang_cpu_reference.server import free_port
 from srt.fresh import Fresh, Outcome
+from srt.layers.dcp.symm_processes import by_symm
 from srt.models.serving import Answer, answer_to, command_line, generate_request, scheduler_of
 
 Batches = Sequence[Sequence[Sequence[int]]]
@@ -29,19 +31,21 @@ IMPATIENT = {
 
 
 class Side(NamedTuple):
-    """One of the two servers: its ranks, and flags beside those of its role."""
+    """One of the two servers: its ranks, and flags beside those of its role.
+
+    symm: it exchanges by that, with which no server on a CPU starts; in Triton's interpreter.
+    """
 
     tp: int
     flags: tuple[str, ...] = ()
+    symm: bool = False
 
 
 class Failing(NamedTuple):
-    """How a decode rank went through failures of its prefill server.
+    """How a rank went through failures of the other server.
 
-    answers: of a request that went well; of one that was aborted as it was written; of one whose
-    prefill server was killed as it wrote, and one that waited for that server beside it; of one
-    that came when the server was known to be gone. seconds: from the request, or the two, until
-    each of these four ended and its slots were free. free: slots before the first and after each.
+    answers: of each request. seconds: from a request, or several at once, until it ended and its
+    slots were free. free: slots before the first and after each.
     """
 
     answers: list[Answer]
@@ -65,7 +69,7 @@ def outcomes(
     on a rank, or it fails.
     """
     with TemporaryDirectory() as ended:
-        call = (_serve, batches, new_tokens, Path(ended), decode.tp, within)
+        call = (_serve, batches, new_tokens, Path(ended), decode, within)
         return _outcomes(processes, model, prefill, decode, *call)
 
 
@@ -74,10 +78,22 @@ def failures(
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Five requests; the value of each decode rank is its `Failing`.
 
-    stalls: a path at which nothing is; the prefill server makes it when it stalls.
+    One goes well; one is aborted as it is written; of two at once, one's prefill server is killed
+    as it writes; one comes when that is known to be gone. stalls: a path at which nothing is; the
+    prefill server makes it when it stalls.
     """
     call = (_fail, prompt, stalls)
     return _outcomes(processes, model, prefill, decode, *call, env=IMPATIENT)
+
+
+def loses_decode(
+    processes: Fresh, model: Path, prefill: Side, decode: Side, prompt: Sequence[int]
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Three requests; the value of each prefill rank is its `Failing`.
+
+    One goes well; one's decode server is killed as it is written to; one comes when that is gone.
+    """
+    return _outcomes(processes, model, prefill, decode, _lose_decode, prompt)
 
 
 def _outcomes(
@@ -152,6 +168,19 @@ class _Rank:
             return [answer for _, answer in answers]
         return [answer._replace(cached_tokens=self._had.get(rid, 0)) for rid, answer in answers]
 
+    def free(self) -> int:
+        """Slots that no request holds."""
+        allocator, tree = self.scheduler.token_to_kv_pool_allocator, self.scheduler.tree_cache
+        return int(allocator.available_size() + tree.evictable_size())
+
+    def settled(self, failing: Failing, began: float) -> Generator[None]:
+        """Note the answers to what was asked last, once its slots are free."""
+        failing.answers.extend((yield from self.answers()))
+        while self.free() < failing.free[0]:
+            yield
+        failing.free.append(self.free())
+        failing.seconds.append(time.monotonic() - began)
+
     def turn(self, script: Iterator[None]) -> None:
         """Turn the loop until the script ends, which goes on wherever requests would come in."""
 
@@ -173,8 +202,8 @@ def _serve(
     batches: Batches,
     new_tokens: int,
     ended: Path,
-    decode_ranks: int,
-    within: float = math.inf,
+    decode: Side,
+    within: float,
 ) -> list[list[Answer]]:
     from sglang.srt.runtime_context import get_parallel
 
@@ -192,10 +221,11 @@ def _serve(
             return
         # Its last words to the decode ranks would be lost with it.
         group = get_parallel().tp_group
-        while not all(group.all_gather_object(len(list(ended.iterdir())) == decode_ranks)):
+        while not all(group.all_gather_object(len(list(ended.iterdir())) == decode.tp)):
             yield
 
-    side.turn(script())
+    with by_symm(side.scheduler) if side.decodes and decode.symm else nullcontext():
+        side.turn(script())
     return answers
 
 
@@ -209,9 +239,7 @@ def _fail(
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.runtime_context import get_parallel
 
-    group, allocator = get_parallel().tp_group, side.scheduler.token_to_kv_pool_allocator
-    answers: list[Answer] = []
-    free, seconds = [allocator.available_size()], list[float]()
+    group, failing = get_parallel().tp_group, Failing([], [], [side.free()])
     # Of a server that is gone, upstream asks 15 times, once a second.
     side.scheduler.disagg_decode_prealloc_queue._max_ensure_retries = 2
 
@@ -223,14 +251,40 @@ def _fail(
                 while not all(group.all_gather_object(stalls.exists())):
                     yield
                 side.scheduler.process_input_requests([AbortReq(rid="2")])
-            answers.extend((yield from side.answers()))
-            while allocator.available_size() < free[0]:
-                yield
-            free.append(allocator.available_size())
-            seconds.append(time.monotonic() - began)
+            yield from side.settled(failing, began)
 
     side.turn(script())
-    return Failing(answers, seconds, free)
+    return failing
+
+
+def _lose_decode(rank: int, argv: list[str], port: int, prompt: Sequence[int]) -> Failing | None:
+    side = _Rank(rank, argv, port)
+    if side.decodes:
+        side.turn(_dying_decode(side, prompt))
+        return None
+    failing = Failing([], [], [side.free()])
+
+    def script() -> Iterator[None]:
+        for room in (1, 2, 3):
+            if room == 3:  # upstream's bound of what it waits for a decode server is 300 s
+                side.scheduler.disagg_prefill_bootstrap_queue.kv_manager.bootstrap_timeout = 2
+            began = time.monotonic()
+            side.ask([prompt], 2)
+            yield from side.settled(failing, began)
+
+    side.turn(script())
+    return failing
+
+
+def _dying_decode(side: _Rank, prompt: Sequence[int]) -> Iterator[None]:
+    """Serve room 1; die in the transfer of room 2."""
+    from sglang_cpu_reference.transfer_engine import TransferEngine
+
+    side.ask([prompt], 2)
+    yield from side.answers()
+    TransferEngine._write = lambda *_: os._exit(9)  # type: ignore[method-assign]
+    side.ask([prompt], 2)
+    yield from side.answers()
 
 
 def _failing_prefill(side: _Rank, prompt: Sequence[int], stalls: Path) -> Iterator[None]:

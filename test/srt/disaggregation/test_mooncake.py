@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
-from srt.disaggregation.pair import Side, failures, outcomes
+from srt.disaggregation.pair import Side, failures, loses_decode, outcomes
 from srt.expected import check, check_all, prompt
 from srt.fresh import Fresh
 
@@ -26,11 +26,14 @@ BATCHES = (
 )
 
 
+#: What ranks of two servers have loaded: no hooks yet, which only a sharded one serves with.
+LOADED = ("srt.models.plugins_loaded", "sglang.srt.disaggregation.mooncake.conn")
+
+
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Fresh]:
-    """Processes that have loaded the plugins, to be ranks of two servers."""
-    preload = ("srt.models.plugins_loaded", "sglang.srt.disaggregation.mooncake.conn")
-    with Fresh("cpu_reference", preload=preload) as processes:
+    """Processes to be ranks of two servers."""
+    with Fresh("cpu_reference", preload=LOADED) as processes:
         yield processes
 
 
@@ -76,6 +79,20 @@ def test_answers_equal_transformers(
         # Of the prompt that continues another of 69 tokens, whole widened pages.
         assert hits == [{CACHED: 64, CACHED_BY_TOKEN: 68}.get(decode, 0), 0]
     assert sent[0].value[-1][0].cached_tokens >= 2 * CHUNK
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "llama"])
+def test_symm_decodes_what_another_server_prefilled(tmp_path: Path, family: str) -> None:
+    """By its kernels and Triton's attention, in the interpreter."""
+    model = make_checkpoint(family, tmp_path / "model", num_hidden_layers=2)
+    decode = Side(2, (*A2A.flags, "--attention-backend", "triton"), symm=True)
+    batches = [[prompt(length) for length in (1, CHUNK + 5)]]
+    with Fresh("cpu_reference", 500, LOADED, interpreted=True) as servers:
+        sent, received = outcomes(servers, model, PLAIN, decode, batches, 3)
+    for rank in sent + received:
+        assert rank.status == 0, rank.output
+    for rank in received:
+        check_all(model, batches, rank.value, 3)
 
 
 @pytest.mark.parametrize(
@@ -136,3 +153,20 @@ def test_failures_in_transfer(servers: Fresh, tmp_path: Path, family: str) -> No
             assert "KVTransferError" in answer.finish["message"]
         assert max(rank.value.seconds) < 60
         assert len(set(rank.value.free)) == 1
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "llama"])
+def test_a_decode_server_that_dies(servers: Fresh, tmp_path: Path, family: str) -> None:
+    """As it is written to, and one that nobody starts again: an error, and no slot is lost."""
+    model = make_checkpoint(family, tmp_path / "model", num_hidden_layers=2)
+    sent, received = loses_decode(servers, model, PLAIN, A2A, prompt(3 * PAGE + 1))
+    assert all(rank.status != 0 for rank in received)
+    [rank] = sent
+    assert rank.status == 0, rank.output
+    well, *failed = rank.value.answers
+    assert well.finish["type"] == "length"
+    for answer, said in zip(failed, ("Failed to send kv chunk", "timed out after"), strict=True):
+        assert answer.finish["type"] == "abort"
+        assert said in answer.finish["message"]
+    assert max(rank.value.seconds) < 60
+    assert len(set(rank.value.free)) == 1

@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ NEW_TOKENS = 6
 PAGE, RANKS, CHUNK = 64, 2, 128
 #: The edges of a page and of two ranks' widened one, and three chunks.
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, *(RANKS * PAGE + d for d in (-1, 0, 1)), 2 * CHUNK + 9)
+#: How long a prefill server waits for a decode server that has not said where its rows are.
+PATIENCE = {"SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "25"}
 FLAGS = (
     f"--page-size {PAGE} --chunked-prefill-size {CHUNK} --disaggregation-decode-enable-radix-cache"
 )
@@ -57,7 +59,7 @@ def one_machine(example: str, model: Path | None) -> Iterator[Machine]:
     with environment() as env:
         script = subprocess.Popen(
             command,
-            env={**env, **IMPATIENT, **given},
+            env={**env, **IMPATIENT, **PATIENCE, **given},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -77,27 +79,66 @@ def session_of(server: Client) -> int:
     return os.getsid(next(c.pid for c in listening if c.laddr.port == server.port))
 
 
+def loads(server: Client) -> dict[str, Any]:
+    """What the one scheduler of a server has to do."""
+    (load,) = server.get("/v1/loads")["loads"]
+    return dict(load)
+
+
 def held_by(server: Client) -> int:
     """Requests that have come to a server and are not answered."""
-    (load,) = server.get("/v1/loads")["loads"]
+    load = loads(server)
     return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
-@pytest.mark.server
-@pytest.mark.parametrize(("example", "family"), [("pd_gqa", None), ("pd_mla", "deepseek_v2")])
-def test_answers_through_the_router(tmp_path: Path, example: str, family: str | None) -> None:
-    """Eight at once, twice; then the prefill server is killed as it serves eight more.
+def kill_prefill(machine: Machine, clients: ThreadPoolExecutor) -> list[Future[Any]]:
+    """As it serves eight requests."""
+    launcher = session_of(machine.prefill)
+    os.kill(scheduler_pid(launcher, 0), signal.SIGSTOP)  # none is answered before
+    others = [prompt(4 * CHUNK, seed=1 + number) for number in range(len(LENGTHS))]
+    asked = [clients.submit(machine.router.generate, tokens, NEW_TOKENS) for tokens in others]
+    wait_until(lambda: held_by(machine.decode) == len(others))
+    os.killpg(launcher, signal.SIGKILL)
+    return asked
 
-    Its clients hear of it, and so do later ones; the decode server holds nothing for them.
+
+def kill_decode(machine: Machine, clients: ThreadPoolExecutor) -> list[Future[Any]]:
+    """As it generates tokens of eight requests, which the router then tries once more."""
+    others = [prompt(CHUNK, seed=1 + number) for number in range(len(LENGTHS))]
+    asked = [clients.submit(machine.router.generate, tokens, 1500) for tokens in others]
+    wait_until(lambda: loads(machine.decode)["num_running_reqs"] == len(others))
+    os.killpg(session_of(machine.decode), signal.SIGKILL)
+    return asked
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("example", "family", "kill", "left"),
+    [
+        ("pd_gqa", None, kill_prefill, "decode"),
+        ("pd_mla", "deepseek_v2", kill_decode, "prefill"),
+    ],
+)
+def test_answers_through_the_router(
+    tmp_path: Path,
+    example: str,
+    family: str | None,
+    kill: Callable[[Machine, ThreadPoolExecutor], list[Future[Any]]],
+    left: str,
+) -> None:
+    """Eight at once, twice; then one server is killed as it serves eight more.
+
+    Their clients hear of it, as does one that comes later, and the other server holds nothing for
+    them.
     """
     pytest.importorskip("sglang_router", reason="needs sglang-router")
     prompts = [prompt(length) for length in LENGTHS]
     given = make_checkpoint(family, tmp_path / family, num_hidden_layers=2) if family else None
     with one_machine(example, given) as machine, ThreadPoolExecutor(len(prompts)) as clients:
-        model, client, decode = machine.model, machine.router, machine.decode
+        model, client = machine.model, machine.router
         text = AutoTokenizer.from_pretrained(model)("Sequence-sharded caches").input_ids
         assert machine.shown["output_ids"] == expected(model, tuple(text), 8).token_ids
-        info = decode.server_info()
+        info = machine.decode.server_info()
         assert (info["attn_tp_size"], info["kvp_size"]) == (1, RANKS)
         for _ in range(2):  # the second time from the prefix caches of both servers
             answers = list(clients.map(lambda p: client.generate(p, NEW_TOKENS), prompts))
@@ -108,15 +149,12 @@ def test_answers_through_the_router(tmp_path: Path, example: str, family: str | 
         for tokens, answer in zip(prompts, batch, strict=True):
             check(model, tokens, answer, NEW_TOKENS)
 
-        launcher = session_of(machine.prefill)
-        os.kill(scheduler_pid(launcher, 0), signal.SIGSTOP)  # none is answered before
-        others = [prompt(4 * CHUNK, seed=1 + number) for number in range(len(prompts))]
-        asked = [clients.submit(client.generate, tokens, NEW_TOKENS) for tokens in others]
-        wait_until(lambda: held_by(decode) == len(others))
+        asked = kill(machine, clients)
         began = time.monotonic()
-        os.killpg(launcher, signal.SIGKILL)
-        asked.append(clients.submit(client.generate, prompts[0], NEW_TOKENS))
         assert all(isinstance(answer.exception(120), ServerError) for answer in asked)
-        decode.post("/flush_cache?timeout=60", None)  # which it does once nothing is held
+        with pytest.raises(ServerError):
+            client.generate(prompts[0], NEW_TOKENS)
+        other = getattr(machine, left)
+        other.post("/flush_cache?timeout=60", None)  # which it does once nothing is held
         assert time.monotonic() - began < 120
-        assert decode.get("/health") == ""
+        assert other.get("/health") == ""

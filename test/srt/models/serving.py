@@ -8,6 +8,7 @@ detokenizer are left out, and `test_end_to_end.py` has those.
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -120,21 +121,28 @@ def _serve_by_each(
 def each_exchange(scheduler: Any, names: Sequence[str]) -> Iterator[str]:
     """In a rank's process: serve by one exchange after the other; the start's is the first.
 
-    Starting ranks costs as much as a load. What an exchange changes is built anew in them, and the
-    cache is emptied.
+    Starting ranks costs as much as a load. What an exchange changes is built anew in them.
     """
+    from sglang.srt.runtime_context import get_parallel
+
+    for number, name in enumerate(names):
+        with exchanging_by(scheduler, name) if number else nullcontext():
+            assert get_parallel().dcp_group.exchanger.name == name
+            yield name
+
+
+@contextmanager
+def exchanging_by(scheduler: Any, name: str) -> Iterator[None]:
+    """In a rank's process: another exchange than the one it started with, and an empty cache."""
     from sglang.srt.runtime_context import get_parallel
     from sglang_helix.srt.model_executor.model_runner import prepare_exchange
 
     runner = scheduler.tp_worker.model_runner
-    for number, name in enumerate(names):
-        with get_parallel().override(dcp_comm_backend=name):
-            if number:
-                scheduler.flush_cache()
-                prepare_exchange(None, runner)
-                runner.init_attention_backends()
-            assert get_parallel().dcp_group.exchanger.name == name
-            yield name
+    with get_parallel().override(dcp_comm_backend=name):
+        scheduler.flush_cache()
+        prepare_exchange(None, runner)
+        runner.init_attention_backends()
+        yield
 
 
 def scheduler_of(rank: int, argv: list[str]) -> Any:

@@ -329,8 +329,9 @@ PARTS: tuple[Part, ...] = (
         "prefill-decode disaggregation by Mooncake",
         "both sides as schedulers against `transformers`, over a stand-in for Mooncake's engine: "
         "plain servers, to decode servers of 2 ranks and of 4 on 2 head shards, between equal "
-        "layouts of 2, Llama- and DeepSeek-V2-shaped; prefixes on both sides, retraction, abort "
-        "and a killed prefill server; rows of K and V in 200 layouts; behind SGLang's router",
+        "layouts of 2, Llama- and DeepSeek-V2-shaped, by `symm` in the interpreter; prefixes on "
+        "both sides, retraction, abort, a killed prefill and a killed decode server; rows of K and "
+        "V in 200 layouts; behind SGLang's router",
     ),
     Part(
         "experts of other ranks (`--ep-size`), memory released and resumed, generation paused, "
