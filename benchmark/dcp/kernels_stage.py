@@ -108,14 +108,10 @@ class StandIn:
 # Experiments with the kernel of the exchange: attributes of `symm_layout.Layout`, or the
 # multiprocessors that it may fill, so that something can run beside it.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "32 SMs": {"sms": 32},
-    "LSEs polled": {"hint": True},
-    "three slots": {"slots": 3},
-    "LSEs polled, three slots": {"hint": True, "slots": 3},
-    "PDL": {"pdl": True},
     "one row ahead": {"ahead": True},
-    "one row ahead, 64 SMs": {"ahead": True, "sms": 64},
-    "one row ahead, LSEs polled, 64 SMs": {"ahead": True, "hint": True, "sms": 64},
+    "all rows first": {"ahead": False},
+    "64 SMs": {"sms": 64},
+    "32 SMs": {"sms": 32},
 }
 
 

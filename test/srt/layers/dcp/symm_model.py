@@ -42,8 +42,7 @@ class Model:
             before them end.
         dispatch: per rank, the order in which programs start; None: by number, as devices do.
         words: separate stores of one piece.
-        slots: 2 in the kernel, 3 in its experiment, which goes with `early`.
-        early: whether a call puts back what the one before has read, before it waits.
+        slots: 2 in the kernel.
         ahead: whether a program sends one row ahead of what it waits for, not all of its rows.
         heads: of `places` places per rank and token, those that stand for a head; the others'
             pieces are sent only with `phantoms`. Rows count places.
@@ -56,7 +55,6 @@ class Model:
     dispatch: tuple[tuple[int, ...], ...] | None = None
     words: int = 2
     slots: int = 2
-    early: bool = False
     ahead: bool = False
     places: int = 1
     heads: int = 1_000_000
@@ -158,7 +156,7 @@ def run_at_random(model: Model, seed: int) -> None:
     draw, state = random.Random(seed), first(model)
     while not finished(model, state):
         state = take(model, state, draw.choice(_some(model, state)))
-    if state.memory and not model.early:
+    if state.memory:
         raise ViolationError(f"not put back: {sorted(at for at, _ in state.memory)}")
 
 
@@ -200,11 +198,8 @@ def _operations(model: Model, call: int, program: int) -> Iterator[tuple[str, in
     for place, row in enumerate(rows):
         if place:
             yield from (("send", row) for row in rows[first:][place - 1 : place])
-        if model.early:
-            yield "put back", row
         yield "read", row
-        if not model.early:
-            yield "put back", row
+        yield "put back", row
         yield "count", row
 
 
@@ -234,11 +229,9 @@ def _epoch(model: Model, state: State, rank: int, row: int) -> int:
     return 1 + sum(row < rows for rows in model.rows[: state.calls[rank]])
 
 
-def _pieces(
-    model: Model, state: State, rank: int, row: int, *, sends: bool, past: int = 0
-) -> list[Word]:
-    """Words that a rank sends, or receives, for a row of its current call, or of one before."""
-    slot = (_epoch(model, state, rank, row) - past) % model.slots
+def _pieces(model: Model, state: State, rank: int, row: int, *, sends: bool) -> list[Word]:
+    """Words that a rank sends, or receives, for a row of its current call."""
+    slot = _epoch(model, state, rank, row) % model.slots
     if sends:
         peers = [owner for owner in range(model.ranks) if model.received(owner, row)]
     else:
@@ -262,8 +255,7 @@ def _operate(model: Model, state: State, rank: int, operation: str, row: int) ->
     if operation == "send":
         words = _pieces(model, state, rank, row, sends=True)
         return replace(state, flying=state.flying | {Store(at, epoch, rank) for at in words})
-    past = model.early and operation == "put back"
-    words = _pieces(model, state, rank, row, sends=False, past=past)
+    words = _pieces(model, state, rank, row, sends=False)
     if operation == "read":
         memory = dict(state.memory)
         for at in words:

@@ -56,9 +56,7 @@ def layouts(draw) -> Layout:
     heads = draw(st.integers(1, 2 * ranks + 1))
     wire = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     head_dim = draw(st.sampled_from([8, 24, 80, 96, 128, 192]))
-    experiments = {name: draw(st.booleans()) for name in ("hint", "ahead", "pdl")}
-    experiments["pdl"] &= DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    return Layout(ranks, heads, head_dim, wire, 5, draw(st.sampled_from([2, 3])), **experiments)
+    return Layout(ranks, heads, head_dim, wire, 5, draw(st.booleans()))
 
 
 @launches
@@ -82,11 +80,10 @@ def test_calls_of_all_sizes_give_the_exact_combination(data: st.DataObject) -> N
 
 
 @launches
-@pytest.mark.parametrize(("slots", "hint"), [(2, False), (3, True)])
-def test_ranks_out_of_step(slots: int, hint: bool) -> None:
+def test_ranks_out_of_step() -> None:
     """A rank may be a call ahead of another, whose slot it must not touch."""
-    layout = Layout(3, 6, 16, torch.float32, 2, slots, hint)
-    world = Ranks(layout, DEVICE, warps=3, seed=slots)
+    layout = Layout(3, 6, 16, torch.float32, 2)
+    world = Ranks(layout, DEVICE, warps=3)
     calls = [partial(3, B, layout) for B in (2, 1, 2, 2, 1, 2, 2)]
 
     def launch(call: int, rank: int, phase: int) -> Partial:
@@ -100,14 +97,10 @@ def test_ranks_out_of_step(slots: int, hint: bool) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="on GPUs test_symm_gpu does so")
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(
-    "variant",
-    [{}, {"ahead": True, "pdl": True}, {"ahead": True, "hint": True, "slots": 3}],
-    ids=["as it is", "ahead", "ahead, polled LSEs, three slots"],
-)
-def test_ranks_in_processes_of_their_own(variant: dict[str, Any], ranks: int) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ranks_in_processes_of_their_own(ahead: bool, ranks: int) -> None:
     """They send and wait in one launch, as on devices that start one program after the other."""
-    layout = Layout(ranks, 2 * ranks, 16, torch.float32, 3, **variant)
+    layout = Layout(ranks, 2 * ranks, 16, torch.float32, 3, ahead)
     world = Ranks(layout, DEVICE, warps=2)  # programs of one, two and three rows
     world.share()
     calls = [partial(ranks, B, layout) for B in (3, 1, 3, 2)]
@@ -382,25 +375,6 @@ def test_what_every_call_reads_is_worked_out_once(monkeypatch: pytest.MonkeyPatc
     # Of another form all is looked at again.
     with pytest.raises(TypeError, match="fp32 lse"):
         symm_launch.exchange(workspace, Partial(partial.out, partial.lse.half()), head_major=True)
-
-
-def test_only_the_experiment_is_launched_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[dict[str, object]] = []
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, int]) -> Any:
-            return lambda *arguments, **options: launched.append(options)
-
-    monkeypatch.setattr(symm_launch, "exchange_kernel", Kernel())
-    for pdl in (False, True):
-        workspace = Ranks(small(pdl=pdl), "cpu").together
-        x, lse = torch.zeros(3, 6, 128, dtype=torch.bfloat16), torch.zeros(3, 6)
-        symm_launch.exchange(workspace, Partial(x, lse))
-    before, pdl = launched
-    assert "launch_pdl" not in before
-    assert (before["launch_cooperative_grid"], before["PDL"]) == (True, False)
-    assert pdl["launch_pdl"]
-    assert (pdl["launch_cooperative_grid"], pdl["PDL"]) == (False, True)
 
 
 @pytest.mark.parametrize(("splits", "programs"), [(False, 64), (True, 16)])

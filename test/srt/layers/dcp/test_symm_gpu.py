@@ -203,12 +203,8 @@ def replays_out_of_step(ranks: list[OutOfStep], batches: Batches | Queries) -> i
 #: What plays out of step on so many ranks, for batches of up to 6.
 OUT_OF_STEP: dict[str, Callable[[int], Batches | Queries]] = {
     "exchange": lambda ranks: Batches(Layout(ranks, 16, 128, torch.bfloat16, 6)),
-    "polled LSEs, three slots": lambda ranks: Batches(
-        Layout(ranks, 16, 128, torch.bfloat16, 6, slots=3, hint=True)
-    ),
-    "PDL": lambda ranks: Batches(Layout(ranks, 16, 128, torch.bfloat16, 6, pdl=True)),
-    "one row ahead, PDL": lambda ranks: Batches(
-        Layout(ranks, 16, 128, torch.bfloat16, 6, ahead=True, pdl=True), warps=4
+    "one row ahead, of few programs": lambda ranks: Batches(
+        Layout(ranks, 16, 128, torch.bfloat16, 6, ahead=True), warps=4
     ),
     "gather": lambda ranks: Queries(QueryLayout(ranks, 16, (448, 64), torch.bfloat16, 6)),
 }

@@ -66,16 +66,6 @@ def test_one_slot_overwrites_what_was_not_read() -> None:
         run_in_every_order(model(slots=1, calls=2, programs=1, words=1))
 
 
-def test_what_is_put_back_in_the_next_call_takes_a_third_slot() -> None:
-    """While that call's pieces are under way; of two slots it would be theirs."""
-    for seed in range(20):
-        run_at_random(model(ranks=3, rows=2, calls=5, slots=3, early=True), seed)
-    size = {"calls": 4, "words": 1, "programs": 1, "early": True}
-    assert run_in_every_order(model(slots=3, **size)) > 100
-    with pytest.raises(ViolationError):
-        run_in_every_order(model(slots=2, **size))
-
-
 def test_ahead_by_one_row() -> None:
     """Of three rows the last is sent when the first has come; what fits may differ, as before."""
     assert run_in_every_order(model(rows=3, calls=1, programs=1, words=1, ahead=True)) > 3000

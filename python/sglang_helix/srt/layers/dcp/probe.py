@@ -31,7 +31,7 @@ from sglang_helix.srt.layers.dcp.partial import Partial, Splits
 logger = logging.getLogger(__name__)
 
 _SLOTS = 2  # of `symm`: each is tried
-_NOT_BY_KERNEL = f"; or, where only queries are wrong, unset {GATHER_VARIABLE}"
+_NOT_BY_KERNEL = f"; or, where only queries are wrong, set {GATHER_VARIABLE}=0"
 _BLOCK = 32  # tokens of a split, in the form of splits
 _LOG2_E = 1.4426950408889634
 # Empty shards, as kernels leave them.

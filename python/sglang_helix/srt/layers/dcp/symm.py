@@ -22,19 +22,10 @@ put back. One slot would not do; test/srt/layers/dcp/symm_model.py checks both. 
 a piece from every rank in every call: where h*N > H the places that stand for no head travel too,
 as empty shards.
 
-Three slots are an experiment (`Layout.slots`): what a call has read is put back in the next one,
-before it waits. A rank's call k + 2 writes there, after a piece that was sent once call k + 1 had
-ended. So is the hint of the LSEs (`Layout.hint`), which are stored last: what is read is looked at
-again.
-
-Ahead by one row (`Layout.ahead`, an experiment too) a program sends a row before it waits for the
-one before, not all of its rows. Of the rows that some rank has not received all ranks have sent the
-first, so that somebody gets on wherever all programs are resident, or start in order.
-
-`Layout.pdl`, the last experiment, starts a call while the kernel before it ends, and waits for that
-end (PTX's griddepcontrol) where a kernel boundary stood. What is said of boundaries holds where
-every kernel that a stream launches so waits too, in each program; SGLang's and others' were not
-looked at.
+Ahead by one row (`Layout.ahead`): a program of several rows sends one before it waits for the one
+before, not all of them first, so that link and local memory work at once. Of the rows that some
+rank has not received all ranks have sent the first, so that somebody gets on wherever all programs
+are resident, or start in order.
 
 Epochs. Each row counts its calls in the rank's own memory. No host state, so CUDA graphs replay;
 no reset, so batch sizes may vary.
@@ -175,18 +166,6 @@ def _line(home, offset, slot_row, number, LINE: tl.constexpr):
 
 
 @triton.jit
-def _slot(epoch, SLOTS: tl.constexpr):
-    return epoch & 1 if SLOTS == 2 else epoch % SLOTS
-
-
-@triton.jit
-def _put_back(rows, cells, lses, live):
-    """Bring the words of a row into the state in which nothing has arrived."""
-    tl.store(rows, tl.full(cells.shape, _NEVER_SENT, tl.uint32), mask=cells)
-    tl.store(lses, tl.full(live.shape, _NEVER_SENT, tl.uint32), mask=live)
-
-
-@triton.jit
 def _report(status, missing, n, epoch, layer):
     """Tell the host what this program waits for; `symm_workspace.Stall` reads it.
 
@@ -241,10 +220,7 @@ def exchange_kernel(
     LINE: tl.constexpr,
     DATA: tl.constexpr,
     LSES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HINT: tl.constexpr,
     AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
     SPLITS: tl.constexpr,
     BASE2: tl.constexpr,
     PHASE: tl.constexpr,
@@ -267,23 +243,13 @@ def exchange_kernel(
     cells = live[:, None] & (w < W)[None, :]
     base = tl.load(peers_ptr + n, mask=live, other=0)
     own = tl.load(peers_ptr + me)
-    if PDL and not _INTERPRETED:
-        # The kernel before may still run. Above stand addresses that nothing has written to since
-        # the workspace was made. All else waits until that kernel has ended and what it wrote is
-        # seen: attention's results; the epochs and what was put back, the call before's; every
-        # store, to results whose memory it may read, and to peers, as a slot is free once the call
-        # before has ended, no sooner.
-        tl.extra.cuda.gdc_wait()
-        # The next one may take what places are free, since all programs that peers wait for have
-        # theirs. It waits in its turn for all of this one, and so for all before.
-        tl.extra.cuda.gdc_launch_dependents()
     epochs = epochs_ptr + tl.program_id(1) * ROWS
     first_row = tl.program_id(0)
     first_epoch = tl.load(epochs + first_row)  # for a program that has one row, the only load
 
-    # All sends come before the first wait: programs that wait never hold back what a peer needs.
-    # Or a turn sends the row after the one that it receives, the first turn both.
-    TURNS: tl.constexpr = AHEAD and PHASE == 3
+    # A turn sends the row after the one that it receives, the first turn both. Or, without turns,
+    # all sends come before the first wait.
+    TURNS: tl.constexpr = AHEAD and PHASE == 3 and not SPLITS
     rows_here, step = tokens * OWNED * PARTS, tl.num_programs(0)
     turns = tl.cdiv(rows_here - first_row, step) if TURNS else 1
     for turn in tl.range(turns):
@@ -316,7 +282,7 @@ def exchange_kernel(
                 x = tl.minimum(x, _NEVER_SENT - 1)
                 epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
                 # In a peer's memory under this rank's number, in ours under the peer's.
-                slot_row, number = _slot(epoch, SLOTS) * ROWS + row, me + n * 0
+                slot_row, number = (epoch & 1) * ROWS + row, me + n * 0
                 rows = _rows(base, DATA, slot_row, number, w, N, W)
                 tl.store(rows, x, mask=cells, cache_modifier=".wt")
                 lses = _line(base, LSES, slot_row, number, LINE)
@@ -330,21 +296,10 @@ def exchange_kernel(
                 end = start + 1
             for row in tl.range(start, end, step):
                 epoch = tl.load(epochs + row, mask=row != first_row, other=first_epoch)
-                home, slot_row = own + base * 0, _slot(epoch, SLOTS) * ROWS + row
+                home, slot_row = own + base * 0, (epoch & 1) * ROWS + row
                 rows = _rows(home, DATA, slot_row, n, w, N, W)
                 lses = _line(home, LSES, slot_row, n, LINE)
                 polls = 0
-                if SLOTS == 3:  # those of the call before, while this one's are under way
-                    past = _slot(epoch + 2, SLOTS) * ROWS + row
-                    past_rows = _rows(home, DATA, past, n, w, N, W)
-                    _put_back(past_rows, cells, _line(home, LSES, past, n, LINE), live)
-                if HINT:  # they are stored last: what is polled until then is a line, not the row
-                    bits = tl.load(lses, mask=live, other=0, volatile=True)
-                    while _any_thread(tl.max(bits) == _NEVER_SENT):
-                        polls += 1
-                        if polls % _POLLS_PER_REPORT == 0:
-                            _report(status, bits == _NEVER_SENT, n, epoch, layer)
-                        bits = tl.load(lses, mask=live, other=0, volatile=True)
                 # The value that is never sent is the largest.
                 x = tl.load(rows, mask=cells, other=0, volatile=True)
                 bits = tl.load(lses, mask=live, other=0, volatile=True)
@@ -380,8 +335,8 @@ def exchange_kernel(
                 tl.store(y_lse_ptr + b * yl_b + h * yl_h, whole, mask=is_head & (part == 0))
                 # Last, off the path of the result. The words and the epoch are only ours until the
                 # row's next call.
-                if SLOTS == 2:
-                    _put_back(rows, cells, lses, live)
+                tl.store(rows, tl.full(x.shape, _NEVER_SENT, tl.uint32), mask=cells)
+                tl.store(lses, tl.full(bits.shape, _NEVER_SENT, tl.uint32), mask=live)
                 tl.store(epochs + row, epoch + 1)
 
 

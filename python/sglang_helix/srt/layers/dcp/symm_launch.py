@@ -237,9 +237,6 @@ def _prepare(
         "BASE2": base2,
         **_launched(workspace, warps, phase),
     }
-    if layout.pdl:
-        # Launches of one after the other; a cooperative one would begin when all of it fits.
-        options |= {"launch_pdl": True, "launch_cooperative_grid": False}
     grid = _grid(workspace, tokens * drafts, warps)
     return _Call(tokens, copies, (out.shape, out.stride()), dtype, grid, strides, options)
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES
 
 TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+SLOTS = 2  # calls take turns with them; the kernels count on two
 _LINE_BYTES = 128  # of a GPU's caches
 # Virtual ranks on one H200, no link in between; the two choices of the tile were tried by hand.
 # A head of 512 elements (MLA, 64 tokens): 80 us as one row, 90 as two, 110 as four, in an earlier
@@ -78,10 +79,8 @@ class Layout(Slots):
         head_dim: D; rows of D elements must be whole 16-byte vectors.
         wire: dtype of the pieces (bf16, fp16, fp32).
         max_tokens: the largest batch.
-        slots, hint, ahead, pdl: experiments with the kernel, for tests and benchmarks: 3 slots; a
-            row's LSEs are polled, and the row only when they are there; a program sends one row
-            ahead of what it waits for, not all; a launch begins as the kernel before it ends, from
-            sm_90 on.
+        ahead: whether a program sends one row ahead of what it waits for, not all of its rows;
+            None: where that was measured and takes no more warps (`sends_ahead`).
     """
 
     ranks: int
@@ -89,10 +88,7 @@ class Layout(Slots):
     head_dim: int
     wire: torch.dtype
     max_tokens: int
-    slots: int = 2
-    hint: bool = False
-    ahead: bool = False
-    pdl: bool = False
+    ahead: bool | None = None
 
     def __post_init__(self) -> None:
         _check_wire(self.wire)
@@ -139,8 +135,8 @@ class Layout(Slots):
     def _places(self) -> dict[str, tuple[int, int]]:
         """Offset and size in bytes of each part of the workspace, in order."""
         sizes = {
-            "lse": self.slots * self.rows * 4 * self.line,
-            "data": self.slots * self.rows * self.ranks * self.row_bytes,
+            "lse": SLOTS * self.rows * 4 * self.line,
+            "data": SLOTS * self.rows * self.ranks * self.row_bytes,
         }
         places, at = {}, 0
         for name, size in sizes.items():
@@ -178,12 +174,20 @@ class Layout(Slots):
             "LINE": self.line,
             "DATA": places["data"],
             "LSES": places["lse"],
-            "SLOTS": self.slots,
-            "HINT": self.hint,
-            "AHEAD": self.ahead,
-            "PDL": self.pdl,
+            "AHEAD": self.sends_ahead,
         }
         return MappingProxyType(constants)
+
+    @cached_property
+    def sends_ahead(self) -> bool:
+        """Whether rows of a partial output are sent one ahead; of splits, which are merged first,
+        all are.
+
+        docs/figures/variants-h200x2.csv: between 2 GPUs up to 1.36 times faster from 256 tokens of
+        MLA and 1024 of GQA on, elsewhere the same. With 8 ranks a program of MLA spills unless it
+        has twice the warps, and nobody has timed that.
+        """
+        return self.ranks <= 4 if self.ahead is None else self.ahead
 
     def warps(self, splits: bool) -> int:
         """Warps per program: the pieces of a row, of all ranks, are one tile in registers."""
@@ -197,7 +201,7 @@ class Layout(Slots):
         words = self.head_dim // self.parts if splits else self.row_bytes // 4
         tile = power_of_2(self.ranks) * power_of_2(words)
         share = _WORDS_PER_THREAD
-        if splits or self.ahead:  # sums, or what all turns have in common, are held beside it
+        if splits or self.sends_ahead:  # sums, or what all turns have in common, are held beside it
             share //= 2
         return max(1, tile // (32 * share))
 
@@ -259,7 +263,7 @@ class QueryLayout(Slots):
     @cached_property
     def nbytes(self) -> int:
         """Size of the workspace."""
-        return _align(2 * self.max_tokens * self.token_bytes)
+        return _align(SLOTS * self.max_tokens * self.token_bytes)
 
     @cached_property
     def constants(self) -> Mapping[str, Any]:
