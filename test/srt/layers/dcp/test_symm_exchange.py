@@ -159,9 +159,9 @@ def test_splits_leave_for_their_owners(
     if DEVICE == "cuda":
         ranks.kernels[0].phase = SEND  # no rank answers now
         launches = measure.launches(lambda: step(0, ranks.groups[0]))
-        joined = 1 if rope else 0  # the two parts of MLA's query
+        # The two parts of MLA's query lie as they are attended.
         merged_first = 0 if splits <= 8 else 1
-        assert launches - joined - merged_first == 2, "attention's first stage, and the exchange"
+        assert launches - merged_first == 2, "attention's first stage, and the exchange"
 
     # The same through the merge that other exchanges take.
     partials = [
