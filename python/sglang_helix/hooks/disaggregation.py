@@ -104,6 +104,17 @@ DISAGGREGATION: tuple[Hook, ...] = (
         until="see requires_dcp_relayout",
     ),
     Hook(
+        target=f"{_MOONCAKE}.MooncakeKVReceiver.failure_exception",
+        kind="before",
+        stage="transfer",
+        impl=f"{_SRT}.disaggregation.mooncake.conn:name_mismatch",
+        signature="self",
+        why="a decode server that is rejected tells its clients of a prefill server that failed",
+        how="gives the layouts of both, where they do not fit",
+        upstream="none",
+        until="see requires_dcp_relayout",
+    ),
+    Hook(
         target=f"{_MOONCAKE}.MooncakeKVManager.send_kvcache_dcp",
         kind="around",
         stage="transfer",

@@ -168,6 +168,23 @@ def name_rejection(sender: Any) -> None:
             manager.failure_records.setdefault(room, reason)
 
 
+def name_mismatch(receiver: Any) -> None:
+    """Before a receiver's `failure_exception`: for what its prefill server rejects it, if it does.
+
+    That server says no more than that it failed.
+    """
+    manager = receiver.kv_mgr
+    info = manager.prefill_info_table.get(receiver.bootstrap_addr)
+    kvp_size = None if info is None else _marked_dcp_size(info)
+    if kvp_size is None:
+        return
+    prefill = Layout(info.attn_tp_size, kvp_size)
+    decode = Layout(manager.attn_tp_size, manager.dcp_size)
+    if reason := mismatch(prefill, decode, mla=not _key_value(manager)):
+        with manager.failure_lock:
+            manager.failure_records[receiver.bootstrap_room] = reason
+
+
 def mismatch(prefill: Layout, decode: Layout, *, mla: bool) -> str | None:
     """Why rows of a prefill server do not become those of a decode server; None where they do.
 
