@@ -38,8 +38,8 @@ def register() -> None:
 # Schedulers are spawned, and spawning runs the main module again under this name.
 if __name__ == "__mp_main__":
     register()
+sharing = share_gpu.ENVIRONMENT.items() <= os.environ.items()
+if sharing and __name__ in ("__main__", "__mp_main__"):
+    share_gpu.share()
 if __name__ == "__main__":
-    if share_gpu.ENVIRONMENT.items() <= os.environ.items():
-        share_gpu.launch()
-    else:
-        runpy.run_module("sglang.launch_server", run_name="__main__")
+    runpy.run_module("sglang.launch_server", run_name="__main__")

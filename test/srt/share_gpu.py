@@ -19,11 +19,13 @@ ENVIRONMENT = {
     "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
 }
-# Peer copies between GPUs, which ranks of one GPU have none of.
-FLAGS = ("--disable-custom-all-reduce",)
+# Peer copies between GPUs, which ranks of one GPU have none of. The fused all-reduce is what SGLang
+# turns on by itself, for DeepSeek-V3, gpt-oss and others.
+FLAGS = ("--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion")
 
 
-def launch() -> None:
+def share() -> None:
+    """Have the ranks that this process starts use the first device that it sees."""
     from sglang.srt.platforms.cuda import CudaDeviceMixin
 
     @contextlib.contextmanager
@@ -31,9 +33,12 @@ def launch() -> None:
         yield 0
 
     CudaDeviceMixin.reindex_device_id = first_device
-    runpy.run_module("sglang.launch_server", run_name="__main__")
 
 
-if __name__ == "__main__":
+# The controller of attention replicas is spawned, and starts their ranks: spawning runs the main
+# module again under another name.
+if __name__ in ("__main__", "__mp_main__"):
     os.environ.update(ENVIRONMENT)
-    launch()
+    share()
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -101,7 +101,7 @@ def test_symm_decodes_what_another_server_prefilled(
         answers += pair.generate_batch(prompts, NEW_TOKENS)
         for tokens, answer in zip(2 * prompts, answers, strict=True):
             clear += compared(answer.completion, oracle.generate(tokens, NEW_TOKENS))
-        assert clear > 60
+        assert clear > 50  # of the oracle's alone: 52 of llama, 68 of deepseek_v2
         assert "cuda graph: True" in decode.log()
         for server in (prefill, decode):
             server.flush_cache()  # which they do once nothing is held
