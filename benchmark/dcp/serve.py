@@ -163,6 +163,7 @@ def started(
         platform=PLATFORM_NAME if options.cpu else None,
         env=environment,
         start_timeout=options.start_timeout,
+        held_until=hold,
     )
     server.command[server.command.index(_LAUNCHER)] = options.launcher
     with server:
@@ -332,7 +333,12 @@ def main(argv: list[str]) -> int:
         help="start all servers at once, and let each go on when its turn comes",
     )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one request")
-    parser.add_argument("--start-timeout", type=float, default=3600, help="seconds for one server")
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=3600,
+        help="seconds for one server to start, with --together from its turn on",
+    )
     report.add_files(parser)
     options = parser.parse_args(own)
     if options.from_csv:

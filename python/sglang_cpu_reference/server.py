@@ -139,11 +139,12 @@ class Server(Client):
     checkpoint: model directory. flags: command line flags as one would type them. platform: value
     of SGLANG_PLATFORM (None: SGLang chooses, e.g. CUDA). env: further environment variables.
     late_env: those that nothing reads at import. start_timeout: seconds until health before
-    ServerError. progress: report while starting, on stderr or to a function. cold: start the
-    command itself even where servers are forked. prelude: Python code that a forked launcher runs
-    before anything else. nodes: launchers that share the ranks, as on so many hosts; requests go to
-    the first. node_flags: what single nodes are given besides, by their number. A server lives at
-    most as long as the thread that started it.
+    ServerError; held_until: what it waits for is a file, and they count from when that is there.
+    progress: report while starting, on stderr or to a function. cold: start the command itself even
+    where servers are forked. prelude: Python code that a forked launcher runs before anything else.
+    nodes: launchers that share the ranks, as on so many hosts; requests go to the first.
+    node_flags: what single nodes are given besides, by their number. A server lives at most as long
+    as the thread that started it.
     """
 
     #: Whether this process forks its servers on the CPU platform instead (see `warm`); those with
@@ -158,6 +159,7 @@ class Server(Client):
         env: Mapping[str, str] | None = None,
         late_env: Mapping[str, str] | None = None,
         start_timeout: float = 300,
+        held_until: Path | None = None,
         progress: bool | Callable[[str], None] = True,
         cold: bool = False,
         prelude: str = "",
@@ -174,7 +176,7 @@ class Server(Client):
         self.env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {}), **(late_env or {})}
         if platform is not None:
             self.env["SGLANG_PLATFORM"] = platform
-        self.start_timeout = start_timeout
+        self.start_timeout, self._held_until = start_timeout, held_until
         self.progress = progress
         self.start_seconds: float | None = None
         self.warm = self.forks and platform == PLATFORM_NAME and not env and not cold
@@ -260,6 +262,8 @@ class Server(Client):
     def _wait_until_healthy(self) -> None:
         start = reported = time.monotonic()
         while True:
+            if self._held_until and not self._held_until.exists():
+                start = time.monotonic()
             elapsed = time.monotonic() - start
             if any(process.poll() is not None for process in self._processes):
                 raise ServerError(self._ended(elapsed))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.drafts import make_eagle
-from sglang_cpu_reference.server import Server
+from sglang_cpu_reference.server import Server, ServerError
 from srt.fresh import Fresh
 from srt.models import serving
 
-from benchmark.dcp import layouts, load, made, report, serve
+from benchmark.dcp import held, layouts, load, made, report, serve
 from benchmark.dcp.layouts import Row, parse_layout
 from benchmark.dcp.load import Answer, Load
 
@@ -246,6 +247,40 @@ def test_refuses_what_it_cannot_measure(
         serve.main(args)
     assert stopped.value.code == 2
     assert names in capsys.readouterr().err
+
+
+class Clock:
+    """Stands for `time`: a second for every sleep, and at second 100 a server's turn comes."""
+
+    def __init__(self, turn: Path) -> None:
+        self.now, self.turn = 0, turn
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, _seconds: float) -> None:
+        self.now += 1
+        if self.now == 100:
+            self.turn.touch()
+
+
+@pytest.mark.parametrize(("healthy_at", "starts"), [(109, True), (112, False)])
+def test_the_time_to_start_counts_from_the_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, healthy_at: int, starts: bool
+) -> None:
+    """However long servers before it took."""
+    clock = Clock(tmp_path / "turn")
+    monkeypatch.setattr("sglang_cpu_reference.server.time", clock)
+    monkeypatch.setattr(Server, "_launch", lambda *_: None)
+    monkeypatch.setattr(Server, "_healthy", lambda _: clock.now >= healthy_at)
+    monkeypatch.setattr(Server, "log", lambda *_: "")
+    options = SimpleNamespace(
+        model="model", tp=2, cpu=False, prefix="made", server_flags=(), start_timeout=10.0,
+        launcher=held.__name__,
+    )  # fmt: skip
+    expected = nullcontext() if starts else pytest.raises(ServerError, match="after 10 s")
+    with expected, serve.started(parse_layout("tp", 2), 0, options, clock.turn):  # type: ignore[arg-type]
+        assert clock.now == healthy_at
 
 
 def test_a_server_that_does_not_start() -> None:
