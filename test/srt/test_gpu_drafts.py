@@ -75,7 +75,6 @@ def verified(server: Server, oracle: Oracle, graphs: str) -> list[Generation]:
     assert clear > 20
     passes = [line for line in server.log().splitlines() if "Decode batch" in line]
     assert {"cuda graph: True" in line for line in passes} == {graphs == "full"}
-    everything_is_free(server)
     return answers
 
 
@@ -123,6 +122,7 @@ def test_a_draft_model(
     for name in ("tp 1", layout):
         with gpu_server(target, name, *flags, attention=attention) as server:
             answered[name] = verified(server, oracle, graphs)
+            everything_is_free(server)
     same = [
         [answer.meta_info["spec_num_correct_drafts"] for answer in pair]
         for pair in zip(*answered.values(), strict=True)
@@ -168,6 +168,9 @@ def test_what_padding_reads_reaches_no_draft(tmp_path: Path, family: str, attent
     oracle = Oracle(target)
     with gpu_server(target, "a2a", *flags, attention=attention, launcher=poison.__name__) as server:
         verified(server, oracle, "full")
-        again = verified(server, oracle, "full")  # n-grams draft what was answered
+        # N-grams draft what was answered: 46 right ones on the CPU, 9 where a flush empties their
+        # corpus before.
+        again = verified(server, oracle, "full")
         assert poison.SAID in server.log()
+        everything_is_free(server)
     assert sum(answer.meta_info["spec_num_correct_drafts"] for answer in again) > len(PROMPTS)
