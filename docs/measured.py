@@ -41,6 +41,24 @@ RUNS = {
         "serve-h200x2-deepseek-v2-lite-fa3",
         "attn-tp:1:symm@fa3",
     ),
+    "lite gathered": Run(
+        "2 H200s, 2026-11-29",
+        "DeepSeek-V2-Lite, `--dcp-size 2`: queries gathered by `symm`'s kernel",
+        "serve-h200x2-deepseek-v2-lite-gather",
+        "symm@fa3",
+    ),
+    "v3": Run(
+        "2 H200s, 2026-11-29",
+        "8 layers of DeepSeek-V3, `--dcp-size 2`: queries gathered by NCCL",
+        "layers8-h200x2-deepseek-v3",
+        "symm@fa3",
+    ),
+    "v3 mtp": Run(
+        "2 H200s, 2026-11-29",
+        "the same with an MTP draft: a verify pass of 4 tokens, and the 3 steps of its draft",
+        "layers8-h200x2-deepseek-v3-mtp",
+        "symm@fa3",
+    ),
     "shard": Run(
         "2 H200s, 2026-11-28",
         "one attention shard of Qwen3-235B, `--attn-tp-size 1`",
@@ -67,6 +85,7 @@ RUNS = {
         "tp",
     ),
 }
+BATCHES = ("1", "8", "64", "256", "1024")
 COLUMNS = ((4096, 8192), (32768, 65536), (131072,), (262144,), (524288,), (1048576,))
 # Rows of README's table: a run, a context, and requests at once.
 SHOWN = (
@@ -160,13 +179,60 @@ def readme() -> str:
     return markdown(head, rows)
 
 
+def collectives(ranks: int) -> list[Line]:
+    """The exchange's lines; `symm` between 2 as a server takes it: one row ahead, last of two."""
+    lines = lines_of(f"collectives-h200x{ranks}")
+    if ranks != 2:
+        return lines
+    ahead = [
+        {**line, "name": "helix symm"}
+        for line in lines_of("variants-h200x2")
+        if line["name"] == "helix symm, one row ahead"
+    ]
+    return lines + ahead
+
+
+def peers() -> str:
+    """Microseconds of `symm` and of what others have for the same, between 2 GPUs."""
+    names = {"helix symm": "`symm`", "flashinfer kernel": "FlashInfer's kernel"}
+    names |= {"flashinfer": "the same, with its pack", "torch all_to_all_nd": "torch"}
+    us = by_name(collectives(2))
+    rows = [
+        [batch, *(said(us[kind, batch, name]) for kind in ("mla", "gqa") for name in names)]
+        for batch in BATCHES
+    ]
+    heads = [f"{kind} {name}" for kind in ("MLA", "GQA") for name in names.values()]
+    return markdown(["batch", *heads], rows)
+
+
+def gather() -> str:
+    """Microseconds of a layer's queries between 2 GPUs, by the all-gather and by the kernel."""
+    us = by_name(lines_of("gather-h200x2"))
+    rows = []
+    for batch in BATCHES:
+        row = [batch]
+        for kind in ("mla", "gqa"):
+            plain = us[kind, batch, "helix all-gather"]
+            kernel = us.get((kind, batch, "helix symm gather"))
+            row.append(f"{said(plain)} / -" if kernel is None else _beside(plain, kernel))
+        rows.append(row)
+    return markdown(["batch", "MLA, 128 heads", "GQA, 64 heads"], rows)
+
+
+def by_name(lines: Iterable[Line]) -> dict[tuple[str, str, str], float]:
+    """Medians, by shape, batch and name."""
+    return {
+        (line["shape"], line["batch"], line["name"]): float(line["median_us"]) for line in lines
+    }
+
+
 def exchange() -> str:
     """Microseconds of the exchange of a layer."""
     names = {"helix symm": "`symm`", "helix a2a": "`a2a`", "helix ag_rs": "`ag_rs`"}
     names |= {"sglang a2a": "SGLang's `a2a`", "sglang ag_rs": "its `ag_rs`"}
     rows = []
     for ranks in (2, 4):
-        lines = lines_of(f"collectives-h200x{ranks}")
+        lines = collectives(ranks)
         for batch in ("1", "64", "1024"):
             cells = {
                 (line["shape"], line["name"]): said(float(line["median_us"]))
@@ -235,4 +301,11 @@ def kernels() -> str:
     return markdown(["", *sizes], rows)
 
 
-TABLES = {"servers": servers, "exchange": exchange, "attention": attention, "kernels": kernels}
+TABLES = {
+    "servers": servers,
+    "exchange": exchange,
+    "peers": peers,
+    "gather": gather,
+    "attention": attention,
+    "kernels": kernels,
+}

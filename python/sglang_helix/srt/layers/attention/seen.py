@@ -51,8 +51,9 @@ SEEN: tuple[Seen, ...] = (
         "one rank; n-gram drafts with `a2a`, verified from graphs",
     ),
     Seen(
-        *("fa3", "GQA", "several GPUs", ("graph", "extend")),
-        "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; `symm` of 4 "
+        *("fa3", "GQA", "several GPUs", ("graph", "extend", "verify")),
+        "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; EAGLE's chains from graphs, "
+        "`symm`, and `a2a` with a page 0 of NaN, which padding reads; `symm` of 4 "
         "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token, "
         "with a decode step's schedule for all layers too. Four H200s: `symm` of 4; times per "
         "token, before that schedule",
@@ -71,8 +72,9 @@ SEEN: tuple[Seen, ...] = (
         "prompt)",
     ),
     Seen(
-        *("fa3", "MLA", "several GPUs", ("graph", "extend")),
-        "two H200s, DeepSeek-V2-shaped `a2a`, `symm`, `--attn-tp-size 1`; `symm` of 4 ranks, two "
+        *("fa3", "MLA", "several GPUs", ("graph", "extend", "verify")),
+        "two H200s, DeepSeek-V2-shaped `a2a`, `symm`, `--attn-tp-size 1`; n-grams from graphs, "
+        "`a2a`, with a page 0 of NaN, which padding reads; `symm` of 4 ranks, two "
         "to a GPU; times per token. Four H200s: `symm` of 4; times per token",
     ),
     Seen(
@@ -94,12 +96,14 @@ SEEN: tuple[Seen, ...] = (
         *("flashinfer", "GQA", "one H200", ("graph", "extend", "verify")),
         "Llama-shaped `a2a`, `symm`, `--attn-tp-size 1` and `symm` of 4, all four at once on the "
         "GPU, which gave wrong tokens before plans waited for each other's copies; n-gram drafts "
-        "verified from graphs. All before a chunk's keys and values were read where they lie, as "
-        "plain TP reads them",
+        "verified from graphs; since a chunk's keys and values are read where they lie, as plain "
+        "TP reads them, `symm` of 4",
     ),
     Seen(
-        *("flashinfer", "GQA", "several GPUs", ("graph", "extend")),
-        "two H200s, Llama-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, where prompts "
+        *("flashinfer", "GQA", "several GPUs", FEATURES),
+        "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; an fp8 cache with a "
+        "checkpoint's scales, `symm`: no further from the oracle than one rank; EAGLE's chains "
+        "from graphs, `symm`, and `a2a` with a page 0 of NaN, which padding reads; four H200s, `symm` of 4, where prompts "
         "of one token leave three ranks empty",
     ),
     Seen(
@@ -113,8 +117,9 @@ SEEN: tuple[Seen, ...] = (
         "prefixes un-absorbed in chunks, `a2a`",
     ),
     Seen(
-        *("flashinfer", "MLA", "several GPUs", ("graph", "extend")),
-        "four H200s, DeepSeek-V2-shaped `symm` of 4; times per token of DeepSeek-V2-Lite's shape, "
+        *("flashinfer", "MLA", "several GPUs", ("graph", "extend", "verify")),
+        "two H200s, DeepSeek-V2-shaped `a2a`, n-grams from graphs too, also with a page 0 of NaN, "
+        "which padding reads; four H200s, DeepSeek-V2-shaped `symm` of 4; times per token of DeepSeek-V2-Lite's shape, "
         "`a2a` and `symm` on two H200s, `symm` on four H100s",
     ),
     Seen(
@@ -129,8 +134,10 @@ SEEN: tuple[Seen, ...] = (
         "oracle than one rank",
     ),
     Seen(
-        *("flashmla", "MLA", "several GPUs", ("graph", "extend")),
-        "two H200s, DeepSeek-V2-shaped `a2a`, `--attn-tp-size 1`; four H200s, `symm` of 4, prompts "
+        *("flashmla", "MLA", "several GPUs", FEATURES),
+        "two H200s, DeepSeek-V2-shaped `a2a`, `symm`, `--attn-tp-size 1`; an fp8 cache with a "
+        "checkpoint's scales, `symm`: no further from the oracle than one rank; n-grams from "
+        "graphs, `a2a`, with a page 0 of NaN, which padding reads; four H200s, `symm` of 4, prompts "
         "of one token among them; times per token of DeepSeek-V2-Lite's shape, `symm` on two H200s",
     ),
     Seen(
@@ -152,9 +159,10 @@ SEEN: tuple[Seen, ...] = (
         "`a2a`), Qwen3-Next and Nemotron-H `a2a`",
     ),
     Seen(
-        *("triton", "GQA", "several GPUs", ("graph", "extend")),
-        "SGLang's custom all-reduce, Llama-shaped `symm` on 2 and 4 H100s, "
-        "before splits went by multiprocessors",
+        *("triton", "GQA", "several GPUs", ("graph", "extend", "verify")),
+        "two H200s, Llama-shaped: EAGLE's trees without graphs, `--attn-tp-size 1`, and its chains "
+        "from graphs, `a2a`, with a page 0 of NaN, which padding reads; SGLang's custom "
+        "all-reduce, `symm` on 2 and 4 H100s, before splits went by multiprocessors",
     ),
     Seen(
         *("triton", "MLA", "CPU", FEATURES),
@@ -165,11 +173,12 @@ SEEN: tuple[Seen, ...] = (
         *("triton", "MLA", "one H200", ("graph", "extend", "verify")),
         "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`, `--attn-tp-size` 1 of 2 and "
         "2 of 4; with splits by multiprocessors, `a2a`, `symm` and `symm` of 4; MTP's chains with "
-        "`a2a` from graphs",
+        "`a2a` from graphs; Ring-2.5 `a2a` and `symm`, Kimi-Linear `symm`",
     ),
     Seen(
-        *("triton", "MLA", "several GPUs", ("graph", "extend")),
-        "DeepSeek-V2-shaped `symm` on 2 H200s, before splits went by multiprocessors",
+        *("triton", "MLA", "several GPUs", ("graph", "extend", "verify")),
+        "two H200s, DeepSeek-V2-shaped `symm`; n-grams from graphs, `a2a`, with a page 0 of NaN, "
+        "which padding reads",
     ),
     Seen(
         *("torch_native", "GQA", "CPU", ("extend", "verify")),
@@ -206,14 +215,15 @@ PARTS: tuple[Part, ...] = (
         "all_to_all_single over NCCL",
         "a recording stand-in for the library",
         "shared by 2 to 8 ranks, NCCL 2.30.7: eager, captured, on a stream of its own, compiled",
-        "in the servers of `a2a`",
+        "in the servers of `a2a`; its tests, by 2 H200s and by more ranks that share them",
     ),
     Part(
         "`symm`, the kernel: protocol, memory, watchdog",
         "interpreter, model checker of the protocol, sm_90 and sm_100 machine code",
         "H100 and H200: virtual ranks, a million calls out of step, processes sharing a GPU; "
         "memcheck and racecheck clean",
-        "2 and 4 H100s over NVLink: a million calls each, out of step; the watchdog",
+        "2 and 4 H100s over NVLink: a million calls each, out of step; the watchdog; 2 H200s, out "
+        "of step with a row ahead, and with PDL, which was not kept",
     ),
     Part(
         "`symm`, from the flag and from attention to the kernel",
@@ -244,12 +254,13 @@ PARTS: tuple[Part, ...] = (
         "Triton's splits by multiprocessors, their merge, what is allocated before the pool",
         "interpreter against float64, sm_90 machine code, unit tests",
         "in the servers above; GQA's and MLA's decode timed",
+        "two H200s, in the servers above",
     ),
     Part(
         "MLA's long prefixes: at once",
         "SGLang's schedulers on stand-ins, whole servers",
         "DeepSeek-V2-shaped servers by FA3, FlashMLA, FlashInfer and Triton",
-        "with FA3 and FlashMLA on two H200s, FlashInfer on four",
+        "with FA3 and FlashMLA on two H200s, FlashInfer on two and four",
     ),
     Part(
         "MLA's long prefixes: in chunks",
@@ -260,16 +271,21 @@ PARTS: tuple[Part, ...] = (
     Part(
         "MLA's queries gathered latent first, and attended where they lie",
         "their order against a plain gather, SGLang's schedulers, launches counted",
+        several="DeepSeek-V2-shaped `a2a` by FA3 and FlashInfer on two H200s",
     ),
     Part(
-        "queries gathered by `symm`'s kernel (`HELIX_SYMM_GATHER=1`)",
+        "queries gathered by `symm`'s kernel",
         "interpreter, every bit, 2, 3, 4 and 8 ranks, also out of step; decode of GQA and MLA with "
         "it; sm_90 and sm_100 machine code; launches counted; a broken one stops every rank",
+        "virtual ranks, every bit and queries that are not aligned: racecheck clean",
+        "two H200s: Llama-shaped by FA3 and FlashInfer, DeepSeek-V2-shaped by FA3, FlashMLA and "
+        "Triton; figures, every bit checked; whole servers' times",
     ),
     Part(
         "MLA's values projected before the exchange (`--dcp-replicate-v-proj`)",
         "SGLang's schedulers against `transformers` on both sides of the switch; `symm` in the "
         "interpreter",
+        several="two H200s, on both sides of the switch: `symm` by FA3, `a2a` by FlashInfer",
     ),
     Part(
         "hierarchical cache: K and V by owner",
@@ -281,6 +297,7 @@ PARTS: tuple[Part, ...] = (
         "fp8 cache with a checkpoint's scales",
         "conformance suite, servers",
         "FA3 with `symm`",
+        "FlashInfer (GQA) and FlashMLA with `symm` on two H200s",
     ),
     Part(
         "hybrid models: Qwen3-Next, Nemotron-H",
@@ -288,7 +305,13 @@ PARTS: tuple[Part, ...] = (
         "`a2a` by Triton, Qwen3-Next by FA3 too",
     ),
     Part(
-        "hybrid models: Qwen3.5, Kimi-Linear, Ring-2.5, Granite-4-H, Falcon-H1, LFM2",
+        "hybrid models: Kimi-Linear, Ring-2.5",
+        "as above",
+        "by Triton, Ring-2.5 `a2a` and `symm`, Kimi-Linear `symm`; by FlashInfer Kimi-Linear's "
+        "`a2a` gave the right tokens and one log-probability 0.42 off, where the test allows 0.4",
+    ),
+    Part(
+        "hybrid models: Qwen3.5, Granite-4-H, Falcon-H1, LFM2",
         "as above",
     ),
     Part(
@@ -320,6 +343,9 @@ PARTS: tuple[Part, ...] = (
         "sharding; captured verify passes by the conformance suite",
         "n-grams from graphs by Triton and FlashInfer (GQA) and FA3 (GQA, MLA); EAGLE and MTP "
         "from graphs by Triton, MTP by FA3",
+        "two H200s: n-grams of MLA from graphs by FA3, FlashMLA, FlashInfer and Triton; EAGLE's "
+        "chains from graphs by FA3, FlashInfer and Triton, its trees without graphs by Triton; "
+        "8 layers of DeepSeek-V3 with MTP by FA3, times",
     ),
     Part(
         "drafts: EAGLE3, standalone models",
@@ -332,6 +358,8 @@ PARTS: tuple[Part, ...] = (
         "layouts of 2, Llama- and DeepSeek-V2-shaped, by `symm` in the interpreter; prefixes on "
         "both sides, retraction, abort, a killed prefill and a killed decode server; rows of K and "
         "V in 200 layouts; behind SGLang's router",
+        several="two H200s, over the stand-in, to a decode server of `symm`: DeepSeek-V2-shaped; "
+        "Llama-shaped every token that the test compares, 52 clear ones where it asks for more",
     ),
     Part(
         "experts of other ranks (`--ep-size`), memory released and resumed, generation paused, "
@@ -369,6 +397,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "all-to-alls of FlashInfer and of torch beside ours in `benchmark.dcp collectives`",
         "their arguments and layouts, against what both document",
+        several="two H200s, every output checked, and timed",
     ),
 )
 
