@@ -103,8 +103,8 @@ SEEN: tuple[Seen, ...] = (
         *("flashinfer", "GQA", "several GPUs", FEATURES),
         "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; an fp8 cache with a "
         "checkpoint's scales, `symm`: no further from the oracle than one rank; EAGLE's chains "
-        "from graphs, `symm`, and `a2a` with a page 0 of NaN, which padding reads; four H200s, `symm` of 4, where prompts "
-        "of one token leave three ranks empty",
+        "from graphs, `symm`, and `a2a` with a page 0 of NaN, which padding reads; four "
+        "H200s, `symm` of 4, where prompts of one token leave three ranks empty",
     ),
     Seen(
         *("flashinfer", "MLA", "CPU", ("extend", "verify")),
@@ -119,8 +119,8 @@ SEEN: tuple[Seen, ...] = (
     Seen(
         *("flashinfer", "MLA", "several GPUs", ("graph", "extend", "verify")),
         "two H200s, DeepSeek-V2-shaped `a2a`, n-grams from graphs too, also with a page 0 of NaN, "
-        "which padding reads; four H200s, DeepSeek-V2-shaped `symm` of 4; times per token of DeepSeek-V2-Lite's shape, "
-        "`a2a` and `symm` on two H200s, `symm` on four H100s",
+        "which padding reads; four H200s, DeepSeek-V2-shaped `symm` of 4; times per token of "
+        "DeepSeek-V2-Lite's shape, `a2a` and `symm` on two H200s, `symm` on four H100s",
     ),
     Seen(
         *("flashmla", "MLA", "CPU", FEATURES),
@@ -137,8 +137,9 @@ SEEN: tuple[Seen, ...] = (
         *("flashmla", "MLA", "several GPUs", FEATURES),
         "two H200s, DeepSeek-V2-shaped `a2a`, `symm`, `--attn-tp-size 1`; an fp8 cache with a "
         "checkpoint's scales, `symm`: no further from the oracle than one rank; n-grams from "
-        "graphs, `a2a`, with a page 0 of NaN, which padding reads; four H200s, `symm` of 4, prompts "
-        "of one token among them; times per token of DeepSeek-V2-Lite's shape, `symm` on two H200s",
+        "graphs, `a2a`, with a page 0 of NaN, which padding reads; four H200s, `symm` of 4, "
+        "prompts of one token among them; times per token of DeepSeek-V2-Lite's shape, `symm` on "
+        "two H200s",
     ),
     Seen(
         *("trtllm_mha", "GQA", "CPU", FEATURES),
