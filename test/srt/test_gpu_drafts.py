@@ -173,4 +173,5 @@ def test_what_padding_reads_reaches_no_draft(tmp_path: Path, family: str, attent
         again = verified(server, oracle, "full")
         assert poison.SAID in server.log()
         everything_is_free(server)
-    assert sum(answer.meta_info["spec_num_correct_drafts"] for answer in again) > len(PROMPTS)
+    right = sum(answer.meta_info["spec_num_correct_drafts"] for answer in again)
+    assert right > (1 if family == "llama" else 2) * len(PROMPTS)
