@@ -87,7 +87,7 @@ def plot(rows: list[Row], path: Path) -> str:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     about = f"{rows[0].device}, {rows[0].software}"
-    figure.suptitle(f"{about}\nsolid: ours, dashed: SGLang's", fontsize=10)
+    figure.suptitle(f"{about}\nsolid: ours, dashed: others'", fontsize=10)
     return report.save(figure, path)
 
 

@@ -85,6 +85,18 @@ ATTENTION: tuple[Hook, ...] = (
         until="upstream converts or merges to the base of 2",
     ),
     Hook(
+        target="sglang.srt.layers.attention.flashinfer_mla_backend.fast_mla_decode_plan",
+        kind="around",
+        stage="serve",
+        impl=f"{_SRT}.layers.attention.flashinfer_mla_backend:plan_behind_the_last",
+        signature="self, qo_indptr_cpu, kv_indptr_cpu, kv_indices, kv_len_arr_cpu, num_heads, "
+        "head_dim_ckv, head_dim_kpe, page_size, causal, sm_scale, q_data_type, kv_data_type",
+        why="it overwrites what the plan before may not have copied to the device yet",
+        how="waits for that copy, as plans of the series' own do",
+        upstream="none",
+        until="upstream's plan waits, or has memory of its own",
+    ),
+    Hook(
         target="sglang.srt.layers.attention.trtllm_mla_backend.TRTLLMMLABackend"
         "._run_prefill_kernel",
         kind="after",

@@ -1,8 +1,15 @@
-"""LSEs of chunks of a prefix; that answers are right by them: `test_adapters.py`, on stand-ins."""
+"""Plans, and LSEs of chunks of a prefix; answers are right by them: `test_adapters.py`."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_helix.srt.layers.attention.flashinfer_mla_backend import natural_lse
+from sglang.srt.layers.attention import flashinfer_mla_backend as upstream
+from sglang_helix.srt.layers.attention import local_pages
+from sglang_helix.srt.layers.attention.flashinfer_mla_backend import (
+    natural_lse,
+    plan_behind_the_last,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -16,3 +23,20 @@ def test_an_lse_becomes_natural_and_an_output_alone_stays() -> None:
     torch.testing.assert_close(lse[::2], logits.logsumexp(-1)[::2])
     assert lse[1].isneginf().all()
     assert natural_lse(out, "a kernel's") is out
+
+
+def test_a_captured_decode_plans_behind_the_copy_of_its_last_plan() -> None:
+    """What FlashInfer copies from, the next plan would overwrite."""
+    done: list[str] = []
+
+    class Wrapper:
+        _float_workspace_buffer = _int_workspace_buffer = _pin_memory_int_workspace_buffer = None
+        _cached_module = SimpleNamespace(plan=lambda *arguments: done.append("plan"))
+
+    wrapper, lens = Wrapper(), torch.zeros(3, dtype=torch.int32)
+    local_pages._copied[wrapper] = SimpleNamespace(
+        synchronize=lambda: done.append("wait"), record=lambda: done.append("record")
+    )
+    sizes = (16, 512, 64, 1, False, 1.0, torch.bfloat16, torch.bfloat16)
+    plan_behind_the_last(upstream.fast_mla_decode_plan, wrapper, lens, lens, lens, lens[1:], *sizes)
+    assert done == ["wait", "plan", "record"]

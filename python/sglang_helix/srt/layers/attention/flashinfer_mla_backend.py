@@ -3,13 +3,15 @@
 A verify pass over this rank's rows with an LSE: upstream's reads all of a request's slots. Drafts
 see all of a prefix, which is planned without a mask, with the heads of the whole KVP group.
 
-And natural LSEs of the prefill in chunks: SGLang's model merges them as such. FlashInfer's kernels
-return them to the base of 2, so the merge would weigh every chunk wrongly.
+A plan of a captured decode that waits for the copy of the last one. And natural LSEs of the
+prefill in chunks: SGLang's model merges them as such. FlashInfer's kernels return them to the base
+of 2, so the merge would weigh every chunk wrongly.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +151,20 @@ class ShardedFlashInferMLAAttnBackend(FlashInferPrefill, upstream.FlashInferMLAA
             queries, rope, latent[..., :width], latent[..., width:], return_lse=True
         )
         return Partial(out, lse)
+
+
+def plan_behind_the_last(
+    original: Callable[..., None],
+    self: Any,
+    qo_indptr_cpu: Tensor,
+    kv_indptr_cpu: Tensor,
+    kv_indices: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Around a replay's plan of decode, made of lengths on the host: see `planned`."""
+    with planned(self, kv_indices.device.type):
+        original(self, qo_indptr_cpu, kv_indptr_cpu, kv_indices, *args, **kwargs)
 
 
 def natural_lse(result: Any, *args: Any, **kwargs: Any) -> Any:
