@@ -309,8 +309,8 @@ PARTS: tuple[Part, ...] = (
         "hybrid models: Kimi-Linear, Ring-2.5",
         "as above",
         "by Triton, Ring-2.5 `a2a` and `symm`, Kimi-Linear `symm`; by FlashInfer Kimi-Linear's "
-        "`a2a` gave the right tokens and one log-probability 0.42 off, where bf16 explains 0.09: not "
-        "seen right",
+        "`a2a` gave the right tokens and one log-probability 0.42 off, where bf16 explains 0.09: "
+        "not seen right",
     ),
     Part(
         "hybrid models: Qwen3.5, Granite-4-H, Falcon-H1, LFM2",
