@@ -3,6 +3,7 @@
 Each commit answers without the later ones, in a process that imports SGLang as it is there.
 """
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,9 +99,11 @@ def served(models: dict[str, Path], draft: Path, case: Case) -> tuple[Any, ...]:
     """The call of a case; see `srt.export.calls`."""
     model, flags = models[case.model], (*case.flags, *SIZES)
     if case.prefill:
-        ranks = pair.ranks(model, Side(case.prefill, SIZES), Side(case.ranks, flags))
+        decode = Side(case.ranks, flags)
+        ranks = pair.ranks(model, Side(case.prefill, SIZES), decode)
         ended = Path(tempfile.mkdtemp(dir=model.parent))
-        return ("srt.disaggregation.pair:_serve", ranks, BATCHES, NEW_TOKENS, ended, case.ranks)
+        args = (BATCHES, NEW_TOKENS, ended, decode, math.inf)
+        return ("srt.disaggregation.pair:_serve", ranks, *args)
     argv = command_line(model, case.ranks, *flags)
     if DRAFTS[0] in flags:
         argv += ["--speculative-draft-model-path", str(draft)]

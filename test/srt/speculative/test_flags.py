@@ -10,8 +10,9 @@ from srt.test_server_args import ASKABLE, CAPTURED_DRAFTS, EAGLE
 NGRAM = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4}
 
 # Verify passes: what captures them, what does where graphs are named, and what captures none.
-REPLAYED = [("llama", "triton"), ("llama", "fa3"), ("deepseek_v2", "fa3")]
-CAPTURE = [*REPLAYED, ("deepseek_v2", "flashinfer"), ("deepseek_v2", "flashmla")]
+REPLAYED = [("llama", "triton"), ("llama", "fa3")]
+REPLAYED += [("deepseek_v2", backend) for backend in ("fa3", "flashinfer", "flashmla")]
+CAPTURE = [*REPLAYED, ("llama", "fa4"), ("deepseek_v2", "fa4")]
 
 
 @pytest.mark.parametrize(("family", "backend"), [*CAPTURE, ("llama", "trtllm_mha")])
@@ -19,7 +20,7 @@ def test_drafts_captured_by_what_no_gpu_was_seen_with_are_asked_for_by_name(
     resolved: Resolve, family: str, backend: str
 ) -> None:
     flags = {"tp_size": 4, "dcp_size": 2, **EAGLE, "attention_backend": backend, "page_size": 64}
-    gpu = "Blackwell" if backend == "trtllm_mha" else "Hopper"
+    gpu = "Blackwell" if backend in ("fa4", "trtllm_mha") else "Hopper"
     row = ASKABLE[CAPTURED_DRAFTS]
     refused = f"{row.flag} full is not supported with --dcp-size 2: {row.why}. {row.instead}."
     named = resolved(gpu, family, **flags, cuda_graph_backend_decode="full").error
