@@ -41,8 +41,9 @@ GATHER_VARIABLE = "HELIX_SYMM_GATHER"
 def gathers_by_kernel() -> bool:
     """Whether queries are to be gathered by a backend's own kernel, where it has one.
 
-    It was faster than the all-gather at every size measured (docs/figures/gather-h200x2.csv); who
-    wants the all-gather all the same, to look for a fault, sets the variable to 0.
+    Between 2 GPUs it was faster than the all-gather at every size (docs/figures/gather-h200x2.csv);
+    between more it was not run. Who wants the all-gather, to look for a fault or for more GPUs,
+    sets the variable to 0.
     """
     return os.environ.get(GATHER_VARIABLE) != "0"
 
