@@ -145,12 +145,13 @@ def main(argv: list[str]) -> int:
 
     if options.from_csv:
         rows = [row for path in options.from_csv for row in report.read_csv(path)]
+        if options.csv:
+            report.write_csv(rows, options.csv)
     else:
         rows = run(options)
     print(report.table(rows))
     print(report.summary(rows))
     if options.csv:
-        report.write_csv(rows, options.csv)
         print(f"figures: {options.csv}")
     if options.plot:
         print(report.plot(rows, options.plot, options.plot_ranks))
@@ -158,12 +159,15 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> list[report.Row]:
+    """All figures; those of a problem are in the CSV before the next one begins."""
     torch.manual_seed(0)
     device = torch.device(options.device)
     print(f"{device_name(device)}, {software()}")
     peers = find_peers(device)
     rows: list[report.Row] = []
-    launch_counts: dict[tuple[str, str, str], int | None] = {}
+    launch_counts: LaunchCounts = {}
+    if options.csv:
+        report.write_csv([], options.csv)
     for op in options.op:
         for shape in options.shape:
             for ranks in options.ranks:
@@ -174,7 +178,10 @@ def run(options: argparse.Namespace) -> list[report.Row]:
                     if not fits(op, problem):
                         print(f"not measured: {name} does not fit in the memory of the device")
                         continue
-                    rows += measure_problem(op, problem, peers, options.samples, launch_counts)
+                    found = measure_problem(op, problem, peers, options.samples, launch_counts)
+                    if options.csv:
+                        report.write_csv(found, options.csv, append=True)
+                    rows += found
                     spent = time.monotonic() - started
                     print(f"{name}: {spent:.1f} s", file=sys.stderr)
     return rows

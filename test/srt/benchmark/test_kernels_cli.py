@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,22 @@ def test_measures_every_operation(figures: Path) -> None:
         assert row.device == "CPU"
         assert (row.error is None) == (row.name == report.COPY)
         assert row.error is None or row.error <= kernels.BOUND
+
+
+def test_what_stops_a_run_loses_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernels.measure_problem
+
+    def until_batch_2(op: str, p: kernels_stage.Problem, *args: Any) -> list[report.Row]:
+        if p.batch == 2:
+            raise AssertionError(f"{op}: wrong")
+        return real(op, p, *args)
+
+    monkeypatch.setattr(kernels, "measure_problem", until_batch_2)
+    path = tmp_path / "figures.csv"
+    sizes = ["--shape", "gqa", "--ranks", "2", "--batch", "1", "2", "--samples", "2"]
+    with pytest.raises(AssertionError, match="combine: wrong"):
+        kernels.main(["--device", "cpu", "--op", "combine", *sizes, "--csv", str(path)])
+    assert {row.batch for row in report.read_csv(path)} == {1}
 
 
 def test_values_are_projected_in_both_orders(tmp_path: Path) -> None:
