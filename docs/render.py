@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from sglang_helix.srt.layers.attention.seen import (
     SEEN,
     Place,
     seen,
-    seen_on_a_gpu,
+    seen_on_gpus,
 )
 
 DOCS = Path(__file__).parent
@@ -400,12 +400,13 @@ def attention_backends() -> str:
             needs.append(f"pages of {' or '.join(map(str, record.pages))}")
         if record.gqa and not record.windows:
             needs.append("no sliding windows")
-        if record.unseen:
-            kinds = " and ".join(record.unseen)
-            needs.append(f"**no server seen on a GPU** with {kinds}: only where it is named")
         for kind in filter(record.classes, ATTENTIONS):
-            if not (record.own_class(kind) or seen_on_a_gpu(record.name, kind)):
-                needs.append(f"**no server seen on a GPU** with {kind}")
+            majors = [major for major in record.unseen(kind) if major]
+            gpu = f"a GPU of {_majors(majors)}" if majors else "a GPU"
+            if record.unseen(kind):
+                needs.append(f"**no server seen on {gpu}** with {kind}: only where it is named")
+            elif not (record.own_class(kind) or seen_on_gpus(record.name, kind)):
+                needs.append(f"**no server seen on {gpu}** with {kind}")
         base = "2" if record.base2 else "e"
         lines.append(f"| `{record.name}` | {' | '.join(serves)} | {'; '.join(needs)} | {base} |")
     return (
@@ -413,9 +414,9 @@ def attention_backends() -> str:
 
 Generated from the table of adapters (`python/sglang_helix/srt/layers/attention/adapters.py`), in
 order of preference. Where none is named, SGLang's default for the machine is kept if it is here,
-unless no server on a GPU has run its adapter ([status.md](status.md)); otherwise the first that
-serves the model and runs on the machine is taken, and the log says so. "own": complete upstream,
-with the series' exchange. To add one:
+unless no server on such a GPU has run its adapter ([status.md](status.md)); otherwise the first
+that serves the model and runs on the machine is taken, and the log says so. "own": complete
+upstream, with the series' exchange. To add one:
 [CONTRIBUTING.md](../CONTRIBUTING.md#1-add-an-adapter-for-one-of-sglangs-attention-backends).
 
 | `--attention-backend` | GQA, MHA | MLA | needs | base of its LSE |
@@ -459,7 +460,7 @@ def _seen_features(record: Adapter, kind: Attention, place: Place) -> Iterator[s
             yield f"**{feature}**"
 
 
-def _majors(majors: tuple[int, ...]) -> str:
+def _majors(majors: Iterable[int]) -> str:
     return " or ".join(f"{major}.x" for major in majors)
 
 

@@ -1,31 +1,30 @@
 """Which attention backend serves a sharded cache: where none is named, and where one is."""
 
-import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang_cpu_reference.checkpoints import FAMILIES
 from sglang_helix.check import MACHINES
-from sglang_helix.srt.layers.attention.adapters import ADAPTERS, adapter
+from sglang_helix.srt.layers.attention import seen
+from sglang_helix.srt.layers.attention.adapters import adapter, serving
 from sglang_helix.srt.layers.attention.measured import faster
-from srt.resolved import WORKING, Resolve, written
+from sglang_helix.srt.layers.attention.seen import Seen
+from srt.resolved import ATTENTION, WORKING, Resolve, written
 
 # The attention backend where none is named.
-
-# Triton is asked last, and so until FlashInfer's adapter was seen on a GPU.
-GQA_ANYWHERE = "triton" if "GQA" in adapter("flashinfer").unseen else "flashinfer"
 
 
 @pytest.mark.parametrize(
     ("machine", "family", "default", "chosen"),
     [
-        ("Ampere", "llama", "flashinfer", GQA_ANYWHERE),
+        ("Ampere", "llama", "flashinfer", "flashinfer"),
         ("Ampere", "deepseek_v2", "triton", "triton"),
         ("Hopper", "llama", "fa3", "fa3"),
         ("Hopper", "deepseek_v2", "fa3", "fa3"),
-        ("Blackwell", "llama", "trtllm_mha", GQA_ANYWHERE),
+        ("Blackwell", "llama", "trtllm_mha", "flashinfer"),
         ("Blackwell", "deepseek_v2", "flashinfer", "flashinfer"),
     ],
 )
@@ -141,22 +140,48 @@ def test_what_a_backend_cannot_take_is_one_error(
     assert error.count("\n") == 0
 
 
-def test_a_backend_not_seen_on_a_gpu_is_taken_by_name_alone(resolved: Resolve) -> None:
-    unseen = [(record, kind) for record in ADAPTERS for kind in record.unseen]
-    assert ("fa4", "GQA") in [(record.name, kind) for record, kind in unseen]
-    families = {"GQA": "llama", "MLA": "deepseek_v2"}
-    for record, kind in unseen:
-        majors = record.mla_majors if kind == "MLA" and record.mla_majors else record.majors
-        machine = "Hopper" if majors is None or 9 in majors else "Blackwell"
-        flags = {"tp_size": 4, "dcp_size": 2, "attention_backend": record.name}
-        found = resolved(machine, families[kind], launched=True, **flags)
-        assert found.backends == (record.name, record.name), found.error
-        said = f"--attention-backend {record.name} has not been seen on a GPU with --dcp-size"
-        assert found.said.count(said) == 1
-    for machine, (kind, family) in itertools.product(MACHINES, families.items()):
-        taken = resolved(machine, family, tp_size=4, dcp_size=2).backends
-        assert taken is not None
-        assert not set(taken) & {record.name for record, served in unseen if served == kind}
+UNSEEN = "has not been seen on a GPU of compute capability"
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("family", ATTENTION)
+def test_a_backend_not_seen_on_such_a_gpu_is_taken_by_name_alone(
+    resolved: Resolve, machine: str, family: str
+) -> None:
+    kind, major = ATTENTION[family], MACHINES[machine]["device_sm"] // 10
+    layout = {"tp_size": 4, "dcp_size": 2}
+    taken = resolved(machine, family, **layout).backends
+    assert taken is not None
+    for record in serving(kind):
+        if major not in (record.majors_for(kind) or (major,)):
+            continue
+        found = resolved(machine, family, launched=True, **layout, attention_backend=record.name)
+        assert record.name in (found.backends or ()), found.error
+        unseen = {major, None} & {*record.unseen(kind)}
+        said = f"--attention-backend {record.name} {UNSEEN} {major}.x with --dcp-size."
+        assert found.said.count(said) == len(unseen)
+        if unseen:
+            assert record.name not in taken
+
+
+def test_seen_on_one_generation_is_not_seen_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of one name are others on another; the default of a machine stays what it was."""
+    hopper, blackwell = (
+        SimpleNamespace(is_cuda=True, device_sm=MACHINES[name]["device_sm"])
+        for name in ("Hopper", "Blackwell")
+    )
+    line = Seen("fa4", "GQA", "several GPUs", ("graph", "extend", "verify"), "")
+    monkeypatch.setattr(seen, "SEEN", (*seen.SEEN, line))
+    record = adapter("fa4")
+    assert record.unseen("GQA") == record.unseen("MLA") == (10,)
+    assert record.is_chosen_on(hopper, "GQA")
+    assert record.is_verified_on(hopper, "GQA")
+    assert not record.is_chosen_on(blackwell, "GQA")
+    assert not record.is_verified_on(blackwell, "GQA")
+    first = next(one for one in serving("GQA") if one.is_chosen_on(hopper, "GQA"))
+    assert first.name == "fa3"
+    # What names no major has the same kernels on all of them.
+    assert adapter("flashinfer").is_chosen_on(blackwell, "GQA")
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -190,18 +190,19 @@ def check_launch(result: None, server_args: Any) -> None:
     Arguments may have been resolved before SGLang loaded plugins, and so by SGLang alone.
     """
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+    from sglang.srt.runtime_context import get_platform
 
     check(server_args)
     verdict = verdict_of(server_args)
     if verdict.kind == "own":
         logger.warning(announcement(verdict))
     elif verdict.kind == "works":
-        situation = situation_of(server_args)
+        situation, platform = situation_of(server_args), get_platform()
         backends = attention_backends_of(resolved_view(server_args))
         for half, backend in _halves(backends):
-            if situation.attention in adapter(backend).unseen:
+            if adapter(backend).is_unseen_on(platform, situation.attention):
                 flag, _ = situation.sharded_by
-                logger.warning("--%s-backend %s %s with %s.", half, backend, _UNSEEN, flag)
+                logger.warning("--%s-backend %s %s.", half, backend, _unseen(platform, flag))
         _advise_faster(situation, backends[1])
 
 
@@ -271,7 +272,10 @@ def _backends_to_choose(situation: Situation) -> list[str]:
     ]
 
 
-_UNSEEN = "has not been seen on a GPU"
+def _unseen(platform: Any, flag: str) -> str:
+    """What a backend lacks on a machine, SGLang's `get_platform()`."""
+    major = platform.device_sm // 10
+    return f"has not been seen on a GPU of compute capability {major}.x with {flag}"
 
 
 def _backend_refusals(
@@ -283,8 +287,8 @@ def _backend_refusals(
     """
     from sglang.srt.runtime_context import get_platform
 
-    attention, (flag, size) = situation.attention, situation.sharded_by
-    records = [r for r in serving(attention) if r.runs_on(get_platform(), attention)]
+    platform, attention, (flag, size) = get_platform(), situation.attention, situation.sharded_by
+    records = [record for record in serving(attention) if record.runs_on(platform, attention)]
     fit = {record.name: _refusal(record, situation) for record in records}
     instead = ", ".join(name for name, refusal in fit.items() if not refusal)
     reasons = []
@@ -297,11 +301,11 @@ def _backend_refusals(
                 f"{'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}: "
                 f"use one of {instead}."
             )
-        elif attention in adapter(backend).unseen and backend not in named:
+        elif backend not in named and adapter(backend).is_unseen_on(platform, attention):
             seen = ", ".join(_backends_to_choose(situation))
             reasons.append(
-                f"--{half}-backend {backend} {_UNSEEN} with {flag}, and SGLang chose it: give the "
-                f"flag to have it all the same, or with one of {seen}."
+                f"--{half}-backend {backend} {_unseen(platform, flag)}, and SGLang chose it: give "
+                f"the flag to have it all the same, or with one of {seen}."
             )
     return reasons
 
@@ -324,7 +328,7 @@ def _advise_faster(situation: Situation, backend: str) -> None:
         record.name
         for record in serving(situation.attention)
         if record.runs_on(platform, situation.attention)
-        and situation.attention not in record.unseen
+        and not record.is_unseen_on(platform, situation.attention)
     ]
     if found := faster(backend, others, heads, platform.device_sm // 10):
         logger.info(

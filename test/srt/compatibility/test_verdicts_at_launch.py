@@ -53,8 +53,9 @@ RESOLVED_BEFORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "Blackwell",
         "llama",
         {"dcp_comm_backend": "a2a"},
-        "--attention-backend trtllm_mha has not been seen on a GPU with --dcp-size, and SGLang "
-        "chose it: give the flag to have it all the same, or with one of flashinfer, triton, ",
+        "--attention-backend trtllm_mha has not been seen on a GPU of compute capability 10.x with "
+        "--dcp-size, and SGLang chose it: give the flag to have it all the same, or with one of "
+        "flashinfer, triton, ",
     ),
     "a backend that was named": (
         "Blackwell",

@@ -7,7 +7,6 @@ from sglang_helix.srt.compatibility.row import WITHOUT, Given, Row
 from sglang_helix.srt.compatibility.rows.execution import graph
 from sglang_helix.srt.compatibility.situation import Situation
 from sglang_helix.srt.layers.attention.adapters import ADAPTERS
-from sglang_helix.srt.layers.attention.seen import verified_on_a_gpu
 
 # NEXTN is another name of EAGLE.
 _DRAFT_MODELS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
@@ -66,15 +65,16 @@ def _plan_stream(situation: Situation) -> object | None:
 
 def _decode_graph(situation: Situation) -> object | None:
     """Graphs of a backend that captures no verify pass, or, unless they are asked for by name, of
-    one whose verify passes no GPU has replayed.
+    one whose verify passes no such GPU has replayed.
     """
     from sglang.srt.arg_groups.overrides import attention_backends_of
+    from sglang.srt.runtime_context import get_platform
 
     args, attention = situation.args, situation.attention
-    capture = {record.name for record in ADAPTERS if attention in record.drafts_in_graphs}
+    capture = [record for record in ADAPTERS if attention in record.drafts_in_graphs]
     if args.cuda_graph_backend_decode is None:
-        capture = {name for name in capture if verified_on_a_gpu(name, attention)}
-    served = capture >= {*attention_backends_of(args)}
+        capture = [one for one in capture if one.is_verified_on(get_platform(), attention)]
+    served = {one.name for one in capture} >= {*attention_backends_of(args)}
     return None if served else graph(situation, "decode")
 
 
@@ -183,7 +183,8 @@ DRAFTS: tuple[Row, ...] = (
         "drafts verified in CUDA graphs of backends that no GPU was seen with, unless named",
         "--cuda-graph-backend-decode",
         "refused",
-        "no GPU has replayed a verify pass of the attention backend yet, or it captures none",
+        "no GPU of this generation has replayed a verify pass of the attention backend yet, or it "
+        "captures none",
         "Use --cuda-graph-backend-decode disabled with --speculative-algorithm, or full where "
         "docs/speculative.md says that the backend captures them",
         _drafts(_decode_graph),

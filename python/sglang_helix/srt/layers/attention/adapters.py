@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sglang_helix.srt.layers.attention.seen import seen_on_a_gpu
+from sglang_helix.srt.layers.attention.seen import seen_on_gpus
 
 Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
 
@@ -43,14 +43,14 @@ class Adapter:
     gqa, mla: "module:Class" of what serves GQA and MHA, and MLA; the first one is built, where it
         is the series' own. Classes of SGLang are complete upstream, but for drafts where one of the
         series' stands behind them. Empty: it does not serve.
-    majors: of the compute capabilities that its kernels are built for; None: any CUDA device.
+    majors: of the compute capabilities that its kernels are built for, each with kernels of its
+        own: what was seen on one says nothing of another. None: any CUDA device, by the same ones.
         mla_majors: where MLA asks for others.
     no_fp8: what keeps an attention from reading an fp8 cache; nothing where it reads one.
     no_drafts: what keeps an attention from verifying drafts; nothing where it verifies them.
     no_e5m2: whether an fp8 cache may be e4m3 alone.
     drafts_in_graphs: attention whose verify passes it captures.
     pages: the page sizes it takes; None: any.
-    chosen_on: majors where it may be taken when the user names none; None: wherever it runs.
     off_cuda: whether it runs where there is no CUDA device, too.
     windows: whether it serves models that have layers of a sliding window.
     why, upstream, until: the catalogue entry of the hook that puts the adapter in the place of
@@ -70,7 +70,6 @@ class Adapter:
     no_e5m2: bool = False
     drafts_in_graphs: tuple[Attention, ...] = ()
     pages: tuple[int, ...] | None = None
-    chosen_on: tuple[int, ...] | None = None
     why: str = ""
     upstream: str = "none"
     until: str = ""
@@ -94,33 +93,50 @@ class Adapter:
         own = self.own_class("GQA") or self.own_class("MLA")
         return own and own.partition(":")[0].partition(".srt.")[2].replace(".", "/") + ".py"
 
-    @property
-    def unseen(self) -> tuple[Attention, ...]:
-        """Attention that it has not served on a GPU yet: for that, it is taken by name alone.
+    def majors_for(self, attention: Attention) -> tuple[int, ...] | None:
+        """Of the compute capabilities that it serves this attention on; None: any CUDA device."""
+        return self.mla_majors if attention == "MLA" and self.mla_majors else self.majors
+
+    def unseen(self, attention: Attention) -> tuple[int | None, ...]:
+        """Majors that it is built for and has served no model on; None stands for any GPU.
 
         SGLang's own classes are complete upstream, and the reference's place is a CPU.
         """
-        attentions: tuple[Attention, ...] = () if self.off_cuda else ("GQA", "MLA")
+        if self.off_cuda or not self.own_class(attention):
+            return ()
+        majors = self.majors_for(attention) or (None,)
         return tuple(
-            attention
-            for attention in attentions
-            if self.own_class(attention) and not seen_on_a_gpu(self.name, attention)
+            major for major in majors if not seen_on_gpus(self.name, attention, major=major)
         )
+
+    def is_unseen_on(self, platform: Any, attention: Attention) -> bool:
+        """Whether no such GPU has been seen with it, so that it is taken by name alone.
+
+        platform: SGLang's `get_platform()`; False where it has no CUDA device.
+        """
+        return platform.is_cuda and self._kernels_on(platform) in self.unseen(attention)
+
+    def is_verified_on(self, platform: Any, attention: Attention) -> bool:
+        """Whether such a GPU has verified drafts from graphs that it captured; any, on a CPU."""
+        return seen_on_gpus(self.name, attention, {"verify"}, major=self._kernels_on(platform))
+
+    def _kernels_on(self, platform: Any) -> int | None:
+        """The major whose kernels it runs there, where they differ."""
+        return platform.device_sm // 10 if self.majors and platform.is_cuda else None
 
     def runs_on(self, platform: Any, attention: Attention) -> bool:
         """Whether a user may name it on a machine, SGLang's `get_platform()`.
 
         Where there is no CUDA device anything goes: Triton's interpreter, stand-ins for kernels.
         """
-        majors = self.mla_majors if attention == "MLA" and self.mla_majors else self.majors
+        majors = self.majors_for(attention)
         return not platform.is_cuda or majors is None or platform.device_sm // 10 in majors
 
     def is_chosen_on(self, platform: Any, attention: Attention) -> bool:
         """Whether it may be taken there where the user names none."""
         if not platform.is_cuda:
             return self.off_cuda
-        chosen = self.chosen_on is None or platform.device_sm // 10 in self.chosen_on
-        return chosen and attention not in self.unseen and self.runs_on(platform, attention)
+        return self.runs_on(platform, attention) and not self.is_unseen_on(platform, attention)
 
 
 # In order of preference: the first that serves the model and runs on the machine is taken where
@@ -134,7 +150,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla=(f"{_FLASHATTENTION}:ShardedFlashAttentionBackend",),
         majors=(8, 9),
         mla_majors=(9,),
-        chosen_on=(9,),
         no_fp8={"MLA": "SGLang would convert the whole pool in every layer"},
         drafts_in_graphs=("GQA", "MLA"),
         why="no DCP: dies at graph capture, or answers from every rank's slots",

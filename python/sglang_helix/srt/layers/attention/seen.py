@@ -8,6 +8,7 @@ Importing this module imports neither SGLang nor torch.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ Feature = Literal["graph", "extend", "fp8", "verify"]
 
 PLACES: tuple[Place, ...] = get_args(Place)
 FEATURES: tuple[Feature, ...] = get_args(Feature)
+
+# Of the GPUs there, the major of their compute capability: H100s and H200s. Those of another
+# generation are a place of their own.
+MAJORS: dict[Place, int] = {"one H200": 9, "several GPUs": 9}
 
 
 class Seen(NamedTuple):
@@ -414,13 +419,19 @@ def seen(backend: str, attention: Attention, place: Place) -> set[Feature]:
     }
 
 
-def verified_on_a_gpu(backend: str, attention: Attention) -> bool:
-    """Whether one has verified drafts from graphs that it captured."""
-    return any("verify" in seen(backend, attention, place) for place in PLACES if place != "CPU")
+def seen_on_gpus(
+    backend: str,
+    attention: Attention,
+    features: Set[Feature] = frozenset({"graph", "extend"}),
+    *,
+    major: int | None = None,
+) -> bool:
+    """Whether GPUs of one place did all of these; by default prompts, and decode from graphs.
 
-
-def seen_on_a_gpu(backend: str, attention: Attention) -> bool:
-    """Whether it has served on one: prompts, and decode from graphs."""
+    major: of the compute capability of the GPUs that count; None: any.
+    """
     return any(
-        seen(backend, attention, place) >= {"graph", "extend"} for place in PLACES if place != "CPU"
+        seen(backend, attention, place) >= features
+        for place, found in MAJORS.items()
+        if major in (None, found)
     )
