@@ -4,6 +4,9 @@ For `serve --prefix made`, whose --launcher this is. A request that arrives gets
 of its prompt but the end, as if an earlier request had prefilled it, and the cache is filled with
 random numbers once. Decode then reads and writes what it would in a real load, so its speed can be
 measured at a million tokens without hours of prefill; the tokens mean nothing.
+
+Of random weights (`--load-format dummy`) experts' correction biases are made zero, so that tokens
+choose experts of their own.
 """
 
 from __future__ import annotations
@@ -72,12 +75,27 @@ def fill(pool: Any) -> None:
                 rows.copy_(torch.randn(rows.shape, dtype=torch.float32, device=rows.device))
 
 
+def even_out_experts(result: None, model: Any) -> None:
+    """After `initialize_dummy_weights`: what is added to a router's scores (noaux_tc) becomes 0.
+
+    A trained one has experts chosen equally often. A random one does the opposite: SGLang draws
+    all weights from +-1e-3, of which scores, sums of products of two, spread a hundredth as far,
+    so that every token chooses the experts of the largest biases. A batch then reads the weights
+    of one token's experts, and its time is none of a real load.
+    """
+    for name, parameter in model.state_dict().items():
+        if name.endswith(("correction_bias", "expert_bias")):
+            parameter.zero_()
+
+
 def register() -> None:
-    """Hand the hook to SGLang, which applies it when it loads its plugins."""
+    """Hand the hooks to SGLang, which applies them when it loads its plugins."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     target = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
     HookRegistry.register(target, make_context, HookType.BEFORE)
+    target = "sglang.srt.model_loader.loader.initialize_dummy_weights"
+    HookRegistry.register(target, even_out_experts, HookType.AFTER)
 
 
 # Schedulers are spawned, and spawning runs the main module again under this name.

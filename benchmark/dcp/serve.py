@@ -58,16 +58,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, gathers_by_kernel
 
 from benchmark.dcp import held, made, report
 from benchmark.dcp.kernels import device_name
 from benchmark.dcp.layouts import (
+    BY_KERNEL,
+    BY_NCCL,
     COMMS,
     DID_NOT_START,
     FAILED,
+    GATHERED,
     MARK,
     MEASURED,
     PREFIXES,
+    REPLICATED,
     Layout,
     Row,
     parse_layout,
@@ -106,6 +111,7 @@ def measure_server(client: Client, name: str, options: argparse.Namespace) -> It
                 tp_size=int(info["tp_size"]),
                 dcp_size=dcp_size,
                 comm=str(info["dcp_comm_backend"]) if dcp_size > 1 else "",
+                queries=queries_of(info, ours=not options.url),
                 prefill_decode_interval=int(info.get("prefill_decode_interval") or 0),
                 prefix=prefix,
                 context=context,
@@ -264,6 +270,7 @@ def not_started(
         "layout": layout.name,
         "tp_size": options.tp,
         "comm": "",
+        "queries": "",
         "prefill_decode_interval": interval,
         "prefix": options.prefix,
         "context": context,
@@ -291,6 +298,18 @@ def name_of(info: dict[str, Any]) -> str:
     if info.get("dcp_replicate_q_proj"):
         return f"attn-tp:{int(info['tp_size']) // dcp_size}:{comm}"
     return f"{comm}:{dcp_size}"
+
+
+def queries_of(info: dict[str, Any], *, ours: bool) -> str:
+    """Where a server's queries come from; ours: its environment is this process's."""
+    if int(info.get("dcp_size") or 1) == 1:
+        return ""
+    if info.get("dcp_replicate_q_proj"):
+        return REPLICATED
+    if not ours:
+        return GATHERED
+    has_kernel = BACKENDS[info["dcp_comm_backend"]].query_kernel is not None
+    return BY_KERNEL if has_kernel and gathers_by_kernel() else BY_NCCL
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,9 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from sglang.srt.layers.moe import topk
+from sglang.srt.model_loader import loader
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_cpu_reference.drafts import make_eagle
 from sglang_cpu_reference.server import Server, ServerError
+from sglang_helix.srt.layers.dcp.exchange import GATHER_VARIABLE
 from srt.fresh import Fresh
 from srt.models import serving
 
@@ -169,6 +174,56 @@ def test_contexts_are_made_for_a_hybrid_model(ready: Fresh, tmp_path: Path) -> N
     for answered in ready.ranks(over_made_contexts, 2, argv, batches):
         cached = [[answer.cached_tokens for answer in answers] for answers in answered.answers]
         assert cached == [[68], [138, 68], [138]]  # whole pages of two ranks
+
+
+def test_random_weights_choose_experts_evenly() -> None:
+    """By SGLang's routing of a layer of DeepSeek-V3-8-layers: 8 of 32 experts, of 4 of 8 groups.
+
+    Of 8 tokens that choose at random, 28.8 experts are expected; with SGLang's random bias they
+    choose the same ones, which the loader's own name must be patched to mend.
+    """
+    hidden, routed = 7168, 32
+    gate = torch.nn.Module()
+    gate.weight = torch.nn.Parameter(torch.empty(routed, hidden, dtype=torch.bfloat16))
+    gate.e_score_correction_bias = torch.nn.Parameter(torch.empty(routed))
+    norm = torch.nn.RMSNorm(hidden, dtype=torch.bfloat16)
+    model = torch.nn.ModuleDict({"norm": norm, "gate": gate})
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(8, hidden, generator=generator).bfloat16()
+
+    def chosen() -> int:
+        route = inspect.unwrap(topk.biased_grouped_topk_impl)
+        scores = norm(tokens) @ gate.weight.T
+        bias = gate.e_score_correction_bias
+        return len(route(tokens, scores.float(), bias, 8, True, 8, 4)[1].unique())
+
+    with torch.no_grad():
+        loader.initialize_dummy_weights(model)
+        assert chosen() < 12
+        made.even_out_experts(None, model)
+        assert chosen() > 24
+
+
+@pytest.mark.parametrize(
+    ("info", "variable", "queries"),
+    [
+        ({"dcp_size": 1}, None, ""),
+        ({"dcp_size": 2, "dcp_replicate_q_proj": True}, None, "replicated"),
+        ({"dcp_size": 2, "dcp_comm_backend": "symm"}, None, "kernel"),
+        ({"dcp_size": 2, "dcp_comm_backend": "symm"}, "0", "all-gather"),
+        ({"dcp_size": 2, "dcp_comm_backend": "a2a"}, None, "all-gather"),
+    ],
+)
+def test_figures_say_where_queries_come_from(
+    info: dict[str, Any], variable: str | None, queries: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(GATHER_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(GATHER_VARIABLE, variable)
+    assert serve.queries_of(info, ours=True) == queries
+    # A server that runs elsewhere has an environment of its own.
+    gathered = info["dcp_size"] > 1 and "dcp_replicate_q_proj" not in info
+    assert serve.queries_of(info, ours=False) == ("gathered" if gathered else queries)
 
 
 def test_gaps_between_tokens() -> None:
