@@ -74,7 +74,7 @@ class Pool:
         return self.values
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.keys, self.values
+        return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
     def set_kv_buffer(
         self, layer: Any, where: Any, k: torch.Tensor, v: torch.Tensor, *scales: None

@@ -133,11 +133,8 @@ class Pool:
             self.keys[..., :v_width] if self.mla else torch.full_like(self.keys, torch.nan)
         )
 
-    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
-        return self.keys
-
-    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
-        return self.values
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
 
     def set_kv_buffer(self, layer: Any, loc: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         self.keys[loc.loc] = k.to(self.keys.dtype)

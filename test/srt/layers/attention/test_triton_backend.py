@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang_helix.srt.layers.attention import triton_backend
+from sglang_helix.srt.layers.attention import triton_backend, triton_rows
 from sglang_helix.srt.layers.attention.kv_splits import Scratch, SplitPlan, Tile
 from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBackend
 from sglang_helix.srt.layers.dcp import comm, lse_combine, lse_combine_triton, packed_rows
@@ -126,7 +126,7 @@ def test_rows_are_counted_without_asking_the_device(
         mock.patch.object(
             TritonAttnBackend, "_dcp_kv_indices", lambda *args: found.append(args[4]) or args
         ),
-        mock.patch.object(triton_backend.ShardedAttention, "init_forward_metadata", upstream),
+        mock.patch.object(triton_rows.ShardedAttention, "init_forward_metadata", upstream),
     ):
         backend.init_forward_metadata(batch)
     (indices,) = found
@@ -180,8 +180,7 @@ def test_launches_of_an_extend(
     backend.nothing_before = torch.zeros_like(backend.kv_indptr)
     row = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
     backend.token_to_kv_pool = SimpleNamespace(
-        get_key_buffer=lambda layer: row,
-        get_value_buffer=lambda layer: row,
+        get_kv_buffer=lambda layer: (row, row),
         set_kv_buffer=lambda *args: launches.names.append("store"),
     )
     q_width, kv_width = (heads if replicated else OWN) * 32, 2 * 32
@@ -280,8 +279,7 @@ def test_launches_of_a_decode_layer(
         launches.names.append("store")
 
     backend.token_to_kv_pool = SimpleNamespace(
-        get_key_buffer=lambda layer: row,
-        get_value_buffer=lambda layer: row[..., :width],
+        get_kv_buffer=lambda layer: (row, row[..., :width]),
         set_kv_buffer=store,
         set_mla_kv_buffer=store,
     )
@@ -341,9 +339,7 @@ def test_mla_makes_nothing_that_it_does_not_read(backend: ShardedTritonAttnBacke
         out_cache_loc=torch.tensor([0, 1]), forward_mode=ForwardMode.EXTEND, batch_size=1
     )
     latent = torch.zeros(1, 1, 32)
-    backend.token_to_kv_pool = SimpleNamespace(
-        get_key_buffer=lambda layer: latent, get_value_buffer=lambda layer: latent
-    )
+    backend.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda layer: (latent, latent))
     backend.forward_metadata = SimpleNamespace(
         kv_indices=torch.zeros(1), custom_mask=None, max_extend_len=2
     )

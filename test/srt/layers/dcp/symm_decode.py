@@ -161,9 +161,7 @@ class Cache:
         adapter.exchanger, adapter.base2 = group.exchanger, False
         adapter.mla = adapter.use_mla = self.k[0].shape != self.v[0].shape
         keys, values = torch.cat(own_k), torch.cat(own_v)
-        adapter.token_to_kv_pool = SimpleNamespace(
-            get_key_buffer=lambda layer: keys, get_value_buffer=lambda layer: values
-        )
+        adapter.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda layer: (keys, values))
         indptr = torch.zeros(B + 1, dtype=torch.int32)
         indptr[1:] = lens.cumsum(0)
         plan = SplitPlan(heads, keys.shape[1], 1 << 20, BLOCK, splits, Tile())

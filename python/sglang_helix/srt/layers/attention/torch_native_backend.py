@@ -153,7 +153,7 @@ class TorchReferenceAttnBackend(AttentionBackend):
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if k is None or v is None:
             slots = self._rows(layer, forward_batch.out_cache_loc)
-            k, v = (buffer[slots] for buffer in self._buffers(layer))
+            k, v = (part[slots] for part in self.token_to_kv_pool.get_kv_buffer(layer.layer_id))
         partial = self.chunk_partial(q, k, v, layer, forward_batch)
         lens, cached_lens = chunk_lens(forward_batch)
         prefix = None
@@ -217,7 +217,7 @@ class TorchReferenceAttnBackend(AttentionBackend):
         The queries stand behind the tokens of these rows, or with `own` are the last of them: that
         decides what is in a window.
         """
-        keys, values = self._buffers(layer)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         parts = []
         for q_r, rows_r in zip(q.split(query_lens), rows, strict=True):
             visible = None
@@ -260,10 +260,6 @@ class TorchReferenceAttnBackend(AttentionBackend):
         return partial_attention(
             q, k, v, scale=layer.scaling, logit_cap=layer.logit_cap, visible=visible
         )
-
-    def _buffers(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        pool = self.token_to_kv_pool
-        return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
 
     def _write(
         self, layer: Any, forward_batch: Any, k: torch.Tensor, v: torch.Tensor | None

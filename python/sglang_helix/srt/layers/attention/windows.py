@@ -115,7 +115,7 @@ class Tails:
 
     def gathered(self, layer: RadixAttention, pool: Any, like: Tensor, group: Any) -> Any:
         """Keys [S, G, Dk] and values [S, G, Dv] of the group's heads, of the dtype of `like`."""
-        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        keys, values = pool.get_kv_buffer(layer.layer_id)
         if not any(self.lens):  # on every rank
             return tuple(
                 part.new_empty((0, *part.shape[1:]), dtype=like.dtype) for part in (keys, values)
