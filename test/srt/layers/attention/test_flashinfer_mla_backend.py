@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.attention import flashinfer_mla_backend as upstream
-from sglang_helix.srt.layers.attention import local_pages
+from sglang_helix.srt.layers.attention import flashinfer_plans
 from sglang_helix.srt.layers.attention.flashinfer_mla_backend import (
     natural_lse,
     plan_behind_the_last,
@@ -34,7 +34,7 @@ def test_a_captured_decode_plans_behind_the_copy_of_its_last_plan() -> None:
         _cached_module = SimpleNamespace(plan=lambda *arguments: done.append("plan"))
 
     wrapper, lens = Wrapper(), torch.zeros(3, dtype=torch.int32)
-    local_pages._copied[wrapper] = SimpleNamespace(
+    flashinfer_plans._copied[wrapper] = SimpleNamespace(
         synchronize=lambda: done.append("wait"), record=lambda: done.append("record")
     )
     sizes = (16, 512, 64, 1, False, 1.0, torch.bfloat16, torch.bfloat16)

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from sglang_helix.srt.layers.attention.local_pages import LocalPages, planned
+from sglang_helix.srt.layers.attention.flashinfer_plans import planned
+from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from srt.fresh import Fresh
 from srt.slots import Slots

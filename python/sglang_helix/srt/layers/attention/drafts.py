@@ -82,12 +82,16 @@ class Drafts(AttentionBackend):
             return mask[: len(cached) * drafts**2].view(-1, drafts)
         return visible_drafts(mask, cached, drafts)
 
-    def attend_drafts(self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
+    def attend_drafts(
+        self, q: Tensor | tuple[Tensor, Tensor], k: Tensor, v: Tensor, layer: RadixAttention
+    ) -> Partial:
         """The drafts on themselves, for backends whose kernels have no masks, in plain torch.
 
-        q [T, h, Dk], k [T, g, Dk], v [T, g, Dv] -> out fp32 [T, h, Dv], LSE [T, h]. A few small
-        products: T * h * drafts logits.
+        q [T, h, Dk] or MLA's two parts of it, k [T, g, Dk], v [T, g, Dv] -> out fp32 [T, h, Dv],
+        LSE [T, h]. A few small products: T * h * drafts logits.
         """
+        if isinstance(q, tuple):
+            q = torch.cat(q, -1)
         drafts, groups = self.drafts, k.shape[1]
         queries = fold(q, drafts, groups).unflatten(1, (groups, -1)).float()
         keys, values = (part.unflatten(0, (-1, drafts)).transpose(1, 2).float() for part in (k, v))

@@ -8,6 +8,7 @@ Scales of a quantized cache are inside the LSE.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,9 +38,6 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
     """`fa3` over a sharded cache: GQA, MHA and MLA."""
 
     upstream_prefill = True
-    # A decode step's, int32; None in other passes, for MLA and for version 4.
-    schedule: Tensor | None = None
-    captured_schedule: Tensor | None = None
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
@@ -54,38 +52,15 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
                 "give --kv-cache-dtype bfloat16, or another --attention-backend"
             )
 
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Prepare one eager forward pass."""
-        super().init_forward_metadata(forward_batch)
-        decodes = forward_batch.forward_mode.is_decode()
-        self.schedule = self._schedule(self.pages, self.cu_q) if decodes else None
-
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
-        """Allocate what captured graphs read; filled anew before every replay."""
-        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
-        self.captured_schedule = self._schedule(self.captured_pages, self.captured_cu_q)
-
-    def init_forward_metadata_out_graph(
-        self, forward_batch: ForwardBatch, in_capture: bool = False
-    ) -> None:
-        """Prepare the capture or one replay of a decode graph, in place."""
-        super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        batch, captured = forward_batch.batch_size, self.captured_schedule
-        schedule = self._schedule(self.captured_pages.first(batch), self.captured_cu_q[: batch + 1])
-        if captured is not None and schedule is not None:
-            captured[: len(schedule)].copy_(schedule)
-            schedule = captured[: len(schedule)]
-        if in_capture:
-            self.schedule = schedule
-
-    def _schedule(self, pages: LocalPages, cu_q: Tensor) -> Tensor | None:
-        """How the kernel deals out one query of each request over pages, for GQA by version 3.
+    def deal(self, pages: LocalPages, cu_q: Tensor, max_q: int) -> tuple[Tensor] | None:
+        """Of one query of each request, for GQA by version 3: one int32 tensor.
 
         By what the call itself would work it out from: the heads of the group, the lengths, and the
         width of the page table, which bounds the splits. None for drafts, which have several
         queries each.
         """
-        if self.mla or self.captured_width > 1 or self._get_scheduler_metadata is None:
+        drafts = max(max_q, self.captured_width) > 1
+        if self.mla or drafts or self._get_scheduler_metadata is None:
             return None
         schedule: Tensor = self._get_scheduler_metadata(
             batch_size=len(pages.lens),
@@ -102,7 +77,7 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             has_softcap=self.has_softcap,
             num_splits=self.num_splits,
         )
-        return schedule
+        return (schedule,)
 
     def _schedule_for(self, layer: RadixAttention, kv_heads: int) -> Tensor | None:
         """The step's schedule; None where the layer is not what it was made for."""
@@ -110,17 +85,13 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
             return None
         made_for = self.group_kv_heads, self.head_dim, self.head_dim, self.has_softcap
         found = kv_heads, layer.qk_head_dim, layer.v_head_dim, layer.logit_cap > 0
-        return self.schedule if found == made_for else None
+        return self.schedule[0] if self.schedule and found == made_for else None
 
     def mla_queries(
         self, q: Tensor, q_rope: Tensor, layer: RadixAttention
     ) -> tuple[Tensor, Tensor]:
         """The kernel takes the two parts apart."""
         return mla_parts(q, q_rope, layer)
-
-    def partial_decode(self, q: Any, layer: RadixAttention, forward_batch: ForwardBatch) -> Partial:
-        """See `ShardedAttention.partial_decode`."""
-        return self._cached(q, layer)
 
     def partial_current(
         self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
@@ -162,28 +133,21 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
     ) -> Partial:
         """See `ShardedAttention.partial_prefix`."""
         if gathered is None:
-            return self._cached(q, layer)
-        longest, values = (
-            max(forward_batch.extend_prefix_lens_cpu),
-            gathered[..., : layer.v_head_dim],
-        )
+            return super().partial_prefix(q, layer, forward_batch)
+        longest = max(forward_batch.extend_prefix_lens_cpu)
+        values = gathered[..., : layer.v_head_dim]
         return self._ragged(q, gathered, values, layer, self.cu_prefix, longest, causal=False)
 
-    def _cached(self, q: Any, layer: RadixAttention) -> Partial:
-        """Queries over this rank's pages.
-
-        Each sees all tokens of its request; of a window layer, where it has one query, the last.
-        """
+    def attend_pages(self, q: Any, layer: RadixAttention) -> Partial:
+        """See `ShardedPagedAttention.attend_pages`."""
         window = windowed(layer)
         if self.mla:
-            q_v, q = q
             latent = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
             keys = paged_view(latent[..., layer.v_head_dim :], self.page_size)
             values = paged_view(latent[..., : layer.v_head_dim], self.page_size)
             scales = (None, None)
             schedule = None
         else:
-            q_v = None
             keys, values = self.get_paged_mha_kv_cache(layer)
             q, _, _, *scales = self.prepare_paged_mha_query(
                 q,
@@ -195,28 +159,24 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
                 is_prefill=self.max_q > 1,
             )
             schedule = self._schedule_for(layer, keys.shape[2])
-        out, lse, *_ = flash_attn_with_kvcache(
+        return self._attended(
+            flash_attn_with_kvcache,
+            layer,
             q,
             keys,
             values,
-            qv=q_v,
             page_table=self.pages.table,
             cache_seqlens=self.pages.lens,
             cu_seqlens_q=self.cu_cached,
             max_seqlen_q=self.max_q,
             k_descale=scales[0],
             v_descale=scales[1],
-            softmax_scale=layer.scaling,
             # One query masks nothing, and has the kernel take the tiles that plain TP has.
             causal=window or schedule is not None,
             window_size=(self.local_window - 1, 0) if window else (-1, -1),
-            softcap=layer.logit_cap,
             num_splits=self.num_splits,
-            return_softmax_lse=True,
             scheduler_metadata=schedule,
-            ver=self.fa_impl_ver,
         )
-        return Partial(out, self._by_query(lse, q_v))
 
     def _ragged(
         self,
@@ -234,27 +194,18 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
 
         back: how many keys before its own a query sees, at most; -1: all.
         """
-        q_v = None
-        if isinstance(q, tuple):
-            q_v, q = q
-            k = k[..., layer.v_head_dim :]
-        out, lse, *_ = flash_attn_varlen_func(
+        return self._attended(
+            flash_attn_varlen_func,
+            layer,
             q,
-            k.view(len(k), -1, q.shape[-1]),
-            v.view(len(v), -1, layer.v_head_dim),
+            *_by_head(q, k, v, layer),
             self.cu_q,
             cu_k,
             self.max_q,
             max_k,
-            qv=q_v,
-            softmax_scale=layer.scaling,
-            softcap=layer.logit_cap,
             causal=causal,
             window_size=(back, 0) if back > -1 else (-1, -1),
-            return_softmax_lse=True,
-            ver=self.fa_impl_ver,
         )
-        return Partial(out, self._by_query(lse, q_v))
 
     def _drafts(self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
         """Draft tokens over those of their own tree that they see.
@@ -262,27 +213,43 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         The kernel has no masks: each draft token becomes a request of one query, whose page table
         names the drafts it sees, in pages of one token.
         """
-        drafts, visible, q_v = self.max_q, self.visible, None
-        if self.mla:
-            q_v, q = q
-            k = k[..., layer.v_head_dim :]
+        drafts, visible = self.max_q, self.visible
         # What is seen comes first, in order.
         order = torch.sort((~visible).int(), dim=1, stable=True).indices
-        trees = torch.arange(0, len(visible), drafts, device=q.device).repeat_interleave(drafts)
-        out, lse, *_ = flash_attn_with_kvcache(
+        trees = torch.arange(0, len(visible), drafts, device=k.device).repeat_interleave(drafts)
+        keys, values = _by_head(q, k, v, layer)
+        return self._attended(
+            flash_attn_with_kvcache,
+            layer,
             q,
-            k.view(len(k), 1, -1, q.shape[-1]),
-            v.view(len(v), 1, -1, layer.v_head_dim),
-            qv=q_v,
+            keys[:, None],
+            values[:, None],
             page_table=(order + trees[:, None]).int(),
             cache_seqlens=visible.sum(1, dtype=torch.int32),
-            cu_seqlens_q=torch.arange(len(q) + 1, dtype=torch.int32, device=q.device),
+            cu_seqlens_q=torch.arange(len(k) + 1, dtype=torch.int32, device=k.device),
             max_seqlen_q=1,
+            num_splits=self.num_splits,
+        )
+
+    def _attended(
+        self,
+        kernel: Callable[..., Any],
+        layer: RadixAttention,
+        q: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Partial:
+        """What a kernel makes of queries, or of MLA's two parts of them."""
+        q_v, q = q if isinstance(q, tuple) else (None, q)
+        out, lse, *_ = kernel(
+            q,
+            *args,
+            qv=q_v,
             softmax_scale=layer.scaling,
             softcap=layer.logit_cap,
-            num_splits=self.num_splits,
             return_softmax_lse=True,
             ver=self.fa_impl_ver,
+            **kwargs,
         )
         return Partial(out, self._by_query(lse, q_v))
 
@@ -301,4 +268,11 @@ class ShardedFlashAttention4Backend(ShardedFlashAttentionBackend):
         return lse.T if q_v is None else lse
 
     def _drafts(self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention) -> Partial:
-        return self.attend_drafts(torch.cat(q, -1) if self.mla else q, k, v, layer)
+        return self.attend_drafts(q, k, v, layer)
+
+
+def _by_head(q: Any, k: Tensor, v: Tensor, layer: RadixAttention) -> tuple[Tensor, Tensor]:
+    """Keys [S, g, .] and values [S, g, Dv]; for MLA's two parts the keys are the rotary ones."""
+    if isinstance(q, tuple):
+        q, k = q[1], k[..., layer.v_head_dim :]
+    return k.view(len(k), -1, q.shape[-1]), v.view(len(v), -1, layer.v_head_dim)

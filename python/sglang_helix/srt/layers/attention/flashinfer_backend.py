@@ -24,8 +24,8 @@ from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
 from sglang_helix.srt.layers.attention.drafts import Drafted
-from sglang_helix.srt.layers.attention.local_pages import local_rows, planned
-from sglang_helix.srt.layers.attention.prefixes import lens_on_host, prefixed, summed_on_host
+from sglang_helix.srt.layers.attention.flashinfer_plans import lens_on_host, planned
+from sglang_helix.srt.layers.attention.prefixes import prefixed, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
 from sglang_helix.srt.layers.dcp.partial import Partial
 
@@ -47,8 +47,6 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
             "sliding windows or cross attention": self.num_wrappers > 1,
             "a cache in fp4": self.prefill_uses_dequant_workspace
             or self.decode_uses_dequant_workspace,
-            "multi-item scoring": self.enable_mis,
-            "deterministic inference": self.enable_deterministic,
         }
         for what, asked in unserved.items():
             if asked:
@@ -120,75 +118,59 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         """One query of each request over its cached tokens, its drafts as heads of it."""
         batch = forward_batch.batch_size
         drafts = self.drafts if forward_batch.forward_mode.is_target_verify() else 1
-        held = self.shard.lens(lens_on_host(forward_batch)).tolist()
-        indptr = summed_on_host(held)
-        rows = self.rows(
+        held, rows = self.held_rows(
             forward_batch.req_pool_indices[:batch],
             forward_batch.seq_lens[:batch],
-            sum(held),
+            lens_on_host(forward_batch),
+            self.kv_indptr[0],
             wrapper._paged_kv_indices_buf if wrapper.is_cuda_graph_enabled else None,
         )
+        indptr = summed_on_host(held)
         captured: dict[str, Any] = {}
         if isinstance(wrapper.begin_forward, partial):
             # It leaves the buffers of the captured graph to its caller.
             captured["global_override_indptr_cpu"] = indptr
             indptr = self.kv_indptr[0][: batch + 1]
-        with planned(wrapper, self.device):
-            wrapper.begin_forward(
-                indptr,
-                rows,
-                self.host_last_page_len[:batch],
-                self.heads * drafts,
-                self.group_kv_heads,
-                self.head_dim,
-                1,
-                data_type=self.flashinfer_kv_cache_dtype,
-                q_data_type=self.q_dtype,
-                non_blocking=True,
-                **captured,
-            )
+        self._plan(
+            wrapper,
+            *(indptr, rows, self.host_last_page_len[:batch]),
+            *(self.heads * drafts, self.group_kv_heads, self.head_dim, 1),
+            data_type=self.flashinfer_kv_cache_dtype,
+            non_blocking=True,
+            **captured,
+        )
 
     def _plan_chunk(self, forward_batch: ForwardBatch) -> None:
         """A chunk on itself, and the tokens cached before it."""
-        before = forward_batch.extend_prefix_lens
-        queries, cached = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
+        queries = forward_batch.extend_seq_lens_cpu
         qo_indptr = summed_on_host(queries)
         own = self.heads // self.shard.size
-        with planned(self.prefill_wrapper_ragged, self.device):
-            self.prefill_wrapper_ragged.begin_forward(
-                qo_indptr,
-                qo_indptr,
-                own,
-                self._chunk_kv_heads(own),
-                self.head_dim,
-                q_data_type=self.q_dtype,
-            )
+        self._plan(
+            self.prefill_wrapper_ragged,
+            *(qo_indptr, qo_indptr, own, self._chunk_kv_heads(own), self.head_dim),
+        )
         prefix = prefixed(forward_batch)
         if prefix is None:
             return
         which = prefix.requests
-        held = self.shard.lens(torch.tensor(cached[which])).tolist()
-        kv_indptr = summed_on_host(held)
-        rows = self.rows(forward_batch.req_pool_indices[which], before[which], sum(held))
-        with planned(self.prefill_wrappers_paged[0], self.device):
-            self.prefill_wrappers_paged[0].begin_forward(
-                summed_on_host(queries[which]),
-                kv_indptr,
-                rows,
-                self.host_last_page_len[: len(held)],
-                self.heads,
-                self.group_kv_heads,
-                self.head_dim,
-                1,
-                q_data_type=self.q_dtype,
-                kv_data_type=self.flashinfer_kv_cache_dtype,
-                non_blocking=True,
-            )
+        held, rows = self.held_rows(
+            forward_batch.req_pool_indices[which],
+            forward_batch.extend_prefix_lens[which],
+            torch.tensor(forward_batch.extend_prefix_lens_cpu[which]),
+            self.kv_indptr[0],
+        )
+        self._plan(
+            self.prefill_wrappers_paged[0],
+            *(summed_on_host(queries[which]), summed_on_host(held)),
+            *(rows, self.host_last_page_len[: len(held)]),
+            *(self.heads, self.group_kv_heads, self.head_dim, 1),
+            kv_data_type=self.flashinfer_kv_cache_dtype,
+            non_blocking=True,
+        )
 
-    def rows(self, requests: Tensor, lens: Tensor, total: int, out: Tensor | None = None) -> Tensor:
-        """See `local_rows`; the prefix sums are left in `kv_indptr`."""
-        table = self.req_to_token_pool.req_to_token
-        return local_rows(table, requests, lens, self.shard, total, self.kv_indptr[0], out)
+    def _plan(self, wrapper: Any, *args: Any, **kwargs: Any) -> None:
+        with planned(wrapper, self.device):
+            wrapper.begin_forward(*args, q_data_type=self.q_dtype, **kwargs)
 
     def _chunk_kv_heads(self, own: int) -> int:
         """g: what `_own_kv_heads` keeps for so many query heads."""

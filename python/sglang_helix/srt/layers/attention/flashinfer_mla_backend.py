@@ -18,8 +18,8 @@ import torch
 from sglang.srt.layers.attention import flashinfer_mla_backend as upstream
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.local_pages import local_rows, planned
-from sglang_helix.srt.layers.attention.prefixes import lens_on_host, summed_on_host
+from sglang_helix.srt.layers.attention.flashinfer_plans import lens_on_host, planned
+from sglang_helix.srt.layers.attention.prefixes import summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention, mla_parts
 from sglang_helix.srt.layers.dcp.partial import Partial
 
@@ -54,6 +54,12 @@ class FlashInferPrefill(ShardedAttention):
         return upstream.FlashInferMLAAttnBackend.forward_extend(
             self, q, k, v, layer, forward_batch, save_kv_cache, **kwargs
         )
+
+    def partial_current(
+        self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> Partial:
+        """See `ShardedAttention.partial_current`; of drafts, the others are upstream's."""
+        return self.attend_drafts(q, k, v, layer)
 
 
 class ShardedFlashInferMLAAttnBackend(FlashInferPrefill, upstream.FlashInferMLAAttnBackend):
@@ -97,13 +103,10 @@ class ShardedFlashInferMLAAttnBackend(FlashInferPrefill, upstream.FlashInferMLAA
     ) -> None:
         """The drafts over this rank's cached tokens, whose rows are left in out."""
         batch, updater = forward_batch.batch_size, self.indices_updater_prefill
-        held = self.shard.lens(lens_on_host(forward_batch)).tolist()
-        rows = local_rows(
-            self.req_to_token_pool.req_to_token,
+        held, rows = self.held_rows(
             forward_batch.req_pool_indices[:batch],
             forward_batch.seq_lens[:batch],
-            self.shard,
-            sum(held),
+            lens_on_host(forward_batch),
             self.kv_indptr,
             out,
         )
@@ -129,12 +132,6 @@ class ShardedFlashInferMLAAttnBackend(FlashInferPrefill, upstream.FlashInferMLAA
     ) -> tuple[Tensor, Tensor]:
         """The kernel takes the two parts apart."""
         return mla_parts(q, q_rope, layer)
-
-    def partial_current(
-        self, q: Any, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
-        """See `ShardedAttention.partial_current`; of drafts, the others are upstream's."""
-        return self.attend_drafts(torch.cat(q, -1), k, v, layer)
 
     def partial_prefix(
         self,

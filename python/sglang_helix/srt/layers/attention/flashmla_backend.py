@@ -12,7 +12,7 @@ so it is given one row in place of none, and its LSE is overwritten.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.kernels.ops.attention.flash_mla_interface import (
@@ -31,25 +31,11 @@ from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-
-class Schedule(NamedTuple):
-    """How the kernel deals out the tokens of B requests, and how many it takes each to have.
-
-    programs [P, 8], splits [B + 1], lens [B], all int32. P follows from heads and device alone.
-    """
-
-    programs: Tensor
-    splits: Tensor
-    lens: Tensor
 
 
 class ShardedFlashMLABackend(FlashInferPrefill, ShardedPagedAttention, FlashMLABackend):
     """`flashmla` over a sharded cache: MLA, in bf16 or fp8, in pages of 64 tokens."""
-
-    schedule: Schedule
 
     def __init__(self, model_runner: ModelRunner, **kwargs: Any) -> None:
         super().__init__(model_runner, **kwargs)
@@ -60,57 +46,21 @@ class ShardedFlashMLABackend(FlashInferPrefill, ShardedPagedAttention, FlashMLAB
             )
         self.unit_scale = torch.ones(1, dtype=torch.float32, device=self.device)
 
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Prepare one eager forward pass."""
-        super().init_forward_metadata(forward_batch)
-        mode = forward_batch.forward_mode
-        if mode.is_decode_or_idle() or mode.is_target_verify():
-            self.schedule = self._schedule(self.pages, self.max_q)
+    def deal(self, pages: LocalPages, cu_q: Tensor, max_q: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Programs [P, 8], splits [B + 1], and lengths [B] that the kernel is to see, all int32.
 
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
-        """Allocate what captured graphs read; filled anew before every replay."""
-        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
-        self.captured_schedule = Schedule(
-            *(part.clone() for part in self._schedule(self.captured_pages, self.captured_width))
+        P follows from heads and device alone.
+        """
+        lens = pages.lens.clamp_min(1) if self.is_fp8_kvcache else pages.lens
+        programs, splits = get_mla_metadata(
+            lens, max_q * self.heads, 1, is_fp8_kvcache=self.is_fp8_kvcache
         )
+        return programs, splits, lens
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: ForwardBatch, in_capture: bool = False
-    ) -> None:
-        """Prepare the capture or one replay of a decode graph, in place."""
-        super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        batch, captured = forward_batch.batch_size, self.captured_schedule
-        view = Schedule(captured.programs, captured.splits[: batch + 1], captured.lens[:batch])
-        schedule = self._schedule(self.captured_pages.first(batch), self.captured_width)
-        for part, fresh in zip(view, schedule, strict=True):
-            part.copy_(fresh)
-        if in_capture:
-            self.schedule = view
-
-    def partial_decode(
-        self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
-        """See `ShardedAttention.partial_decode`."""
-        return self._cached(q, layer)
-
-    def partial_current(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
-        """See `ShardedAttention.partial_current`; of drafts, the others are upstream's."""
-        return self.attend_drafts(q, k, v, layer)
-
-    def partial_prefix(
-        self,
-        q: Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        gathered: Tensor | None = None,
-    ) -> Partial:
-        """See `ShardedAttention.partial_prefix`; of drafts, the others are upstream's."""
-        return self._cached(q, layer)
-
-    def _cached(self, q: Tensor, layer: RadixAttention) -> Partial:
-        """The batch's queries over this rank's pages; each sees all tokens of its request."""
+    def attend_pages(self, q: Tensor, layer: RadixAttention) -> Partial:
+        """See `ShardedPagedAttention.attend_pages`."""
+        assert self.schedule is not None
+        programs, splits, lens = self.schedule
         queries, scales = q.unflatten(0, (-1, self.max_q)), {}
         if self.is_fp8_kvcache:
             scale = self.unit_scale if layer.k_scale is None else layer.k_scale.reshape(1)
@@ -121,10 +71,10 @@ class ShardedFlashMLABackend(FlashInferPrefill, ShardedPagedAttention, FlashMLAB
             q=queries,
             k_cache=paged_view(self.token_to_kv_pool.get_key_buffer(layer.layer_id), PAGE_SIZE),
             block_table=self.pages.table,
-            cache_seqlens=self.schedule.lens,
+            cache_seqlens=lens,
             head_dim_v=self.kv_lora_rank,
-            tile_scheduler_metadata=self.schedule.programs,
-            num_splits=self.schedule.splits,
+            tile_scheduler_metadata=programs,
+            num_splits=splits,
             softmax_scale=layer.scaling,
             # One query masks nothing.
             causal=self.max_q == 1,
@@ -134,10 +84,3 @@ class ShardedFlashMLABackend(FlashInferPrefill, ShardedPagedAttention, FlashMLAB
         if self.is_fp8_kvcache:
             lse = lse.masked_fill(self.pages.empty[:, None, None], -torch.inf)
         return Partial(out.flatten(0, 1), lse.flatten(0, 1))
-
-    def _schedule(self, pages: LocalPages, queries: int) -> Schedule:
-        lens = pages.lens.clamp_min(1) if self.is_fp8_kvcache else pages.lens
-        programs, splits = get_mla_metadata(
-            lens, queries * self.heads, 1, is_fp8_kvcache=self.is_fp8_kvcache
-        )
-        return Schedule(programs, splits, lens)

@@ -8,11 +8,7 @@ ranks; only lengths differ.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -134,26 +130,6 @@ def local_rows(
     slots = req_to_token[requests[owner], place * shard.size + shard.rank]
     rows[:total] = slots // shard.size
     return rows[:total]
-
-
-_copied: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-
-@contextmanager
-def planned(wrapper: Any, device: str) -> Iterator[None]:
-    """Around a plan of a wrapper of FlashInfer, made of lengths on the host.
-
-    A wrapper writes its plan to pinned memory of its own and has it copied from there, and waits
-    for neither copy nor kernels; only a plan of lengths on the device waits for these. The
-    scheduler plans a batch while the one before may not have begun, so what that one is yet to copy
-    would be overwritten. Here a plan waits for the copy of the wrapper's last one.
-    """
-    if wrapper in _copied:
-        _copied[wrapper].synchronize()
-    else:
-        _copied[wrapper] = torch.get_device_module(device).Event()
-    yield
-    _copied[wrapper].record()
 
 
 if triton is not None:

@@ -9,7 +9,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.local_pages import LocalPages
+from sglang_helix.srt.layers.attention.local_pages import LocalPages, local_rows
 from sglang_helix.srt.layers.attention.windows import Tails
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 
@@ -87,6 +87,22 @@ class OwnedRows(AttentionBackend):
         pages.fill(
             self.req_to_token_pool.req_to_token, requests, lens, self.shard, self.pool_page_size
         )
+
+    def held_rows(
+        self,
+        requests: Tensor,
+        lens: Tensor,
+        on_host: Tensor,
+        indptr: Tensor,
+        out: Tensor | None = None,
+    ) -> tuple[list[int], Tensor]:
+        """How many of the first lens [B] tokens of requests [B] this rank holds, and their rows.
+
+        on_host: the same lengths. indptr, out, and the rows: see `local_rows`.
+        """
+        held = self.shard.lens(on_host).tolist()
+        table = self.req_to_token_pool.req_to_token
+        return held, local_rows(table, requests, lens, self.shard, sum(held), indptr, out)
 
     def _store(
         self, layer: RadixAttention, forward_batch: ForwardBatch, k: Tensor, v: Tensor

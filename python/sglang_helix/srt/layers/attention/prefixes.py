@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from sglang.srt.speculative.spec_info import SpecInputType
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -47,19 +46,6 @@ def with_prefixes(prefix_lens: Sequence[int], extend_lens: Sequence[int]) -> Pre
     before, own = sum(extend_lens[:first]), slice(first, end)
     queries = sum(extend_lens[own])
     return Prefixed(own, slice(before, before + queries), end - first == len(prefix_lens))
-
-
-def lens_on_host(forward_batch: ForwardBatch) -> Tensor:
-    """Cached tokens of each request [B], where a kernel's plan is made: waits for none it can have.
-
-    The host's own lengths count the drafts for n-grams, whose step waits for the device anyway.
-    """
-    batch, drafted = forward_batch.batch_size, forward_batch.spec_info
-    if drafted is not None and drafted.spec_input_type != SpecInputType.EAGLE_VERIFY:
-        return forward_batch.seq_lens[:batch].cpu()
-    if forward_batch.seq_lens_cpu is None:
-        raise RuntimeError("the backend plans by lengths on the host, and this batch has none")
-    return forward_batch.seq_lens_cpu[:batch]
 
 
 def summed(lens: Tensor) -> Tensor:

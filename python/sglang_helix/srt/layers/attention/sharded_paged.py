@@ -10,8 +10,10 @@ from torch import Tensor
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.prefixes import prefixed, summed
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
+from sglang_helix.srt.layers.dcp.partial import Partial
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -20,8 +22,9 @@ class ShardedPagedAttention(ShardedAttention):
 
     It is `cu_q` ([B+1] int32) and `max_q`, which queries are whose; `pages`, the tokens of
     this rank that decode or the queries of a chunk attend, of requests whose queries are
-    `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`. Upstream's
-    are prepared beside them where upstream attends: in the prefill of MLA, and in window layers.
+    `cu_cached`'s, all but those that have none; for MLA's gathered prefixes `cu_prefix`; and
+    `schedule`, what `deal` makes of decode and verify passes. Upstream's are prepared beside them
+    where upstream attends: in the prefill of MLA, and in window layers.
     """
 
     pages: LocalPages
@@ -29,6 +32,45 @@ class ShardedPagedAttention(ShardedAttention):
     cu_cached: Tensor
     cu_prefix: Tensor
     max_q: int
+    schedule: tuple[Tensor, ...] | None = None
+    captured_schedule: tuple[Tensor, ...] = ()
+
+    # Supplied by the adapter.
+
+    def attend_pages(self, q: Any, layer: RadixAttention) -> Partial:
+        """The batch's queries over this rank's pages; each sees all tokens of its request.
+
+        q as `partial_decode` or `partial_prefix` has it. Of a window layer, which has one query of
+        a request here, the last `local_window` tokens.
+        """
+        raise NotImplementedError
+
+    def deal(self, pages: LocalPages, cu_q: Tensor, max_q: int) -> tuple[Tensor, ...] | None:
+        """How the kernel is to deal out pages among its programs, for max_q queries of a request.
+
+        As tensors that a captured graph reads in place: those of fewer requests are as long or
+        shorter. None: the kernel finds out by itself.
+        """
+        return None
+
+    # Seam 3.
+
+    def partial_decode(self, q: Any, layer: RadixAttention, forward_batch: ForwardBatch) -> Partial:
+        """See `ShardedAttention.partial_decode`."""
+        return self.attend_pages(q, layer)
+
+    def partial_prefix(
+        self,
+        q: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        gathered: Tensor | None = None,
+    ) -> Partial:
+        """See `ShardedAttention.partial_prefix`."""
+        assert gathered is None
+        return self.attend_pages(q, layer)
+
+    # Metadata.
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager forward pass."""
@@ -63,6 +105,8 @@ class ShardedPagedAttention(ShardedAttention):
             longest = self.max_context_len
         self.pages = self.allocate_pages(len(lens), longest)
         self.fill_pages(self.pages, requests, lens)
+        reads_alone = mode.is_decode() or mode.is_target_verify()
+        self.schedule = self.deal(self.pages, self.cu_q, self.max_q) if reads_alone else None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew before every replay."""
@@ -72,6 +116,8 @@ class ShardedPagedAttention(ShardedAttention):
         self.captured_cu_q = _steps(max_bs, self.captured_width, self.device)
         if self.windows:
             super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
+        dealt = self.deal(self.captured_pages, self.captured_cu_q, self.captured_width)
+        self.captured_schedule = tuple(part.clone() for part in dealt or ())
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -81,12 +127,18 @@ class ShardedPagedAttention(ShardedAttention):
         self.prepare_captured_drafts(forward_batch, in_capture)
         batch = forward_batch.batch_size
         pages, lens = self.captured_pages.first(batch), forward_batch.seq_lens[:batch]
+        cu_q, max_q = self.captured_cu_q[: batch + 1], self.captured_width
         self.fill_pages(pages, forward_batch.req_pool_indices[:batch], lens)
-        if in_capture:
-            self.pages, self.cu_q = pages, self.captured_cu_q[: batch + 1]
-            self.cu_cached, self.max_q = self.cu_q, self.captured_width
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
+        dealt = self.deal(pages, cu_q, max_q) or ()
+        parts = zip(self.captured_schedule, dealt, strict=True)
+        schedule = tuple(captured[: len(part)] for captured, part in parts)
+        for captured, part in zip(schedule, dealt, strict=True):
+            captured.copy_(part)
+        if in_capture:
+            self.pages, self.cu_q, self.cu_cached, self.max_q = pages, cu_q, cu_q, max_q
+            self.schedule = schedule or None
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Nothing: see `init_forward_metadata_out_graph`."""
