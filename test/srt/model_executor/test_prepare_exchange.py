@@ -140,18 +140,23 @@ def test_a_draft_model_exchanges_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decode", "base2", "splits"),
-    [("fa3", False, False), ("flashinfer", True, False), ("triton", False, True)],
+    ("decode", "base2", "form"),
+    [
+        ("fa3", False, "rows"),
+        ("flashinfer", True, "rows"),
+        ("triton", False, "splits"),
+        ("trtllm_mha", True, "masked rows"),
+    ],
 )
 @pytest.mark.parametrize("backend", ["symm", "a2a", "ag_rs"])
 def test_every_exchange_is_probed_as_decode_calls_it(
-    case: Case, backend: str, decode: str, base2: bool, splits: bool
+    case: Case, backend: str, decode: str, base2: bool, form: str
 ) -> None:
     case.parallel.dcp_comm_backend, case.backends = backend, ("fa3", decode)
     case.load()
     shape = {"num_heads": 32, "dtype": torch.bfloat16, "max_tokens": 160, "head_dims": [64, 128]}
-    form = {"base2": base2, "splits": splits, "queries": []}
-    assert case.probed == [{"backend": backend, **form, **shape}]
+    left = {"base2": base2, "form": form, "queries": []}
+    assert case.probed == [{"backend": backend, **left, **shape}]
 
 
 @pytest.mark.parametrize(("mla", "widths"), [(True, [(512, 64)]), (False, [(64,)])])

@@ -106,7 +106,7 @@ def prepare_exchange(result: None, runner: Any) -> None:
         head_dims=sorted(widths),
         dtype=runner.dtype,
         base2=decode.base2,
-        splits=decode.name == "triton",
+        form=decode.leaves,
         queries=queries,
         max_tokens=max_tokens,
     )

@@ -19,7 +19,7 @@ from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttentio
 from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
 from sglang_helix.srt.layers.dcp.ownership import KVShard
-from sglang_helix.srt.layers.dcp.partial import Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from srt.fresh import Fresh
 from srt.layers.attention import steps
 from srt.layers.attention.conformance import (
@@ -171,6 +171,11 @@ def replays_on_rank(
             parts = q[..., : heads.v_width], q[..., heads.v_width :]
             queries = adapter_.mla_queries(*parts, layer)
         partial = adapter_.partial_decode(queries, layer, batch(requests))
+        forms = {"splits": Splits, "masked rows": Masked}
+        form = forms.get(adapter(backend).leaves, Partial)
+        if not isinstance(partial, form):
+            wrong.append(f"rank {rank}: {type(partial).__name__} in place of {form.__name__}")
+        partial = partial.marked() if isinstance(partial, Masked) else partial
         out, lse = combine_splits(partial, q.dtype) if isinstance(partial, Splits) else partial
         for row, request in enumerate(requests):
             keys, values = (

@@ -17,7 +17,7 @@ from sglang_cpu_reference.stand_ins import kernel as stand_ins
 from sglang_helix.srt.layers.attention.adapters import Attention, adapter
 from sglang_helix.srt.layers.dcp import comm, lse_combine, lse_combine_triton
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from sglang_helix.srt.models.value_projection import own_values
 from srt.fresh import Fresh
 from srt.layers.attention import steps
@@ -60,7 +60,7 @@ class Symm:
 
     max_tokens = 64
 
-    def __call__(self, partial: Partial | Splits, **options: Any) -> Partial:
+    def __call__(self, partial: Partial | Splits | Masked, **options: Any) -> Partial:
         note("symm")
         tokens, heads, width = (partial.out.shape[n] for n in (0, 1, -1))
         own = heads // RANKS
@@ -229,7 +229,9 @@ def expected(backend: str, attention: Attention, exchange: str) -> dict[str, lis
             continue
         gather = ["gather"] if by_kernel else ["clone", "all_gather"]
         gather = gather if gathered else []
-        mask = ["masked_fill"] if backend == "trtllm_mha" else []
+        # What TRT-LLM's kernel cannot mark, `symm` does.
+        masked = backend == "trtllm_mha" and exchange == "a2a"
+        mask = ["masked_fill"] if masked else []
         found[f"decode, {queries}"] = ["store", *gather, *attend, *mask, *sent]
         prefix = [*attend[:-1], *(["zeros"] if flashinfer else []), "attend", *EXCHANGES[exchange]]
         found[f"extend, {queries}"] = [*own, *gather, *prefix, "store", "merge"]
@@ -244,6 +246,5 @@ def test_launches_of_a_layer(process: Fresh, backend: str, attention: Attention)
     assert found == {name: expected(backend, attention, name) for name in EXCHANGES}
     if attention == "GQA":
         assert len(found["a2a"]["extend, gathered"]) <= 12
-    if backend != "trtllm_mha":  # it does not mark requests without tokens by itself
-        assert len(found["symm"]["decode, replicated"]) <= 4
-        assert len(found["symm, queries too"]["decode, gathered"]) <= 4
+    assert len(found["symm"]["decode, replicated"]) <= 4
+    assert len(found["symm, queries too"]["decode, gathered"]) <= 4

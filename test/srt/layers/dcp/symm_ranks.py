@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND
 from sglang_helix.srt.layers.dcp.symm_launch import exchange, gather
 from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
@@ -53,12 +53,22 @@ class Ranks:
             partials = list(map(Partial, x.chunk(N), lse.chunk(N)))
         return self.separately(partials, **options)
 
+    def masked(
+        self, x: torch.Tensor, lse: torch.Tensor, empty: torch.Tensor, **options
+    ) -> list[Partial]:
+        """The same of rows of which empty [N*B] says that they have no keys."""
+        if x.is_cuda:
+            return self.launched(Masked(x, lse, empty), **options)
+        N = self.layout.ranks
+        partials = list(map(Masked, x.chunk(N), lse.chunk(N), empty.chunk(N)))
+        return self.separately(partials, **options)
+
     def _sinks_of(self, rank: int, sinks: torch.Tensor) -> torch.Tensor:
         """Of all heads' sinks [H] a rank's own, in as many places as a rank may own."""
         own = sinks[[*self.layout.owned_by(rank)]]
         return torch.nn.functional.pad(own, (0, self.layout.owned - len(own)), value=-INF)
 
-    def launched(self, partial: Partial | Splits, **options):
+    def launched(self, partial: Partial | Splits | Masked, **options):
         """One launch for all ranks."""
         if (sinks := options.get("sinks")) is not None:
             places = [self._sinks_of(rank, sinks) for rank in range(self.layout.ranks)]
@@ -69,7 +79,7 @@ class Ranks:
             for rank in range(self.layout.ranks)
         ]
 
-    def separately(self, partials: list[Partial | Splits], **options):
+    def separately(self, partials: list[Partial | Splits] | list[Masked], **options):
         """One launch per rank and phase."""
         results = {}
         sinks = options.pop("sinks", None)

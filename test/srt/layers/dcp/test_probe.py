@@ -10,7 +10,7 @@ import torch
 from sglang.srt.distributed import parallel_state
 from sglang_cpu_reference.checkpoints import make_checkpoint
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger, a2a, ag_rs
-from sglang_helix.srt.layers.dcp.partial import Partial
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial
 from sglang_helix.srt.layers.dcp.probe import probe
 from srt.distributed.ranks import collective_backend, run_ranks
 from srt.fresh import Fresh
@@ -100,7 +100,7 @@ def probed(rank: int, world_size: int) -> list[str]:
 
     def run(exchanger: Exchanger, **options: Any) -> str:
         shape: Any = {"num_heads": HEADS, "head_dims": DIMS, "dtype": torch.bfloat16}
-        options = {"base2": False, "splits": True, "queries": QUERIES, "max_tokens": 3} | options
+        options = {"base2": False, "form": "splits", "queries": QUERIES, "max_tokens": 3} | options
         options = shape | options
         try:
             probe(exchanger, group.cpu_group, **options)
@@ -110,7 +110,12 @@ def probed(rank: int, world_size: int) -> list[str]:
 
     for name in backends:
         exchanger = prepared(name)
-        for options in ({}, {"base2": True}, {"dtype": torch.float32, "max_tokens": None}):
+        for options in (
+            {},
+            {"base2": True},
+            {"base2": True, "form": "masked rows"},
+            {"dtype": torch.float32, "max_tokens": None},
+        ):
             wrong += [f"{name} {options}: {said}" for said in [run(exchanger, **options)] if said]
     right = BACKENDS["ag_rs"]
     for what, exchanges in BROKEN.items():
@@ -119,17 +124,25 @@ def probed(rank: int, world_size: int) -> list[str]:
             others = right.collective if broken is without_its_lse else a2a
             bad = broken if rank == 1 else others
             BACKENDS["ag_rs"] = replace(right, collective=bad)
-            said = run(prepared("ag_rs"), splits=False)
+            said = run(prepared("ag_rs"), form="rows")
             BACKENDS["ag_rs"] = right
             expected = "--dcp-comm-backend ag_rs does not give what attention over all ranks gives"
             told = f"(rank 1: rows of 32 elements in torch.bfloat16: {what}"
             if not said.startswith(expected) or told not in said or "rank 0:" in said:
                 wrong.append(f"{broken.__name__}: {said!r}")
+    marked = Masked.marked
+    if rank == 1:
+        Masked.marked = lambda masked: Partial(masked.out, masked.unmarked)  # type: ignore[assignment,method-assign]
+    said = run(prepared("a2a"), form="masked rows")
+    Masked.marked = marked  # type: ignore[method-assign]
+    for hit in range(2):  # what rank 1 sends reaches all heads
+        if f"rank {hit}: masked rows of 32 elements in torch.bfloat16: the output is" not in said:
+            wrong.append(f"masked: {said!r}")
     for what, gathered in WRONG_QUERIES.items():
         exchanger = prepared("a2a")
         if rank == 1:
             exchanger.gathered = partial(gathered, exchanger)  # type: ignore[method-assign]
-        said = run(exchanger, splits=False, max_tokens=None)
+        said = run(exchanger, form="rows", max_tokens=None)
         told = f"(rank 1: gathered queries of (32, 8) elements in torch.bfloat16: {what}"
         if told not in said or "rank 0:" in said:
             wrong.append(f"{gathered.__name__}: {said!r}")

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from sglang_helix.srt.layers.dcp import symm_launch
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from sglang_helix.srt.layers.dcp.symm_layout import Layout
 from srt.fresh import Fresh, in_forks
 from srt.interpreter import DEVICE, INTERPRETED, launches, passes, without_a_gpu
-from srt.layers.dcp.symm_ranks import INF, Ranks, expected, poison, relative_error
+from srt.layers.dcp.symm_ranks import EMPTY, INF, Ranks, expected, poison, relative_error
 
 BOUND = {torch.float32: 2e-6}
 if DEVICE == "cuda":
@@ -251,6 +251,40 @@ def test_an_empty_batch_launches_nothing_and_epochs_stand_still() -> None:
     assert torch.equal(ranks.together.epochs, before)
 
 
+@launches
+@pytest.mark.parametrize(
+    ("ranks", "heads", "head_dim", "ahead"),
+    [(2, 4, 128, False), (3, 7, 80, True)],
+)
+def test_rows_without_keys_that_their_lse_does_not_show(
+    ranks: int, heads: int, head_dim: int, ahead: bool
+) -> None:
+    """Whatever stands in them: the same, bit for bit, as with an LSE that shows it."""
+    layout = small(ranks, heads, head_dim, ahead=ahead)
+    world, ln_2 = Ranks(layout, DEVICE, warps=2), float(torch.tensor(2.0).double().log())
+    for B, garbage in ((2, float("nan")), (3, 7.0)):
+        x, lse = partial(ranks, B, layout)
+        empty = torch.rand(ranks * B, device=DEVICE) < 0.4
+        empty[::B] = True  # nobody has a key for the first
+        shown = lse.masked_fill(empty[:, None], -INF)
+        held = torch.tensor([0.0, 1e30, -1e30, *EMPTY], device=DEVICE)
+        held = held[torch.arange(lse.numel(), device=DEVICE) % len(held)].view_as(lse)
+        lse = held.where(empty[:, None], lse)
+        x = x.masked_fill(empty[:, None, None], garbage)
+        sinks = torch.randn(heads, device=DEVICE)
+        options = {"base2": True, "sinks": sinks, "out_dtype": torch.float32}
+        masked = world.masked(x, lse, empty, **options)
+        marked = world(x, shown, **options)
+        want, want_lse = expected(x, shown * ln_2, ranks, sinks)
+        for rank, (got, same) in enumerate(zip(masked, marked, strict=True)):
+            assert torch.equal(got.out, same.out)
+            assert torch.equal(got.lse, same.lse)
+            own, total = own_heads(layout, rank), got.lse.double() * ln_2
+            torch.testing.assert_close(got.out.double(), want[:, own], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(total, want_lse[:, own], rtol=1e-5, atol=1e-5)
+            assert not got.out[0].any()
+
+
 def splits_of(layout: Layout, B: int, S: int, block: int) -> tuple[list[Splits], tuple]:
     """Per rank: what split-KV decoding leaves; stacked: the partials that it stands for."""
     H, D = layout.heads, layout.head_dim
@@ -337,6 +371,22 @@ def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     workspace = Ranks(layout, "cpu", warps=1).together
     with pytest.raises(ValueError, match=message):
         symm_launch.exchange(workspace, Partial(x, lse), **change)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        torch.zeros(5, dtype=torch.bool),
+        torch.zeros(6, 1, dtype=torch.bool),
+        torch.zeros(6, dtype=torch.int32),
+        torch.zeros(12, dtype=torch.bool)[::2],
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(empty: torch.Tensor) -> None:
+    workspace = Ranks(small(), "cpu", warps=1).together
+    x, lse = torch.empty(6, 6, 128, dtype=torch.bfloat16), torch.empty(6, 6)
+    with pytest.raises(ValueError, match=r"rows are empty must be contiguous bool \[6\]"):
+        symm_launch.exchange(workspace, Masked(x, lse, empty))
 
 
 def test_dtypes_that_do_not_fit_are_refused() -> None:

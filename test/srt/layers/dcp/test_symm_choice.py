@@ -25,7 +25,7 @@ from sglang_helix.srt.layers.dcp import (
     symm_workspace,
 )
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS, Exchanger
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from sglang_helix.srt.layers.dcp.symm_layout import Layout, QueryLayout
 from srt.distributed.ranks import run_ranks
 from srt.interpreter import INTERPRETED
@@ -40,8 +40,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
-    def __call__(self, partial: Partial | Splits, **options: Any) -> Partial:
-        self.calls.append(("splits" if isinstance(partial, Splits) else "rows", options))
+    def __call__(self, partial: Partial | Splits | Masked, **options: Any) -> Partial:
+        forms = {Partial: "rows", Splits: "splits", Masked: "masked rows"}
+        self.calls.append((forms[type(partial)], options))
         return Partial(torch.zeros(1, 4, 16), torch.zeros(1, 4))
 
 
@@ -136,6 +137,32 @@ def test_splits_are_reduced_by_the_exchange_or_merged_before_it(
     exchanger(some_splits(4, 9), torch.bfloat16, head_major=True)
     assert [name for name, _ in recorder.calls[1:]] == ["splits", "rows"]
     assert recorder.calls[-1][1]["head_major"]
+
+
+def test_masked_rows_are_marked_by_the_exchange_or_before_it(
+    exchanger: Exchanger, recorder: Recorder
+) -> None:
+    def some_masked(B: int) -> Masked:
+        return Masked(*some(B), torch.arange(B) == 1)
+
+    exchanger(some_masked(4), torch.bfloat16)
+    exchanger(Masked(*some(4, torch.float32), torch.arange(4) == 1), torch.bfloat16)
+    assert [name for name, _ in recorder.calls] == ["masked rows"] * 2
+    for others in (exchanger, Exchanger("a2a", exchanger.group), Exchanger("ag_rs", "group")):
+        came: list[torch.Tensor] = []
+
+        def collective(out: Any, lse: Any, group: Any, came: Any = came, **options: Any) -> Any:
+            came.append(lse)
+            return Partial(out, lse)
+
+        others.backend = replace(others.backend, collective=collective)
+        others(some_masked(5), torch.bfloat16)
+        [lse] = came
+        assert lse.isneginf().all(1).tolist() == [False, True, False, False, False]
+    assert len(recorder.calls) == 2
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        _out, _lse = some_masked(1)  # type: ignore[misc]
+    assert not hasattr(some_masked(1), "lse"), "whoever wants a `Partial`"
 
 
 def test_sinks_go_with_what_is_exchanged(

@@ -31,7 +31,7 @@ SCALARS = {"v_scale": "fp32"}  # all others are int32
 
 
 def instructions(
-    layout: Layout, folder: Path, sm: int, *, splits: bool = False
+    layout: Layout, folder: Path, sm: int, *, splits: bool = False, masked: bool = False
 ) -> tuple[Counter[str], str]:
     """Machine instructions by name, and the assembler's report, for one rank's kernel."""
     constants = {**layout.constants, "SPLITS": splits, "BASE2": False}
@@ -46,6 +46,7 @@ def instructions(
         "status_ptr": "*i64",
         "indptr_ptr": "*i32" if splits else None,
         "counts_ptr": "*i32" if splits else None,
+        "empty_ptr": "*i1" if masked else None,
         "sink_ptr": None,
     }
     return compiled_for(symm.exchange_kernel, constants, pointers, layout.warps(splits), folder, sm)
@@ -131,6 +132,22 @@ def test_machine_code_of_the_gather(
     vectors = sum(ranks * words // 4 // (32 * layout.warps) for words in layout.words)
     assert_one_trip(counts, report, vectors)
     assert counts["STG.E.128"] == 2 * vectors  # the result, and what is put back
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("layout", [GQA, replace(GQA, ranks=2)], ids=["8 ranks", "2 ranks"])
+def test_machine_code_of_masked_rows(layout: Layout, sm: int, tmp_path: Path) -> None:
+    """A byte more is loaded for each place in the code that loads an LSE; nothing else is there."""
+    loads = r"LDG\.E\.[US]8.*"
+    rows, _ = instructions(layout, tmp_path, sm)
+    counts, report = instructions(layout, tmp_path, sm, masked=True)
+    [byte] = [name for name in counts if re.fullmatch(loads, name)]
+    assert counts[byte] == 1
+    del counts[byte]
+    vectors = layout.ranks * layout.row_bytes // 16 // (32 * layout.warps(False))
+    assert_one_trip(counts, report, vectors)
+    for kind in (r"LDG.*", r"STG.*"):
+        assert matching(counts, kind) == matching(rows, kind)
 
 
 def assert_one_trip(counts: Counter[str], report: str, vectors: int) -> None:

@@ -19,7 +19,7 @@ from sglang.srt.distributed import parallel_state
 from sglang_helix.srt.layers.dcp import comm, gather, symm
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from srt.distributed.ranks import RankError, World, collective_backend, run_ranks
 from srt.layers.dcp.symm_ranks import expected, poison, relative_error
 from srt.layers.dcp.test_exchange import install
@@ -71,11 +71,13 @@ class Step:
         self.group, ranks = group, group.world_size
         x, lse = torch.randn(ranks * B, heads, width).to(dtype), torch.randn(ranks * B, heads) * 3
         poison(x, lse)
+        empty = torch.rand(ranks * B) < 0.2
+        lse.masked_fill_(empty[:, None], -torch.inf)
         self.want, self.want_lse = (
             whole.chunk(ranks, dim=1)[group.rank_in_group] for whole in expected(x, lse, ranks)
         )
-        self.out, self.lse = (
-            whole[B * group.rank_in_group :][:B].to(group.device) for whole in (x, lse)
+        self.out, self.lse, self.empty = (
+            whole[B * group.rank_in_group :][:B].to(group.device) for whole in (x, lse, empty)
         )
 
     def error(self, out: torch.Tensor) -> float:
@@ -97,11 +99,14 @@ def exact_on_rank(rank: int, world_size: int) -> list[str]:
             for base2 in bases:
                 scale = torch.tensor(2.0).log().item() if base2 else 1.0
                 partial = Partial(step.out, step.lse / scale)
-                out, lse = group.exchanger(partial, base2=base2)
-                error = step.error(out)
-                lse_ok = torch.allclose(lse.cpu().double() * scale, step.want_lse, atol=1e-5)
-                if not (error < BOUND[dtype] and lse_ok and out.dtype == dtype):
-                    wrong.append(f"{width} x {heads} {dtype} B={B} base2={base2}: {error:.1e}")
+                unmarked = partial.lse.masked_fill(step.empty[:, None], 9.0)
+                for left in (partial, Masked(step.out, unmarked, step.empty)):
+                    out, lse = group.exchanger(left, base2=base2)
+                    error, form = step.error(out), type(left).__name__
+                    lse_ok = torch.allclose(lse.cpu().double() * scale, step.want_lse, atol=1e-5)
+                    if not (error < BOUND[dtype] and lse_ok and out.dtype == dtype):
+                        what = f"{form} {width} x {heads} {dtype} B={B} base2={base2}"
+                        wrong.append(f"{what}: {error:.1e}")
     return wrong
 
 

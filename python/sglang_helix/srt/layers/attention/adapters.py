@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sglang_helix.srt.layers.attention.seen import seen_on_gpus
 
 Attention = Literal["GQA", "MLA"]  # GQA stands for MHA too
+Form = Literal["rows", "splits", "masked rows"]
 
 # The series' own modules; classes of all others are SGLang's.
 _FLASHATTENTION = "sglang_helix.srt.layers.attention.flashattention_backend"
@@ -50,6 +51,7 @@ class Adapter:
     no_drafts: what keeps an attention from verifying drafts; nothing where it verifies them.
     no_e5m2: whether an fp8 cache may be e4m3 alone.
     drafts_in_graphs: attention whose verify passes it captures.
+    leaves: the form of its decode's partial results, see `dcp/partial.py`: Partial, Splits, Masked.
     pages: the page sizes it takes; None: any.
     off_cuda: whether it runs where there is no CUDA device, too.
     windows: whether it serves models that have layers of a sliding window.
@@ -69,6 +71,7 @@ class Adapter:
     no_drafts: Mapping[Attention, str] = field(default_factory=dict)
     no_e5m2: bool = False
     drafts_in_graphs: tuple[Attention, ...] = ()
+    leaves: Form = "rows"
     pages: tuple[int, ...] | None = None
     why: str = ""
     upstream: str = "none"
@@ -199,6 +202,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=True,
         gqa=(f"{_TRTLLM_MHA}:ShardedTRTLLMHAAttnBackend",),
         majors=(10,),
+        leaves="masked rows",
         pages=(16, 32, 64),
         why="no DCP: attends every rank's slots, and returns no LSE",
         until="upstream's backend attends the rows of its rank and returns LSEs",
@@ -226,6 +230,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         windows=True,
         gqa=(f"{_TRITON}:ShardedTritonAttnBackend",),
         mla=(f"{_TRITON}:ShardedTritonAttnBackend",),
+        leaves="splits",
         drafts_in_graphs=("GQA", "MLA"),
         why="its DCP ignores the communication backend, drops heads and breaks on MLA",
         upstream="sgl-project/sglang#25090, #34161, #30444",

@@ -27,7 +27,7 @@ from sglang_helix.srt.layers.attention.drafts import Drafted
 from sglang_helix.srt.layers.attention.flashinfer_plans import lens_on_host, planned
 from sglang_helix.srt.layers.attention.prefixes import prefixed, summed_on_host
 from sglang_helix.srt.layers.attention.sharded import ShardedAttention
-from sglang_helix.srt.layers.dcp.partial import Partial
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -182,7 +182,7 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
+    ) -> Partial | Masked:
         """See `ShardedAttention.partial_decode`."""
         return self._decoded(q, layer)
 

@@ -43,7 +43,7 @@ from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.gather import all_gather, joined
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits, merge
 from sglang_helix.srt.layers.dcp.ownership import KVShard
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -97,11 +97,12 @@ class ShardedAttention(Drafts, OwnedRows):
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial | Splits:
+    ) -> Partial | Splits | Masked:
         """One query per request, q [T, H, Dk], over this rank's cached tokens.
 
         In a window layer over the last `local_window` of them. A backend that decodes in splits
-        may leave their reduction to what comes next.
+        may leave their reduction to what comes next; of GQA, one whose LSEs do not say which
+        requests have no tokens may leave that to it too. The adapter's record says the form.
         """
         raise NotImplementedError
 
@@ -365,7 +366,7 @@ class ShardedAttention(Drafts, OwnedRows):
 
     def _own_heads(
         self,
-        partial: Partial | Splits | Drafted,
+        partial: Partial | Splits | Masked | Drafted,
         dtype: torch.dtype,
         sinks: Tensor | None = None,
     ) -> Partial:

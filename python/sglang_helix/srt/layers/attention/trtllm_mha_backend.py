@@ -3,7 +3,7 @@
 Decode is the kernel of trtllm-gen over this rank's pages, which returns a base-2 LSE [T, heads];
 chunks, drafts and their cached prefix are FlashInfer's, as upstream's backend derives from that
 one. What the kernel leaves for a request without tokens is not documented: it is given one token of
-some page, and its LSE says that it has none.
+some page, and what is said of it beside the LSEs is that it has none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.flashinfer_backend import ShardedFlashInferAttnBackend
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
-from sglang_helix.srt.layers.dcp.partial import Partial
+from sglang_helix.srt.layers.dcp.partial import Masked
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -82,7 +82,7 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> Partial:
+    ) -> Masked:
         """See `ShardedAttention.partial_decode`."""
         keys, values = (
             canonicalize_stride(
@@ -111,4 +111,4 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
             return_lse=True,
             multi_ctas_kv_counter_buffer=self.counters,
         )
-        return Partial(out, lse.masked_fill(self.pages.empty[:, None], -torch.inf))
+        return Masked(out, lse, self.pages.empty)

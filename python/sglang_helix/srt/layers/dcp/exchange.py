@@ -25,7 +25,7 @@ import torch
 
 from sglang_helix.srt.layers.dcp.lse_combine import combine, combine_splits, merge, pack, rescale
 from sglang_helix.srt.layers.dcp.packed_rows import unpack
-from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Masked, Partial, Splits
 
 if TYPE_CHECKING:
     from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange, SymmGather
@@ -276,7 +276,7 @@ class Exchanger:
 
     def __call__(
         self,
-        partial: Partial | Splits,
+        partial: Partial | Splits | Masked,
         dtype: torch.dtype | None = None,
         *,
         base2: bool = False,
@@ -287,7 +287,8 @@ class Exchanger:
         """Partial results of the group's heads [B, H] -> this rank's own heads [B, H/K].
 
         A few splits are reduced where a kernel sends them; many, and those of other backends, are
-        merged first. Batch size and dtype decide, which are the same on every rank.
+        merged first. What is masked is marked where a kernel sends it, or else first. Batch size
+        and dtype decide, which are the same on every rank.
 
         Args:
             dtype: what travels, and that of the result; by default that of `partial.out`.
@@ -301,8 +302,10 @@ class Exchanger:
         splits = partial if isinstance(partial, Splits) else None
         if splits is not None and not (kernel and splits.few):
             partial = combine_splits(splits, dtype)
-        elif isinstance(partial, Partial):
-            partial = Partial(partial.out.to(dtype), partial.lse)
+        elif splits is None:
+            if isinstance(partial, Masked) and not kernel:
+                partial = partial.marked()
+            partial = partial._replace(out=partial.out.to(dtype))
         if kernel:
             return kernel(
                 partial,
@@ -316,7 +319,7 @@ class Exchanger:
         return self.backend.collective(*partial, self.group, base2=base2, sinks=sinks)
 
     def _kernel(
-        self, partial: Partial | Splits, dtype: torch.dtype, drafts: int
+        self, partial: Partial | Splits | Masked, dtype: torch.dtype, drafts: int
     ) -> SymmExchange | None:
         """What exchanges such a batch; None where a collective does."""
         if not self.backend.kernel:

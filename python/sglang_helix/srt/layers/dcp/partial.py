@@ -1,8 +1,10 @@
-"""Partial attention, in the two forms that seam 3 hands to seam 4.
+"""Partial attention, in the three forms that seam 3 hands to seam 4.
 
-`Partial` is what every exchange takes. `Splits` is one step earlier: decoding that cuts a rank's
-tokens into splits leaves one partial result for each, and an exchange that can reduce them on the
-way saves the launch and the memory traffic in between. Otherwise `lse_combine.combine_splits` does.
+`Partial` is what every exchange takes. The others are one step earlier, and an exchange that can
+take that step on the way saves a launch, and memory traffic. `Splits`: decoding that cuts a rank's
+tokens into splits leaves one partial result for each; otherwise `lse_combine.combine_splits` merges
+them. `Masked`: a kernel's LSEs do not say which queries have no keys; otherwise `Masked.marked`
+writes it into them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,24 @@ class Partial(NamedTuple):
     """[B, H, D], normalised over these keys alone; where there are none, anything."""
     lse: torch.Tensor
     """[B, H] fp32, log-sum-exp of the logits; -inf, NaN or +inf where there are no keys."""
+
+
+class Masked(NamedTuple):
+    """What a kernel leaves that cannot be told to attend nothing.
+
+    No field has the name of an LSE, so that nobody takes these for LSEs of a `Partial`.
+    """
+
+    out: torch.Tensor
+    """[B, H, D], as of `Partial`."""
+    unmarked: torch.Tensor
+    """[B, H] fp32, log-sum-exp of the logits; where there are no keys, anything."""
+    empty: torch.Tensor
+    """[B] bool, contiguous: which queries have no keys."""
+
+    def marked(self) -> Partial:
+        """The same with LSEs of -inf where there are no keys: one launch."""
+        return Partial(self.out, self.unmarked.masked_fill(self.empty[:, None], -torch.inf))
 
 
 class Splits(NamedTuple):

@@ -26,7 +26,7 @@ from sglang_helix.srt.layers.dcp.exchange import (
     gathers_by_kernel,
 )
 from sglang_helix.srt.layers.dcp.gather import all_gather
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def probe(
     head_dims: Sequence[int],
     dtype: torch.dtype,
     base2: bool,
-    splits: bool,
+    form: str = "rows",
     queries: Sequence[tuple[int, ...]] = (),
     max_tokens: int | None = None,
 ) -> None:
@@ -59,7 +59,7 @@ def probe(
         head_dims: widths that it was prepared for.
         dtype: of the partial outputs.
         base2: what the decode backend's LSEs are.
-        splits: whether that backend leaves `Splits`.
+        form: of what that backend leaves, besides rows: `Adapter.leaves`.
         queries: widths of the parts of queries that are gathered.
         max_tokens: the largest batch; None where it is not known.
 
@@ -69,10 +69,10 @@ def probe(
     started = time.perf_counter()
     problems, backend = [], exchanger.name
     for head_dim in head_dims:
-        for form in ("rows", "splits") if splits else ("rows",):
+        for tried in dict.fromkeys(("rows", form)):
             shape = num_heads, head_dim
-            if found := _compare(exchanger, form, shape, dtype, base2, max_tokens):
-                problems.append(f"{form} of {head_dim} elements in {dtype}: {found}")
+            if found := _compare(exchanger, tried, shape, dtype, base2, max_tokens):
+                problems.append(f"{tried} of {head_dim} elements in {dtype}: {found}")
     for widths in queries:
         if found := _compare_gather(exchanger, num_heads, widths, dtype, max_tokens):
             problems.append(f"gathered queries of {widths} elements in {dtype}: {found}")
@@ -104,9 +104,10 @@ def _compare(
     max_tokens: int | None,
 ) -> str:
     """What is wrong with this rank's own heads; empty if nothing is."""
-    base2, group = base2 and form == "rows", exchanger.group  # splits are of Triton, natural
-    values, lses, lens = _shards(group, shape, 2 if form == "splits" else 1)
-    if form == "rows":
+    split, group = form == "splits", exchanger.group
+    base2 = base2 and not split  # these are of Triton, natural
+    values, lses, lens = _shards(group, shape, 2 if split else 1)
+    if not split:
         values = values.to(dtype).float()
     everyones = (_gathered(x, group).chunk(group.world_size, dim=2) for x in (values, lses))
     wanted, wanted_lse = _reference(*(by_owner[group.rank_in_group] for by_owner in everyones))
@@ -198,13 +199,18 @@ def _exchanged(
 ) -> Partial:
     """This rank's own heads, by the exchange."""
     device, (values, lses, lens) = exchanger.group.device, shards
+    if form == "splits":
+        indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(device, torch.int32)
+        counts = torch.full(lens.shape, values.shape[2], dtype=torch.int32, device=device)
+        splits = Splits(values.to(device), lses.to(device), indptr, counts, _BLOCK)
+        return exchanger(splits, dtype)
+    out, lse = values[:, :, 0].to(device, dtype), lses[..., 0].to(device)
+    lse = lse * _LOG2_E if base2 else lse
     if form == "rows":
-        out, lse = values[:, :, 0].to(device, dtype), lses[..., 0].to(device)
-        return exchanger(Partial(out, lse * _LOG2_E if base2 else lse), base2=base2)
-    indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(device, torch.int32)
-    counts = torch.full(lens.shape, values.shape[2], dtype=torch.int32, device=device)
-    splits = Splits(values.to(device), lses.to(device), indptr, counts, _BLOCK)
-    return exchanger(splits, dtype)
+        return exchanger(Partial(out, lse), base2=base2)
+    # As if of a token that a kernel attended where there was none.
+    unmarked = lse.where(lse.isfinite(), 9.0)
+    return exchanger(Masked(out, unmarked, (lens == 0).to(device)), base2=base2)
 
 
 def _gathered(shards: torch.Tensor, group: Group) -> torch.Tensor:

@@ -195,6 +195,7 @@ def exchange_kernel(
     status_ptr,
     indptr_ptr,
     counts_ptr,
+    empty_ptr,  # bool [tokens]; None where the LSEs of rows say it
     rank,
     tokens,
     layer,
@@ -277,6 +278,8 @@ def exchange_kernel(
                     x = tl.load(at, mask=cells & here[:, None], other=0)
                     lse = tl.load(l_ptr + l_row, mask=here, other=_NEG_INF)
                 some = tl.abs(lse) < float("inf")  # tokens; NaN and +inf mean none, as -inf does
+                if empty_ptr is not None:
+                    some &= tl.load(empty_ptr + b) == 0
                 lse = tl.where(some, lse, _NEG_INF)
                 x = tl.where(some[:, None], x, 0)
                 x = tl.minimum(x, _NEVER_SENT - 1)

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import VECTOR_BYTES, Masked, Partial, Splits
 from sglang_helix.srt.layers.dcp.symm import RECEIVE, SEND, exchange_kernel, gather_kernel
 from sglang_helix.srt.layers.dcp.symm_layout import TL_DTYPE, Layout, QueryLayout, Slots
 
@@ -52,7 +52,7 @@ class Workspace(Generic[L]):
 
 def exchange(
     workspace: Workspace[Layout],
-    partial: Partial | Splits,
+    partial: Partial | Splits | Masked,
     *,
     base2: bool = False,
     head_major: bool = False,
@@ -67,7 +67,8 @@ def exchange(
     Args:
         workspace: this rank's end.
         partial: out [B, H, D] in the exchange's dtype and lse [B, H] fp32; any strides, but rows
-            that are not whole 16-byte vectors cost a copy. Or splits, which are merged in fp32 and
+            that are not whole 16-byte vectors cost a copy. The same masked: rows that are empty
+            leave as those of an LSE of -inf do. Or splits, which are merged in fp32 and
             rounded once: that takes the place of the split-KV reduction (stage 2).
         base2: the LSE, in and out, is a base-2 logarithm; that of splits is natural.
         head_major: write [h, B, D] (for the MLA value up-projection) and return its [B, h, D] view.
@@ -88,10 +89,12 @@ def exchange(
         TypeError: a dtype does not fit.
     """
     splits = partial if isinstance(partial, Splits) else None
+    empty = partial.empty if isinstance(partial, Masked) else None
     x, lse = partial[0], partial[1]
     form = (
         *map(_form, (x, lse, sinks)),
         None if splits is None else (len(splits.indptr), len(splits.counts)),
+        None if empty is None else (empty.shape, empty.stride(), empty.dtype),
         *(base2, head_major, drafts, out_dtype, phase),
     )
     call = workspace.calls.get(form)
@@ -115,6 +118,7 @@ def exchange(
         workspace.status,
         None if splits is None else splits.indptr,
         None if splits is None else splits.counts,
+        empty,
         workspace.rank,
         call.tokens,
         layer,
@@ -199,7 +203,7 @@ def _form(x: torch.Tensor | None) -> tuple[object, ...] | None:
 
 def _prepare(
     workspace: Workspace[Layout],
-    partial: Partial | Splits,
+    partial: Partial | Splits | Masked,
     sinks: torch.Tensor | None,
     base2: bool,
     head_major: bool,
@@ -311,7 +315,7 @@ def _vectors(x: torch.Tensor) -> list[int]:
 
 
 def _check_partial(
-    workspace: Workspace[Layout], partial: Partial | Splits, base2: bool, drafts: int
+    workspace: Workspace[Layout], partial: Partial | Splits | Masked, base2: bool, drafts: int
 ) -> int:
     """Tokens per rank of a valid partial, as rows of the heads that it has."""
     layout, (x, lse) = workspace.layout, partial[:2]
@@ -340,6 +344,13 @@ def _check_partial(
         raise TypeError(f"expected {dtype} with an fp32 lse, got {x.dtype} and {lse.dtype}")
     if lse.shape != shape[:-1]:
         raise ValueError(f"lse must be {list(shape[:-1])}, got {list(lse.shape)}")
+    if isinstance(partial, Masked):
+        empty = partial.empty
+        if empty.shape != shape[:1] or empty.dtype != torch.bool or not empty.is_contiguous():
+            raise ValueError(
+                f"what says that rows are empty must be contiguous bool {list(shape[:1])}, got "
+                f"{empty.dtype} {list(empty.shape)}"
+            )
     tokens = shape[0] // workspace.local_ranks
     if tokens * drafts > layout.max_tokens:
         raise ValueError(

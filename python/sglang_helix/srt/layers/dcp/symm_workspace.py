@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from sglang_helix.srt.layers.dcp.partial import Partial, Splits
+from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
 from sglang_helix.srt.layers.dcp.symm_launch import (
     L,
     Workspace,
@@ -208,7 +208,7 @@ class SymmExchange(_Watched[Layout]):
 
     def __call__(
         self,
-        partial: Partial | Splits,
+        partial: Partial | Splits | Masked,
         *,
         base2: bool = False,
         sinks: torch.Tensor | None = None,
