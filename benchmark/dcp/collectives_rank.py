@@ -172,11 +172,11 @@ class Bench:
         from sglang_helix.srt.layers.dcp.symm_layout import Layout, largest_batch
         from sglang_helix.srt.layers.dcp.symm_workspace import between_ranks
 
-        most = largest_batch(Layout(self.ranks, heads, head_dim, DTYPE, 0))
-        most = min(most, max(self.options.batch))
+        shape = self.ranks, heads, head_dim, DTYPE
+        most = largest_batch(Layout(*shape, 0), max(self.options.batch))
         options = {"sms": None, **variant}
         sms = options.pop("sms")
-        layout = Layout(self.ranks, heads, head_dim, DTYPE, most, **options)
+        layout = Layout(*shape, most, **options)
         made: list[Any] = []
 
         def prepare() -> int:

@@ -148,18 +148,19 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
             + (f"from {length(crossing)} tokens each on." if crossing else "at no length.")
         )
     exchange = compared.choices[-1].exchange
-    fastest = next((choice.exchange for choice in compared.choices[1:]), "")
     for choice in compared.choices:
         if choice.replicated and choice.exchange == exchange:
             says = on_queries(compared.model, choice.row.layout, compared.gpu, exchange, element)
             lines.append(f"- K = {choice.row.layout.kvp_size}: {says}.")
-            if values := on_values(compared, choice.row.layout, fastest, requests):
+            if values := on_values(compared, choice.row.layout, compared.exchange, requests):
                 lines.append(f"- K = {choice.row.layout.kvp_size}: {values}.")
     return "\n".join(lines)
 
 
 def plot(compared: Advice, contexts: Sequence[int], requests: Sequence[int], path: Path) -> None:
     """Milliseconds per token over context as a PNG, a panel for each number of requests.
+
+    Of plain TP, and of each layout by the first of the exchanges compared.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -170,7 +171,7 @@ def plot(compared: Advice, contexts: Sequence[int], requests: Sequence[int], pat
     for place, count in enumerate(requests):
         axes = figure.add_subplot(1, len(requests), place + 1)
         for choice in compared.choices:
-            if choice.exchange in ("", "symm"):
+            if choice.exchange in ("", compared.exchange):
                 held = [n for n in contexts if compared.fits(choice, n) >= count]
                 style = {"color": "black"} if not choice.exchange else {}
                 axes.plot(

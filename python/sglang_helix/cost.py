@@ -89,6 +89,11 @@ class Parameters(NamedTuple):
     arithmetic: float
     link: dict[str, float]  # by --dcp-comm-backend
 
+    @property
+    def exchanges(self) -> list[str]:
+        """Those that were fitted, that of the least time a call first."""
+        return sorted(self.exchange, key=self.exchange.__getitem__)
+
 
 class Model(NamedTuple):
     """What of a model decides a step's time: parameters in elements, of all ranks together."""
@@ -272,6 +277,11 @@ class Advice(NamedTuple):
     choices: Sequence[Choice]  # plain TP first
     weight_element: float
 
+    @property
+    def exchange(self) -> str:
+        """The first of those compared; "" where no layout shards the cache."""
+        return next((choice.exchange for choice in self.choices[1:]), "")
+
     def ms(self, choice: Choice, context: int, requests: int) -> float:
         """By the shipped parameters."""
         return step_ms(
@@ -332,12 +342,13 @@ def advise(
     kv_memory_gib: float | None,
     cache_bytes: int,
     weight_element: float = 2,
-    exchanges: Sequence[str] = ("symm", "a2a", "ag_rs"),
+    exchanges: Sequence[str] | None = None,
     values_first: bool = False,
     draft: Shape | None = None,
 ) -> Advice:
     """Every legal layout by each exchange; `kv_memory_gib`: of each rank, None: what weights leave.
 
+    exchanges: None for all that were fitted.
     values_first: of MLA, with values projected before the exchange.
     draft: a draft model's, whose whole cache takes its part of the memory; its weights are not
         counted, nor its time.
@@ -348,6 +359,8 @@ def advise(
     """
     if values_first and not model.value:
         raise ValueError("--dcp-replicate-v-proj: only MLA projects values behind attention")
+
+    compared = fitted().exchanges if exchanges is None else exchanges
 
     def choices() -> Iterator[Choice]:
         listed = (rows(model.shape, tp_size, 0, cache_bytes, beside) for beside in (None, draft))
@@ -366,7 +379,7 @@ def advise(
                         "give more ranks, --weight-dtype fp8, or --kv-memory-gib"
                     )
                 tokens = tokens_in(memory * 2**30, row.layout, with_draft.kv_bytes)
-                for exchange in exchanges if sharded else ("",):
+                for exchange in compared if sharded else ("",):
                     yield Choice(
                         row._replace(kv_tokens=tokens),
                         exchange,

@@ -155,6 +155,18 @@ def test_the_crossing_is_where_the_lines_cross() -> None:
         assert 2048 < crossing < (131072 if requests == 1 else 16384)
 
 
+def test_every_exchange_that_was_fitted_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of the least time a call first: it is what is plotted."""
+    shipped = cost.fitted()
+    for first in shipped.exchange:
+        changed = shipped._replace(exchange={**shipped.exchange, first: 0.1})
+        monkeypatch.setattr(cost, "fitted", lambda changed=changed: changed)
+        compared = advice_for("DeepSeek-V2-Lite", 4)
+        listed = list(dict.fromkeys(choice.exchange for choice in compared.choices))
+        assert listed[:2] == ["", compared.exchange] == ["", first]
+        assert {*listed} == {"", *shipped.exchange}
+
+
 def test_where_no_copies_are_stored_plain_tp_is_advised() -> None:
     compared = advice_for("Llama-3-8B", 2)
     best = compared.best(4096, 1)

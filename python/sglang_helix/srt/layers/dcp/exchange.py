@@ -119,8 +119,7 @@ def _symm(
     from sglang_helix.srt.layers.dcp.symm_layout import Layout, largest_batch
     from sglang_helix.srt.layers.dcp.symm_workspace import SymmExchange
 
-    most = largest_batch(Layout(group.world_size, *shape, 0))
-    most = min(max_tokens or most, most)
+    most = largest_batch(Layout(group.world_size, *shape, 0), max_tokens)
     kernel = SymmExchange(group.cpu_group, most, *shape, group.device, timeout=timeout)
     logger.info(
         "symm: batches of up to %d tokens of %d heads of %d elements (%s), in %.1f MiB of each "
@@ -145,8 +144,7 @@ def _symm_gather(
     if any(width * dtype.itemsize % VECTOR_BYTES for width in widths):
         logger.info("symm: queries of %s elements (%s) are all-gathered", widths, dtype)
         return None
-    most = largest_batch(QueryLayout(group.world_size, *shape, 0))
-    most = min(max_tokens or most, most)
+    most = largest_batch(QueryLayout(group.world_size, *shape, 0), max_tokens)
     kernel = SymmGather(group.cpu_group, most, *shape, group.device, timeout=timeout)
     logger.info(
         "symm: queries of up to %d tokens of %d heads of %s elements (%s) are gathered in %.1f MiB "

@@ -294,6 +294,10 @@ def _align(size: int) -> int:
     return -(-size // _LINE_BYTES) * _LINE_BYTES
 
 
-def largest_batch(layout: Slots) -> int:
-    """Tokens above which a collective should be taken, whatever the layout is made for."""
-    return max(1, _MAX_BYTES // layout.token_bytes)
+def largest_batch(layout: Slots, wanted: int | None = None) -> int:
+    """Tokens of the largest batch to make a workspace for; the layout's own number does not matter.
+
+    Above some size a collective should be taken. wanted: the caller's largest batch, if known.
+    """
+    most = max(1, _MAX_BYTES // layout.token_bytes)
+    return min(wanted or most, most)
