@@ -98,15 +98,22 @@ def test_a_cache_that_a_backend_cannot_read(resolved: Resolve) -> None:
     """Not taken where none is named; where it is, refused with what reads it."""
     sharded = {"tp_size": 4, "dcp_size": 2, "kv_cache_dtype": "fp8_e4m3"}
     latent = resolved("Hopper", "deepseek_v2", **sharded)
-    assert latent.backends == ("flashinfer", "flashinfer"), latent.error
-    assert "--attention-backend flashinfer: the default here, fa3, does not serve" in latent.said
-    named = resolved("Hopper", "deepseek_v2", attention_backend="fa3", **sharded).error
-    assert "--attention-backend fa3 does not read --kv-cache-dtype fp8_e4m3 for MLA" in named
-    assert "with --dcp-size 2 (SGLang would convert the whole pool in every layer)" in named
-    advised = re.search(r"use one of ([\w, ]+)\.", named)
-    assert advised is not None
-    assert "flashinfer" in advised[1]
-    assert "fa3" not in advised[1]
+    assert latent.backends == ("flashmla", "flashmla"), latent.error
+    assert latent.args["page_size"] == 64
+    assert "--attention-backend flashmla: the default here, fa3, does not serve" in latent.said
+    for backend in ("fa3", "flashinfer"):
+        named = resolved("Hopper", "deepseek_v2", attention_backend=backend, **sharded).error
+        refused = f"--attention-backend {backend} does not read --kv-cache-dtype fp8_e4m3 for MLA"
+        assert refused in named
+        assert "with --dcp-size 2 (SGLang would convert the whole pool in every layer)" in named
+        assert ": use one of flashmla, triton, torch_native." in named
+    # Of pages that the user wants otherwise, and of the other fp8, Triton.
+    for flags in ({"page_size": 16}, {"kv_cache_dtype": "fp8_e5m2"}):
+        other = resolved("Hopper", "deepseek_v2", **{**sharded, **flags})
+        assert other.backends == ("triton", "triton"), other.error
+    for dtype, backend in (("fp8_e4m3", "trtllm_mla"), ("fp8_e5m2", "triton")):
+        other = resolved("Blackwell", "deepseek_v2", **{**sharded, "kv_cache_dtype": dtype})
+        assert other.backends == (backend, backend), other.error
     keys = resolved("Hopper", "llama", **sharded)
     assert keys.backends == ("fa3", "fa3"), keys.error
 

@@ -3,11 +3,13 @@
 What fails here fails inside a process or a function; test_launcher_refuses.py breaks real servers.
 """
 
+import itertools
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from sglang_cpu_reference.checkpoints import make_checkpoint
@@ -405,6 +407,38 @@ def test_backend_that_is_no_adapter_is_refused(fresh: Fresh, model: Path) -> Non
     for name, refusal in said.items():
         if "foreign" in name:
             assert "Foreign does not serve a sharded cache: something replaced" in refusal
+
+
+def caches_that_are_refused(model: str) -> dict[tuple[str, str, str], str]:
+    """What a rank's factories say of caches that start-up did not see, by backend and dtype."""
+    import torch
+    from sglang_helix.srt.layers.attention import attention_registry
+    from srt.rank import published
+
+    published(0, ["--model-path", model, "--tp-size", "2", "--dcp-size", "2"])
+    said = {}
+    with mock.patch.object(attention_registry.pkgutil, "resolve_name", return_value=str):
+        for record, kind, dtype in itertools.product(
+            ADAPTERS, ("GQA", "MLA"), (torch.bfloat16, torch.float8_e4m3fn)
+        ):
+            runner = SimpleNamespace(
+                use_mla_backend=kind == "MLA", dtype=torch.bfloat16, kv_cache_dtype=dtype
+            )
+            try:
+                attention_registry.create_backend(record.name, str, runner)
+            except ValueError as refused:
+                said[record.name, kind, str(dtype)] = str(refused)
+    return said
+
+
+def test_a_cache_that_a_checkpoint_asked_for_is_refused_by_name(fresh: Fresh, model: Path) -> None:
+    said = fresh.value(caches_that_are_refused, str(model))
+    assert said.keys() == {
+        (record.name, kind, "torch.float8_e4m3fn") for record in ADAPTERS for kind in record.no_fp8
+    }
+    for (name, kind, dtype), refusal in said.items():
+        assert f"--attention-backend {name} does not read a cache of {dtype} for {kind}" in refusal
+        assert "give --kv-cache-dtype bfloat16, or another --attention-backend." in refusal
 
 
 # With data-parallel replicas everything is in place too, and nothing is refused for nothing.

@@ -66,7 +66,8 @@ def trtllm_batch_decode_with_kv_cache(call: Any) -> tuple[Tensor, Tensor]:
     demand(keys.stride(-1) == 1, "keys have gaps along their last dimension")
     demand(keys.shape[2] in (16, 32, 64), f"pages of {keys.shape[2]}")
     demand_int32(block_tables=call.block_tables, seq_lens=call.seq_lens)
-    demand(not call.workspace_buffer.any(), "the workspace is not zero")
+    # Of 384 MiB a byte of each page of memory: all of them take longer than the attention.
+    demand(not call.workspace_buffer.flatten()[::4096].any(), "the workspace is not zero")
     longest = call.block_tables.shape[1] * keys.shape[2]
     demand(call.max_seq_len <= longest, f"lengths up to {call.max_seq_len}, table for {longest}")
     requests = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang_helix.srt.compatibility.situation import (
@@ -160,7 +160,7 @@ def choose_attention_backend(server_args: Any, previous: Step) -> None:
     if view.dcp_size > 1 and unnamed and verdict_of(server_args).kind == "works":
         situation = situation_of(server_args)
         defaults = _default_backends(server_args, situation, attention_backends_of(view))
-        working = _backends_to_choose(situation)
+        working = _backends_to_choose(situation, view.page_size)
         if failing := [defaults[half] for half in unnamed if defaults[half] not in working]:
             backend = working[0]
             logger.info(
@@ -233,8 +233,7 @@ def check(server_args: Any) -> None:
                 f"({', '.join(decide(situation).features)}): ask for it by its flag."
             )
         _check_heads(situation)
-        named = {server_args._raw_input.get(name) for name in ("attention_backend", *_HALVES)}
-        reasons += _backend_refusals(situation, attention_backends_of(view), named)
+        reasons += _backend_refusals(situation, attention_backends_of(view), server_args._raw_input)
     _raise(reasons)
 
 
@@ -260,15 +259,15 @@ def _check_heads(situation: Situation) -> None:
             )
 
 
-def _backends_to_choose(situation: Situation) -> list[str]:
-    """Names of what serves the model and its cache here, in order of preference."""
+def _backends_to_choose(situation: Situation, page_size: int | None) -> list[str]:
+    """Names of what serves the model and its cache here, in order of preference; see `_refusal`."""
     from sglang.srt.runtime_context import get_platform
 
     return [
         record.name
         for record in serving(situation.attention)
         if record.is_chosen_on(get_platform(), situation.attention)
-        and not _refusal(record, situation)
+        and not _refusal(record, situation, page_size)
     ]
 
 
@@ -279,18 +278,20 @@ def _unseen(platform: Any, flag: str) -> str:
 
 
 def _backend_refusals(
-    situation: Situation, backends: tuple[str, str], named: set[str | None]
+    situation: Situation, backends: tuple[str, str], given: Mapping[str, Any]
 ) -> list[str]:
     """Why the prefill and the decode backend do not serve, where they do not.
 
-    named: what the user gave as a backend, for one half or both.
+    given: the user's arguments, by name.
     """
     from sglang.srt.runtime_context import get_platform
 
     platform, attention, (flag, size) = get_platform(), situation.attention, situation.sharded_by
     records = [record for record in serving(attention) if record.runs_on(platform, attention)]
-    fit = {record.name: _refusal(record, situation) for record in records}
-    instead = ", ".join(name for name, refusal in fit.items() if not refusal)
+    named = {given.get(name) for name in ("attention_backend", *_HALVES)}
+    taken, page_size = situation.args.page_size, given.get("page_size")
+    fit = {record.name: _refusal(record, situation, taken) for record in records}
+    instead = ", ".join(one.name for one in records if not _refusal(one, situation, page_size))
     reasons = []
     for half, backend in _halves(backends):
         if refusal := fit.get(backend, ""):
@@ -302,7 +303,7 @@ def _backend_refusals(
                 f"use one of {instead}."
             )
         elif backend not in named and adapter(backend).is_unseen_on(platform, attention):
-            seen = ", ".join(_backends_to_choose(situation))
+            seen = ", ".join(_backends_to_choose(situation, page_size))
             reasons.append(
                 f"--{half}-backend {backend} {_unseen(platform, flag)}, and SGLang chose it: give "
                 f"the flag to have it all the same, or with one of {seen}."
@@ -345,8 +346,11 @@ def _halves(backends: tuple[str, str]) -> list[tuple[str, str]]:
     return list(zip(("prefill-attention", "decode-attention"), backends, strict=True))
 
 
-def _refusal(record: Adapter, situation: Situation) -> str:
-    """Why a backend cannot serve the cache and the drafts that are asked for; empty if it can."""
+def _refusal(record: Adapter, situation: Situation, page_size: int | None) -> str:
+    """Why a backend cannot serve the cache and the drafts that are asked for; empty if it can.
+
+    page_size: None where none was given: SGLang then takes one that the backend has.
+    """
     args, (flag, size) = situation.args, situation.sharded_by
     what = f"for {'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}"
     reason = record.no_fp8.get(situation.attention)
@@ -360,9 +364,9 @@ def _refusal(record: Adapter, situation: Situation) -> str:
         return f"does not read --kv-cache-dtype fp8_e5m2 {what} (fp8_e4m3 it does)"
     if (situation.windows or situation.cut_windows) and not record.windows:
         return f"does not attend sliding windows {what}"
-    if record.pages and args.page_size not in record.pages:
+    if record.pages and page_size not in (None, *record.pages):
         sizes = " or ".join(map(str, record.pages))
-        return f"takes --page-size {sizes}, not {args.page_size}, {what}"
+        return f"takes --page-size {sizes}, not {page_size}, {what}"
     return ""
 
 

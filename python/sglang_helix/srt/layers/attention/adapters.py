@@ -29,6 +29,8 @@ _TRITON = "sglang_helix.srt.layers.attention.triton_backend"
 _TORCH_NATIVE = "sglang_helix.srt.layers.attention.torch_native_backend"
 _SGLANG = "sglang.srt.layers.attention"
 
+_CONVERTED = "SGLang would convert the whole pool in every layer"
+
 
 class _SGLangs(str):
     """module:class of SGLang itself, which serves a sharded cache as it stands."""
@@ -153,7 +155,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla=(f"{_FLASHATTENTION}:ShardedFlashAttentionBackend",),
         majors=(8, 9),
         mla_majors=(9,),
-        no_fp8={"MLA": "SGLang would convert the whole pool in every layer"},
+        no_fp8={"MLA": _CONVERTED},
         drafts_in_graphs=("GQA", "MLA"),
         why="no DCP: dies at graph capture, or answers from every rank's slots",
         upstream="sgl-project/sglang#35384, #39440",
@@ -168,7 +170,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         mla_majors=(10,),
         no_fp8={
             "GQA": "its prefill reads K and V of another dtype than the queries, not tried here",
-            "MLA": "SGLang would convert the whole pool in every layer",
+            "MLA": _CONVERTED,
         },
         drafts_in_graphs=("GQA", "MLA"),
         why="no DCP: attends every rank's slots",
@@ -182,6 +184,7 @@ ADAPTERS: tuple[Adapter, ...] = (
             _SGLangs(f"{_SGLANG}.flashinfer_mla_backend:FlashInferMLAAttnBackend"),
             f"{_FLASHINFER_MLA}:ShardedFlashInferMLAAttnBackend",
         ),
+        no_fp8={"MLA": _CONVERTED},
         drafts_in_graphs=("GQA", "MLA"),
         why="no DCP with GQA: attends every rank's slots, planned for the heads of one rank",
         until="upstream's backend attends the rows of its rank and returns LSEs",
@@ -215,6 +218,7 @@ ADAPTERS: tuple[Adapter, ...] = (
             _SGLangs(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLAPrefillBackend"),
         ),
         no_drafts={"MLA": "SGLang refuses it"},
+        no_e5m2=True,
         majors=(10, 12),
     ),
     Adapter(
@@ -222,6 +226,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         base2=False,
         mla=(_SGLangs(f"{_SGLANG}.cutedsl_mla_backend:CuteDslMLABackend"),),
         no_drafts={"MLA": "n-grams were never tried"},
+        no_e5m2=True,
         majors=(10,),
     ),
     Adapter(

@@ -20,14 +20,26 @@ if TYPE_CHECKING:
 
 
 def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: ModelRunner) -> Any:
-    """In the place of `original`, the factory of a backend: its adapter over a sharded cache."""
+    """In the place of `original`, the factory of a backend: its adapter over a sharded cache.
+
+    Raises ValueError where it does not read the cache that a checkpoint asked for, which start-up
+    does not see.
+    """
     from sglang.srt.runtime_context import get_parallel, get_spec
 
-    drafts = get_spec().speculative_algorithm is not None
-    own = adapter(name).own_class("MLA" if runner.use_mla_backend else "GQA", drafts=drafts)
-    if own is None or get_parallel().attn_dcp_size == 1:
+    if get_parallel().attn_dcp_size == 1:
         return original(runner)
-    return pkgutil.resolve_name(own)(runner)
+    attention: Attention = "MLA" if runner.use_mla_backend else "GQA"
+    reason = adapter(name).no_fp8.get(attention)
+    if reason and runner.kv_cache_dtype != runner.dtype:
+        raise ValueError(
+            f"--attention-backend {name} does not read a cache of {runner.kv_cache_dtype} for "
+            f"{attention} with --dcp-size > 1 ({reason}), and this checkpoint asks for one: give "
+            "--kv-cache-dtype bfloat16, or another --attention-backend."
+        )
+    drafts = get_spec().speculative_algorithm is not None
+    own = adapter(name).own_class(attention, drafts=drafts)
+    return pkgutil.resolve_name(own)(runner) if own else original(runner)
 
 
 def create_torch_native_backend(runner: ModelRunner) -> Any:
