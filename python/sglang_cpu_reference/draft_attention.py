@@ -7,7 +7,7 @@ own branch before it.
 from typing import Any
 
 import torch
-from sglang_helix.srt.layers.attention.torch_native_backend import TorchReferenceAttnBackend
+from sglang_helix.srt.layers.attention.torch_reference import TorchReferenceAttnBackend
 
 
 class Step(TorchReferenceAttnBackend):

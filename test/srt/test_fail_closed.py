@@ -354,7 +354,7 @@ def backends_that_pass(model: str) -> dict[str, str]:
     """What `check_backend` says of each kind of backend, for GQA and for MLA."""
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-    from sglang_helix.srt.layers.attention import torch_native_backend
+    from sglang_helix.srt.layers.attention import torch_native_backend, torch_reference
     from sglang_helix.srt.layers.attention.attention_registry import check_backend
 
     class Foreign(TorchNativeAttnBackend):
@@ -374,7 +374,7 @@ def backends_that_pass(model: str) -> dict[str, str]:
     candidates = {
         "adapter": ours,
         "child": made(type("Child", (type(ours),), {})),
-        "whole": made(torch_native_backend.TorchReferenceAttnBackend),
+        "whole": made(torch_reference.TorchReferenceAttnBackend),
         "upstream": made(TorchNativeAttnBackend),
         "foreign": made(Foreign),
         "halves": made(HybridAttnBackend, **both),

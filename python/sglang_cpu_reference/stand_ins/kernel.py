@@ -150,7 +150,7 @@ def attend(
     allocator.
     """
     # Not imported with this module: it is SGLang's, and hooks are yet to be applied.
-    from sglang_helix.srt.layers.attention.torch_native_backend import causal, partial_attention
+    from sglang_helix.srt.layers.attention.torch_reference import causal, partial_attention
     from sglang_helix.srt.layers.dcp.lse_combine import merge
 
     requests = list(requests)

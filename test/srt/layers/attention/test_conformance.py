@@ -16,7 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_helix.srt.layers.attention.adapters import Attention, adapter
 from sglang_helix.srt.layers.attention.seen import seen
 from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
-from sglang_helix.srt.layers.attention.torch_native_backend import partial_attention
+from sglang_helix.srt.layers.attention.torch_reference import partial_attention
 from sglang_helix.srt.layers.dcp.lse_combine import combine_splits
 from sglang_helix.srt.layers.dcp.ownership import KVShard
 from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits

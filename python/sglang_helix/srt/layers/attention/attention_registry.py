@@ -44,7 +44,7 @@ def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: Mo
 
 def create_torch_native_backend(runner: ModelRunner) -> Any:
     """`torch_native` of the CPU reference platform: plain torch, with MLA, over either cache."""
-    from sglang_helix.srt.layers.attention.torch_native_backend import TorchReferenceAttnBackend
+    from sglang_helix.srt.layers.attention.torch_reference import TorchReferenceAttnBackend
 
     return create_backend("torch_native", TorchReferenceAttnBackend, runner)
 

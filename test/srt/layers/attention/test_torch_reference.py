@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_info import SpecInputType
-from sglang_helix.srt.layers.attention.torch_native_backend import (
+from sglang_helix.srt.layers.attention.torch_reference import (
     TorchReferenceAttnBackend,
     causal,
     partial_attention,
