@@ -50,13 +50,13 @@ RUNS = {
     "v3": Run(
         "2 H200s, 2026-11-29",
         "8 layers of DeepSeek-V3, `--dcp-size 2`: queries gathered by NCCL",
-        "layers8-h200x2-deepseek-v3",
+        "serve-h200x2-deepseek-v3-8-layers",
         "symm@fa3",
     ),
     "v3 mtp": Run(
         "2 H200s, 2026-11-29",
         "the same with an MTP draft: a verify pass of 4 tokens, and the 3 steps of its draft",
-        "layers8-h200x2-deepseek-v3-mtp",
+        "drafts-h200x2-deepseek-v3-8-layers",
         "symm@fa3",
     ),
     "shard": Run(

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from sglang_helix.srt.layers.dcp.exchange import BACKENDS
 
 MARK = "function only"
-# What a sharded layer does for queries; by what a running server gathers them, it does not say.
-REPLICATED, BY_KERNEL, BY_NCCL, GATHERED = "replicated", "kernel", "all-gather", "gathered"
+# How a sharded layer has its queries, where `cost.gathers` does not say by what they are gathered.
+REPLICATED, GATHERED = "replicated", "gathered"
 MEASURED, DOES_NOT_FIT = "measured", "does not fit"
 DID_NOT_START, FAILED = "did not start", "failed"
 TOO_LONG, TOO_MANY = "beyond --context-length", "beyond --max-running-requests"
@@ -26,7 +26,7 @@ class Row:
     dcp_size: int | None
     comm: str
     queries: str
-    """How a sharded layer has all heads of its group: one of the above; plain TP: empty."""
+    """How a sharded layer has all heads of its group; plain TP: empty."""
     prefill_decode_interval: int
     prefix: str
     context: int

@@ -58,13 +58,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, gathers_by_kernel
+from sglang_helix import cost
 
 from benchmark.dcp import held, made, report
 from benchmark.dcp.kernels import device_name
 from benchmark.dcp.layouts import (
-    BY_KERNEL,
-    BY_NCCL,
     COMMS,
     DID_NOT_START,
     FAILED,
@@ -306,10 +304,7 @@ def queries_of(info: dict[str, Any], *, ours: bool) -> str:
         return ""
     if info.get("dcp_replicate_q_proj"):
         return REPLICATED
-    if not ours:
-        return GATHERED
-    has_kernel = BACKENDS[info["dcp_comm_backend"]].query_kernel is not None
-    return BY_KERNEL if has_kernel and gathers_by_kernel() else BY_NCCL
+    return cost.gathers(str(info["dcp_comm_backend"])) if ours else GATHERED
 
 
 def main(argv: list[str]) -> int:

@@ -31,7 +31,7 @@ _MOST_REQUESTS = 1 << 12
 def on_queries(
     model: Model, layout: Layout, gpu: Gpu, exchange: str, weight_element: float = 2
 ) -> str:
-    """What replicated queries cost beside gathered ones, in words; contexts do not matter."""
+    """What replicated queries cost a GPU beside gathered ones, in words, whatever the contexts."""
     row = next(row for row in rows(model.shape, layout.tp_size, 0, 2) if row.layout == layout)
 
     def saved(requests: int) -> float:
@@ -40,7 +40,7 @@ def on_queries(
                 model,
                 Choice(row, exchange, replicated),
                 gpu,
-                fitted(),
+                fitted()._replace(host=0),
                 context=0,
                 requests=requests,
                 weight_element=weight_element,
@@ -69,7 +69,7 @@ def on_values(
     row = next(one.row for one in compared.choices if one.row.layout == layout)
     behind, before = (Choice(row, exchange, False, values) for values in (False, True))
     saved = [
-        f"{compared.ms(behind, 0, count) - compared.ms(before, 0, count):.2f} ms with {count}"
+        f"{compared.gpu_ms(behind, count) - compared.gpu_ms(before, count):.2f} ms with {count}"
         for count in requests
         if compared.model.value and switch().pays(count)
     ]
@@ -141,18 +141,24 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
         best = compared.best(context, count)
         says = best.flags if best else "no layout holds them"
         lines.append(f"- {count} x {length(context)}: {says}")
+    host = fitted().host / 1e3
+    if any(compared.ms(choice, *place) == host for choice in compared.choices for place in places):
+        lines.append(
+            f"- {host:.2f} ms: what SGLang's scheduler takes for a step where it was measured; "
+            "GPUs that need less wait for it."
+        )
     for count in requests:
         crossing = compared.crossing(count)
         lines.append(
             f"- With {count} at once a sharded cache is faster than plain TP "
             + (f"from {length(crossing)} tokens each on." if crossing else "at no length.")
         )
-    exchange = compared.choices[-1].exchange
     for choice in compared.choices:
-        if choice.replicated and choice.exchange == exchange:
-            says = on_queries(compared.model, choice.row.layout, compared.gpu, exchange, element)
-            lines.append(f"- K = {choice.row.layout.kvp_size}: {says}.")
-            if values := on_values(compared, choice.row.layout, compared.exchange, requests):
+        if choice.replicated and choice.exchange == compared.exchange:
+            by = compared.exchange
+            says = on_queries(compared.model, choice.row.layout, compared.gpu, by, element)
+            lines.append(f"- K = {choice.row.layout.kvp_size}, {by}: {says}.")
+            if values := on_values(compared, choice.row.layout, by, requests):
                 lines.append(f"- K = {choice.row.layout.kvp_size}: {values}.")
     return "\n".join(lines)
 

@@ -3,9 +3,13 @@
 A step of decode reads the weights of a rank and its part of the cache; around that stand a fixed
 time for each layer, and, over a sharded cache, the exchange and the gathering of queries:
 
-    step = layers * (layer + mla + exchange + gather + projection) + moe layers * moe
+    GPU  = layers * (layer + mla + exchange + gather + projection) + moe layers * moe
          + weights / weight bandwidth + layers * attention + sent bytes / link bandwidth
-         + recurrent states, read and written, / cache bandwidth
+         + recurrent layers * recurrent + states, read and written, / cache bandwidth
+    step = the longer of GPU and host
+
+`host` is what SGLang's scheduler takes for a step, which runs beside the GPU's step before: a model
+of few layers waits for it.
 
 `attention` is a kernel's least time plus the longer of reading its rows and of its arithmetic
 (for MLA with many heads the latter). `projection` is what it takes more to project values before
@@ -13,7 +17,8 @@ the exchange (`--dcp-replicate-v-proj`), which then sends less. Bytes are counte
 configuration. The rest are the parameters of `cost.json`, which `python -m benchmark.dcp fit`
 writes and refuses to write where a measured row is missed by more than 15%. What no figure of
 docs/figures has seen (other GPUs than H100 and H200, more than 4 ranks, fp8, values projected
-first) is computed from the vendor's bandwidths.
+first) is computed from the vendor's bandwidths; what a recurrent layer takes, where no figure has
+one, is what `fit` starts from.
 
 Units: bytes, microseconds, tokens; results in milliseconds.
 """
@@ -28,6 +33,7 @@ from typing import Any, NamedTuple
 
 from sglang_helix.layout import Row, Shape, rows, tokens_in, values_bytes, wire_bytes
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.dcp.exchange import BACKENDS, gathers_by_kernel
 from sglang_helix.srt.models.value_switch import switch
 
 PARAMETERS = Path(__file__).with_name("cost.json")
@@ -78,21 +84,32 @@ def gpu_called(device: str) -> Gpu | None:
 class Parameters(NamedTuple):
     """Microseconds a layer, and shares of the vendor's bandwidths and arithmetic."""
 
+    host: float  # of a whole step
     layer: float  # norms, projections' launches, all-reduces
     mla: float  # what MLA adds to it
     moe: float  # what a layer of experts adds
+    recurrent: float  # what a layer with a recurrent state has in attention's place
     attention: dict[str, float]  # by backend: the least time of a call
     exchange: dict[str, float]  # by --dcp-comm-backend
-    gather: float  # of queries, where they are not replicated
+    gather: dict[str, float]  # of queries, where they are not replicated: by what gathers them
     weights: float
     cache: float
     arithmetic: float
-    link: dict[str, float]  # by --dcp-comm-backend
+    link: dict[str, float]  # by --dcp-comm-backend, and by what gathers queries
 
     @property
     def exchanges(self) -> list[str]:
         """Those that were fitted, that of the least time a call first."""
         return sorted(self.exchange, key=self.exchange.__getitem__)
+
+
+BY_KERNEL, BY_NCCL = "kernel", "all-gather"
+
+
+def gathers(exchange: str) -> str:
+    """What gathers queries in a server of this process's environment: its kernel, or NCCL."""
+    has_kernel = BACKENDS[exchange].query_kernel is not None
+    return BY_KERNEL if has_kernel and gathers_by_kernel() else BY_NCCL
 
 
 class Model(NamedTuple):
@@ -108,13 +125,14 @@ class Model(NamedTuple):
     expert_layers: int
     routed: int  # experts of a layer
     chosen: int  # of these, by a token
+    recurrent_layers: int = 0
     state: int = 0  # bytes of a request's recurrent states, on all ranks together
     value: int = 0  # of MLA: the width of what a head's latent is projected to
 
 
 def model_of(model_config: Any) -> Model:
     """A model from SGLang's ModelConfig."""
-    from sglang_helix.layout import shape_of, state_bytes
+    from sglang_helix.layout import recurrent_states, shape_of
 
     shape, text = shape_of(model_config), model_config.hf_text_config
     hidden, depth, heads = text.hidden_size, model_config.num_hidden_layers, shape.query_heads
@@ -132,6 +150,11 @@ def model_of(model_config: Any) -> Model:
         queries = hidden * heads * shape.query_width
         attention = heads * shape.output_width * hidden
         copied = 0
+    states, recurrent = recurrent_states(model_config, 1), 0
+    attending = depth
+    if states is not None:
+        attending = shape.layers
+        recurrent = len(states.layers) * _recurrent_weights(states.shape, hidden)
     routed = one_of("n_routed_experts", "num_local_experts", "num_experts")
     expert_layers = depth - one_of("first_k_dense_replace") if routed else 0
     feed_forward = one_of("intermediate_size", "ffn_hidden_size")
@@ -142,17 +165,29 @@ def model_of(model_config: Any) -> Model:
     return Model(
         shape,
         depth,
-        queries=queries * depth,
-        attention=attention * depth,
-        copied=copied * depth + hidden * routed * expert_layers,
-        dense=dense + hidden * text.vocab_size,
+        queries=queries * attending,
+        attention=attention * attending,
+        copied=copied * attending + hidden * routed * expert_layers,
+        dense=dense + recurrent + hidden * text.vocab_size,
         experts=3 * hidden * width,
         expert_layers=expert_layers,
         routed=routed,
         chosen=one_of("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
-        state=state_bytes(model_config, 1) or 0,
+        recurrent_layers=len(states.layers) if states is not None else 0,
+        state=int(states.mamba_cache_per_req) if states is not None else 0,
         value=0 if shape.kv_heads is not None else value,
     )
+
+
+def _recurrent_weights(state: Any, hidden: int) -> int:
+    """Parameters of a recurrent layer, by SGLang's shape of its state on one rank.
+
+    Projections to what its convolution takes (without one, to queries, keys and values), to a gate
+    as wide as its values, and back from these.
+    """
+    value = state.num_heads * state.head_dim
+    taken = sum(max(part) for part in state.conv) or 3 * value
+    return int(hidden * (taken + 2 * value))
 
 
 @functools.cache
@@ -168,6 +203,7 @@ class Choice(NamedTuple):
     exchange: str  # "" for plain TP
     replicated: bool
     values_first: bool = False  # of MLA: projected before the exchange
+    gather: str = ""  # what gathers queries, if not what does by default
 
     @property
     def flags(self) -> str:
@@ -214,8 +250,12 @@ def step_ms(
     requests: int,
     backend: str = "fa3",
     weight_element: float = 2,
+    choosing: int | None = None,
 ) -> float:
-    """Milliseconds from one token to the next of `requests` with `context` tokens each."""
+    """Milliseconds from one token to the next of `requests` with `context` tokens each.
+
+    choosing: how many of these choose experts of their own, the others the same; None: all.
+    """
     row, shape = choice.row, model.shape
     layout, layers = row.layout, shape.layers
     memory, link = gpu.memory_tb_s * 1e6, gpu.link_gb_s * 1e3  # bytes a microsecond
@@ -235,18 +275,22 @@ def step_ms(
         layer += parameters.exchange[choice.exchange]
         layer += requests * sent / (link * parameters.link[choice.exchange])
         if not choice.replicated:
-            layer += parameters.gather + requests * gathered / (link * parameters.link["ag_rs"])
+            by = choice.gather or gathers(choice.exchange)
+            layer += parameters.gather[by] + requests * gathered / (link * parameters.link[by])
     if shape.kv_heads is None:
         layer += parameters.mla
-    weights = weight_bytes(model, layout, choice.replicated, requests, weight_element)
+    choosing = requests if choosing is None else choosing
+    weights = weight_bytes(model, layout, choice.replicated, choosing, weight_element)
     states = 2 * requests * model.state / layout.tp_size
-    return (
+    gpu_us = (
         layers * layer
         + model.depth * parameters.layer
         + model.expert_layers * parameters.moe
+        + model.recurrent_layers * parameters.recurrent
         + weights / (memory * parameters.weights)
         + states / (memory * parameters.cache)
-    ) / 1e3
+    )
+    return max(gpu_us, parameters.host) / 1e3
 
 
 # Of what makes values of latents: the series replicates no other than full precision.
@@ -284,11 +328,18 @@ class Advice(NamedTuple):
 
     def ms(self, choice: Choice, context: int, requests: int) -> float:
         """By the shipped parameters."""
+        return self._ms(choice, fitted(), context, requests)
+
+    def gpu_ms(self, choice: Choice, requests: int) -> float:
+        """The GPU's part of it, without contexts: what a choice takes, whatever the host does."""
+        return self._ms(choice, fitted()._replace(host=0), 0, requests)
+
+    def _ms(self, choice: Choice, by: Parameters, context: int, requests: int) -> float:
         return step_ms(
             self.model,
             choice,
             self.gpu,
-            fitted(),
+            by,
             context=context,
             requests=requests,
             weight_element=self.weight_element,

@@ -78,6 +78,12 @@ def draft_shape_of(model_path: str) -> Shape:
 
 def state_bytes(model_config: Any, tp_size: int) -> int | None:
     """What one recurrent state takes on each of N ranks; None for a model without any."""
+    states = recurrent_states(model_config, tp_size)
+    return None if states is None else int(states.mamba_cache_per_req)
+
+
+def recurrent_states(model_config: Any, tp_size: int) -> Any | None:
+    """SGLang's account of the recurrent states of a hybrid, as each of N ranks keeps them."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.runtime_context import get_parallel
 
@@ -85,7 +91,7 @@ def state_bytes(model_config: Any, tp_size: int) -> int | None:
         return None
     widths = {"tp_size": tp_size, "attn_tp_size": tp_size, "enable_cp_tp_group_sharing": False}
     with get_parallel().override(**widths):
-        return int(hybrid.mamba2_cache_params.mamba_cache_per_req)
+        return hybrid.mamba2_cache_params
 
 
 def states(shape: Shape, tp_size: int, state: int, cache_dtype: str) -> str:

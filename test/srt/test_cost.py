@@ -11,6 +11,7 @@ from sglang_helix import advice, cost
 from sglang_helix.__main__ import main
 from sglang_helix.layout import rows
 from sglang_helix.srt.distributed.topology import Layout
+from sglang_helix.srt.layers.dcp.exchange import GATHER_VARIABLE
 
 from benchmark.dcp import fit
 
@@ -46,7 +47,10 @@ def test_the_published_table_has_this_form() -> None:
     def errors(constants: list[float]) -> list[float]:
         layer, ag_rs, a2a, bandwidth = constants
         parameters = cost.fitted()._replace(
-            layer=layer, exchange={"ag_rs": ag_rs, "a2a": a2a}, gather=0, cache=bandwidth
+            layer=layer,
+            exchange={"ag_rs": ag_rs, "a2a": a2a},
+            gather={cost.BY_NCCL: 0},
+            cache=bandwidth,
         )
         return [
             cost.step_ms(
@@ -72,6 +76,14 @@ def test_recurrent_states_are_read_and_written_in_every_layout() -> None:
     model = cost.model_of(config)
     # 36 layers: 32 value heads of 128 x 128 in fp32, and 3 inputs of the convolution in bf16.
     assert model.state == 36 * (32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2)
+    # Projections to 2 x 16 keys of 128, 32 values of 128 and as wide a gate, and back; of 12 layers
+    # to and from 16 heads of 256.
+    width, values = 2048, 32 * 128
+    assert model.recurrent_layers == 36
+    assert model.queries == model.attention == 12 * width * 16 * 256
+    shared = 48 * 3 * width * 512
+    recurrent = 36 * width * (2 * 16 * 128 + values + 2 * values)
+    assert model.dense == recurrent + shared + width * 151936
     for row in rows(model.shape, 8, 0, 2):
         choice = cost.Choice(row, "a2a" if row.layout.kvp_size > 1 else "", False)
         with_states, without = (
@@ -284,12 +296,12 @@ def test_mla_of_many_heads_is_bound_by_arithmetic() -> None:
 
 
 def test_replicated_queries_are_advised_where_they_pay() -> None:
-    """DeepSeek-V3's 128 heads are read by every rank; V2-Lite's 16 cost less than a gather."""
+    """DeepSeek-V3's 128 heads are read by every rank; 8 of V2-Lite's cost less than a gather."""
     gpu = cost.gpu_called("NVIDIA H200")
     assert gpu == cost.GPUS["h200"]
     assert cost.gpu_called("NVIDIA A100-SXM4-80GB") is None
     lite, deep = fit.model(LITE), fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers")
-    small = advice.on_queries(lite, Layout(8, 8), gpu, "symm")
+    small = advice.on_queries(lite, Layout(2, 2), gpu, "symm")
     assert small.startswith("to replicate queries is faster than to gather them at any batch")
     said = advice.on_queries(deep, Layout(8, 8), gpu, "symm")
     # By hand, in bf16, a layer: the query projections of 7/8 more heads, beside a gather.
@@ -298,11 +310,62 @@ def test_replicated_queries_are_advised_where_they_pay() -> None:
     parameters = cost.fitted()
     row = next(row for row in rows(deep.shape, 8, 0, 2) if row.layout == Layout(8, 8))
     sent = row.wire_bytes["a2a"] - row.wire_bytes["a2a+q"]
-    sent /= gpu.link_gb_s * 1e3 * parameters.link["ag_rs"]
-    pays = math.floor((read / parameters.weights - parameters.gather) / sent) + 1
+    sent /= gpu.link_gb_s * 1e3 * parameters.link[cost.BY_KERNEL]
+    more = read / parameters.weights - parameters.gather[cost.BY_KERNEL]
+    pays = math.floor(more / sent) + 1
     assert pays > 1
-    alone = deep.shape.layers * (read / parameters.weights - parameters.gather - sent) / 1e3
+    alone = deep.shape.layers * (more - sent) / 1e3
     assert f"from {pays} requests at once on, and alone {alone:.2f} ms a token slower" in said
+
+
+def test_queries_are_gathered_by_what_the_server_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`symm` by its kernel, unless told not to; a figure by what its column says."""
+    model, gpu = fit.model(LITE), cost.GPUS["h200"]
+    *_, widest = rows(model.shape, 2, 0, 2)
+
+    def took(exchange: str, gather: str = "") -> float:
+        choice = cost.Choice(widest, exchange, False, gather=gather)
+        parameters = cost.fitted()
+        return cost.step_ms(model, choice, gpu, parameters, context=1 << 17, requests=8)
+
+    monkeypatch.delenv(GATHER_VARIABLE, raising=False)
+    by_kernel, by_nccl = (took("symm", by) for by in (cost.BY_KERNEL, cost.BY_NCCL))
+    assert took("symm") == by_kernel < by_nccl
+    assert took("a2a") == took("a2a", cost.BY_NCCL)
+    monkeypatch.setenv(GATHER_VARIABLE, "0")
+    assert took("symm") == by_nccl
+    # As between two GPUs by themselves: 27 layers of 16 heads, where latency is most of it.
+    assert 27 * 2 < 1e3 * (by_nccl - by_kernel) < 27 * 10
+    (path,) = (path for path in FIGURES if path.stem.endswith("lite-gather"))
+    assert {row.choice.gather for row in fit.measured(path)} == {"", cost.BY_KERNEL}
+
+
+def test_a_model_of_few_layers_waits_for_the_host() -> None:
+    """Plain TP's and `symm`'s 8 layers alike; neither queries nor values advise by that wait."""
+    model, host = fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers"), cost.fitted().host / 1e3
+    compared = cost.advise(
+        model, 2, cost.GPUS["h200"], kv_memory_gib=None, cache_bytes=2, exchanges=("symm",)
+    )
+    assert [compared.ms(choice, 8192, 1) for choice in compared.choices] == [host] * 3
+    assert compared.best(8192, 1) == compared.choices[0]
+    gathered, replicated = (compared.gpu_ms(choice, 1) for choice in compared.choices[1:])
+    assert gathered != replicated
+    said = advice.table(compared, [8192, 1 << 20], [1])
+    assert f"- {host:.2f} ms: what SGLang's scheduler takes" in said
+    assert "what SGLang's scheduler takes" not in advice.table(compared, [1 << 20], [1])
+
+
+def test_tokens_of_random_biases_read_the_same_experts() -> None:
+    """As in the one figure from before `serve --prefix made` zeroed them: 8 of 32 in each layer."""
+    (path,) = (path for path in FIGURES if path.stem.endswith("v3-8-layers"))
+    parameters = cost.fitted()._replace(host=0)
+    alike = next(row for row in fit.measured(path) if row.requests == 8)
+    assert alike.choosing == 1
+    model, others = fit.model(alike.model), alike._replace(choosing=None)
+    read = 7 * 3 * 7168 * 2048 * 32 * (0.75 - 0.75**8)  # 7 of the layers have experts
+    assert model.expert_layers == 7
+    saved = others.predicted(parameters) - alike.predicted(parameters)
+    assert saved == pytest.approx(2 * read / 2 / (4.8e9 * parameters.weights))
 
 
 def test_values_projected_first_cost_memory_and_save_bytes() -> None:
