@@ -40,7 +40,7 @@ def on_queries(
                 model,
                 Choice(row, exchange, replicated),
                 gpu,
-                fitted()._replace(host=0),
+                fitted().of_gpu,
                 context=0,
                 requests=requests,
                 weight_element=weight_element,

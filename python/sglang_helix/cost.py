@@ -102,6 +102,11 @@ class Parameters(NamedTuple):
         """Those that were fitted, that of the least time a call first."""
         return sorted(self.exchange, key=self.exchange.__getitem__)
 
+    @property
+    def of_gpu(self) -> Parameters:
+        """Without the host's time."""
+        return self._replace(host=0)
+
 
 BY_KERNEL, BY_NCCL = "kernel", "all-gather"
 
@@ -332,7 +337,7 @@ class Advice(NamedTuple):
 
     def gpu_ms(self, choice: Choice, requests: int) -> float:
         """The GPU's part of it, without contexts: what a choice takes, whatever the host does."""
-        return self._ms(choice, fitted()._replace(host=0), 0, requests)
+        return self._ms(choice, fitted().of_gpu, 0, requests)
 
     def _ms(self, choice: Choice, by: Parameters, context: int, requests: int) -> float:
         return step_ms(
