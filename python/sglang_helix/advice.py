@@ -40,10 +40,11 @@ def on_queries(
                 model,
                 Choice(row, exchange, replicated),
                 gpu,
-                fitted().of_gpu,
+                fitted(),
                 context=0,
                 requests=requests,
                 weight_element=weight_element,
+                of_gpu=True,
             )
             for replicated in (False, True)
         )
@@ -68,8 +69,12 @@ def on_values(
     """What values projected before the exchange save, in words; None where it is never done."""
     row = next(one.row for one in compared.choices if one.row.layout == layout)
     behind, before = (Choice(row, exchange, False, values) for values in (False, True))
+
+    def took(choice: Choice, count: int) -> float:
+        return compared.ms(choice, 0, count, of_gpu=True)
+
     saved = [
-        f"{compared.gpu_ms(behind, count) - compared.gpu_ms(before, count):.2f} ms with {count}"
+        f"{took(behind, count) - took(before, count):.2f} ms with {count}"
         for count in requests
         if compared.model.value and switch().pays(count)
     ]

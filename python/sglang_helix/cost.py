@@ -102,11 +102,6 @@ class Parameters(NamedTuple):
         """Those that were fitted, that of the least time a call first."""
         return sorted(self.exchange, key=self.exchange.__getitem__)
 
-    @property
-    def of_gpu(self) -> Parameters:
-        """Without the host's time."""
-        return self._replace(host=0)
-
 
 BY_KERNEL, BY_NCCL = "kernel", "all-gather"
 
@@ -256,10 +251,12 @@ def step_ms(
     backend: str = "fa3",
     weight_element: float = 2,
     choosing: int | None = None,
+    of_gpu: bool = False,
 ) -> float:
     """Milliseconds from one token to the next of `requests` with `context` tokens each.
 
     choosing: how many of these choose experts of their own, the others the same; None: all.
+    of_gpu: what the GPU takes alone, whether or not it waits for the host.
     """
     row, shape = choice.row, model.shape
     layout, layers = row.layout, shape.layers
@@ -295,7 +292,7 @@ def step_ms(
         + weights / (memory * parameters.weights)
         + states / (memory * parameters.cache)
     )
-    return max(gpu_us, parameters.host) / 1e3
+    return (gpu_us if of_gpu else max(gpu_us, parameters.host)) / 1e3
 
 
 # Of what makes values of latents: the series replicates no other than full precision.
@@ -331,23 +328,17 @@ class Advice(NamedTuple):
         """The first of those compared; "" where no layout shards the cache."""
         return next((choice.exchange for choice in self.choices[1:]), "")
 
-    def ms(self, choice: Choice, context: int, requests: int) -> float:
+    def ms(self, choice: Choice, context: int, requests: int, *, of_gpu: bool = False) -> float:
         """By the shipped parameters."""
-        return self._ms(choice, fitted(), context, requests)
-
-    def gpu_ms(self, choice: Choice, requests: int) -> float:
-        """The GPU's part of it, without contexts: what a choice takes, whatever the host does."""
-        return self._ms(choice, fitted().of_gpu, 0, requests)
-
-    def _ms(self, choice: Choice, by: Parameters, context: int, requests: int) -> float:
         return step_ms(
             self.model,
             choice,
             self.gpu,
-            by,
+            fitted(),
             context=context,
             requests=requests,
             weight_element=self.weight_element,
+            of_gpu=of_gpu,
         )
 
     def fits(self, choice: Choice, context: int) -> int:

@@ -348,7 +348,9 @@ def test_a_model_of_few_layers_waits_for_the_host() -> None:
     )
     assert [compared.ms(choice, 8192, 1) for choice in compared.choices] == [host] * 3
     assert compared.best(8192, 1) == compared.choices[0]
-    gathered, replicated = (compared.gpu_ms(choice, 1) for choice in compared.choices[1:])
+    gathered, replicated = (
+        compared.ms(choice, 0, 1, of_gpu=True) for choice in compared.choices[1:]
+    )
     assert gathered != replicated
     said = advice.table(compared, [8192, 1 << 20], [1])
     assert f"- {host:.2f} ms: what SGLang's scheduler takes" in said
