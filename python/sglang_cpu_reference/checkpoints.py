@@ -269,7 +269,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "mamba_chunk_size": 64,
             },
         ),
-        "kimi_linear": Family("kimi_linear", {**_COMMON, **_MLA, **_KDA}),
+        # No layer has positions; a scale of YaRN would be the configuration's alone.
+        "kimi_linear": Family(
+            "kimi_linear",
+            {**_COMMON, **_MLA, **_KDA, "rope_parameters": None},
+            {"rope_parameters": None},
+        ),
         "bailing_hybrid": Family(
             "bailing_hybrid",
             {**_COMMON, **_MLA, **_LIGHTNING, "rope_parameters": None},

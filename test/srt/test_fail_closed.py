@@ -441,6 +441,39 @@ def test_a_cache_that_a_checkpoint_asked_for_is_refused_by_name(fresh: Fresh, mo
         assert "give --kv-cache-dtype bfloat16, or another --attention-backend." in refusal
 
 
+def scales_of_softmax(model: str) -> dict[float, str]:
+    """What a rank's factories say of layers with these scales where the configuration's is 0.1."""
+    import torch
+    from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang_helix.srt.layers.attention.attention_registry import create_backend
+    from srt.rank import published
+
+    published(0, ["--model-path", model, "--tp-size", "2", "--dcp-size", "2"])
+    said = {}
+    for scale in (0.1, 0.08):
+        runner = SimpleNamespace(
+            use_mla_backend=True,
+            dtype=torch.bfloat16,
+            kv_cache_dtype=torch.bfloat16,
+            model_config=SimpleNamespace(scaling=0.1),
+            model=torch.nn.ModuleList([RadixAttention(16, 576, scale, 1, 3, v_head_dim=512)]),
+        )
+        try:
+            create_backend("flashinfer", lambda _: object.__new__(FlashInferMLAAttnBackend), runner)
+        except ValueError as refused:
+            said[scale] = str(refused)
+    return said
+
+
+def test_flashinfer_attends_with_the_scale_of_the_layers(fresh: Fresh, model: Path) -> None:
+    """A YaRN in the configuration of a model without positions, which its layers leave out."""
+    said = fresh.value(scales_of_softmax, str(model))
+    assert said.keys() == {0.08}
+    assert "--attention-backend flashinfer attends with a softmax scale of 0.1" in said[0.08]
+    assert "layer 3 of this model has 0.08" in said[0.08]
+
+
 # With data-parallel replicas everything is in place too, and nothing is refused for nothing.
 
 

@@ -7,6 +7,7 @@ that goes by a backend's name keeps working. Which ones there are: `adapters.py`
 from __future__ import annotations
 
 import functools
+import math
 import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,32 @@ def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: Mo
         )
     drafts = get_spec().speculative_algorithm is not None
     own = adapter(name).own_class(attention, drafts=drafts)
-    return pkgutil.resolve_name(own)(runner) if own else original(runner)
+    backend = pkgutil.resolve_name(own)(runner) if own else original(runner)
+    if attention == "MLA":
+        _check_scale(name, backend, runner)
+    return backend
+
+
+def _check_scale(name: str, backend: Any, runner: ModelRunner) -> None:
+    """Raise ValueError where FlashInfer would attend with another softmax scale than the layers'.
+
+    Its plans of MLA, which prefill for others too, take the scale from the configuration. Models
+    without positions, such as Kimi-Linear, leave out the factor of a YaRN that stands there.
+    """
+    from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    if not isinstance(backend, FlashInferMLAAttnBackend):
+        return
+    planned = runner.model_config.scaling
+    for layer in runner.model.modules():
+        if isinstance(layer, RadixAttention) and not math.isclose(layer.scaling, planned):
+            raise ValueError(
+                f"--attention-backend {name} attends with a softmax scale of {planned:.6g}, which "
+                f"SGLang takes from the configuration; layer {layer.layer_id} of this model has "
+                f"{layer.scaling:.6g}. Give --attention-backend fa3 or triton, or remove the "
+                "factor of rope_scaling that the model does not use from config.json."
+            )
 
 
 def create_torch_native_backend(runner: ModelRunner) -> Any:
