@@ -18,7 +18,7 @@ from sglang_helix import series
 from sglang_helix.hook import HOOK_TYPES, SeriesError
 from sglang_helix.srt.compatibility.verdict import Verdict
 from sglang_helix.srt.entrypoints.engine import check_reports, launch_scheduler_processes
-from sglang_helix.srt.layers.attention.adapters import ADAPTERS
+from sglang_helix.srt.layers.attention.adapters import ADAPTERS, adapter
 from sglang_helix.srt.managers.data_parallel_controller import add_series_reports
 from sglang_helix.srt.managers.scheduler import OTHER_NODES, SERIES_KEY
 from srt.expected import check, prompt
@@ -419,7 +419,9 @@ def caches_that_are_refused(model: str) -> dict[tuple[str, str, str], str]:
     said = {}
     with mock.patch.object(attention_registry.pkgutil, "resolve_name", return_value=str):
         for record, kind, dtype in itertools.product(
-            ADAPTERS, ("GQA", "MLA"), (torch.bfloat16, torch.float8_e4m3fn)
+            ADAPTERS,
+            ("GQA", "MLA"),
+            (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
         ):
             runner = SimpleNamespace(
                 use_mla_backend=kind == "MLA", dtype=torch.bfloat16, kv_cache_dtype=dtype
@@ -434,11 +436,16 @@ def caches_that_are_refused(model: str) -> dict[tuple[str, str, str], str]:
 def test_a_cache_that_a_checkpoint_asked_for_is_refused_by_name(fresh: Fresh, model: Path) -> None:
     said = fresh.value(caches_that_are_refused, str(model))
     assert said.keys() == {
-        (record.name, kind, "torch.float8_e4m3fn") for record in ADAPTERS for kind in record.no_fp8
+        (record.name, kind, f"torch.float8_{form}")
+        for record in ADAPTERS
+        for kind in ("GQA", "MLA")
+        for form in ("e4m3fn", "e5m2")
+        if kind in record.no_fp8 or (record.no_e5m2 and form == "e5m2")
     }
     for (name, kind, dtype), refusal in said.items():
         assert f"--attention-backend {name} does not read a cache of {dtype} for {kind}" in refusal
-        assert "give --kv-cache-dtype bfloat16, or another --attention-backend." in refusal
+        instead = "bfloat16" if kind in adapter(name).no_fp8 else "fp8_e4m3 or bfloat16"
+        assert f"give --kv-cache-dtype {instead}, or another --attention-backend." in refusal
 
 
 def scales_of_softmax(model: str) -> dict[float, str]:

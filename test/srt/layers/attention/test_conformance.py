@@ -249,38 +249,6 @@ def test_captured_metadata_is_refreshed_in_place(
     assert process.value(replay_failures, backend, attention, page, dtype) == []
 
 
-def refusal(backend: str, dtype: torch.dtype) -> str:
-    """What an adapter for MLA says of a cache in fp8 that a checkpoint asked for, not a flag."""
-    prepare(backend)
-
-    def build_one(rank: int, group: ThreadGroup) -> str:
-        with pytest.raises(NotImplementedError) as refused:
-            build(backend, rank, group, Heads(4, 1, 576, 512), Slots(2, 64, 9), True, dtype)
-        return str(refused.value)
-
-    one, other = run_threads(build_one, 2, **parallel(2))
-    assert one == other
-    return str(one)
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype", "instead"),
-    [
-        ("fa3", torch.float8_e4m3fn, "give --kv-cache-dtype bfloat16, or another --attention-"),
-        ("fa4", torch.float8_e4m3fn, "give --kv-cache-dtype bfloat16, or another --attention-"),
-        ("flashmla", torch.float8_e5m2, "give --kv-cache-dtype fp8_e4m3 or bfloat16"),
-    ],
-    ids=str,
-)
-def test_a_cache_that_would_be_copied_or_misread_is_refused(
-    process: Fresh, backend: str, dtype: torch.dtype, instead: str
-) -> None:
-    said = process.value(refusal, backend, dtype)
-    assert backend in said
-    assert "--dcp-size > 1" in said
-    assert instead in said
-
-
 def test_the_matrix_says_what_runs_here() -> None:
     ran = {"extend": OWN, "graph": CAPTURED, "fp8": QUANTIZED, "verify": VERIFIED}
     for case in OWN:

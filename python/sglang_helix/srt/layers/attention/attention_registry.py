@@ -26,20 +26,25 @@ def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: Mo
     Raises ValueError where it does not read the cache that a checkpoint asked for, which start-up
     does not see.
     """
+    import torch
     from sglang.srt.runtime_context import get_parallel, get_spec
 
     if get_parallel().attn_dcp_size == 1:
         return original(runner)
     attention: Attention = "MLA" if runner.use_mla_backend else "GQA"
-    reason = adapter(name).no_fp8.get(attention)
-    if reason and runner.kv_cache_dtype != runner.dtype:
-        raise ValueError(
-            f"--attention-backend {name} does not read a cache of {runner.kv_cache_dtype} for "
-            f"{attention} with --dcp-size > 1 ({reason}), and this checkpoint asks for one: give "
-            "--kv-cache-dtype bfloat16, or another --attention-backend."
-        )
+    record, cache = adapter(name), runner.kv_cache_dtype
+    if cache != runner.dtype:
+        reason, instead = record.no_fp8.get(attention), "bfloat16"
+        if not reason and record.no_e5m2 and cache == torch.float8_e5m2:
+            reason, instead = "fp8_e4m3 it does", "fp8_e4m3 or bfloat16"
+        if reason:
+            raise ValueError(
+                f"--attention-backend {name} does not read a cache of {cache} for {attention} "
+                f"with --dcp-size > 1 ({reason}), and this checkpoint asks for one: give "
+                f"--kv-cache-dtype {instead}, or another --attention-backend."
+            )
     drafts = get_spec().speculative_algorithm is not None
-    own = adapter(name).own_class(attention, drafts=drafts)
+    own = record.own_class(attention, drafts=drafts)
     backend = pkgutil.resolve_name(own)(runner) if own else original(runner)
     if attention == "MLA":
         _check_scale(name, backend, runner)

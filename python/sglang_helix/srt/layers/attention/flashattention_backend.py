@@ -21,7 +21,6 @@ from sglang.srt.mem_cache.layout.paged_view import paged_view
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from sglang_helix.srt.layers.attention.adapters import record_of
 from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.attention.sharded import mla_parts
 from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
@@ -44,13 +43,6 @@ class ShardedFlashAttentionBackend(ShardedPagedAttention, FlashAttentionBackend)
         self.group_kv_heads: int = model_runner.model_config.get_num_kv_heads(
             get_parallel().attn_tp_size, self.shard.size
         )
-        if self.mla and model_runner.kv_cache_dtype != model_runner.dtype:
-            # A checkpoint may ask for it too, which start-up does not see.
-            raise NotImplementedError(
-                f"{record_of(type(self)).name} serves MLA with --dcp-size > 1 from a cache of "
-                f"{model_runner.dtype} alone, and this one is of {model_runner.kv_cache_dtype}: "
-                "give --kv-cache-dtype bfloat16, or another --attention-backend"
-            )
 
     def deal(self, pages: LocalPages, cu_q: Tensor, max_q: int) -> tuple[Tensor] | None:
         """Of one query of each request, for GQA by version 3: one int32 tensor.
