@@ -36,45 +36,58 @@ RUNS = {
         "attn-tp:2:symm@fa3",
     ),
     "lite of 2": Run(
-        "2 H200s, 2026-11-28",
-        "DeepSeek-V2-Lite, `--attn-tp-size 1`",
-        "serve-h200x2-deepseek-v2-lite-fa3",
-        "attn-tp:1:symm@fa3",
-    ),
-    "lite gathered": Run(
-        "2 H200s, 2026-11-29",
-        "DeepSeek-V2-Lite, `--dcp-size 2`: queries gathered by `symm`'s kernel",
-        "serve-h200x2-deepseek-v2-lite-gather",
+        "2 H200s, 2026-11-30",
+        "DeepSeek-V2-Lite, `--dcp-size 2`",
+        "serve-h200x2-deepseek-v2-lite",
         "symm@fa3",
     ),
+    "lite of 2, replicated": Run(
+        "2 H200s, 2026-11-30",
+        "the same, `--attn-tp-size 1`",
+        "serve-h200x2-deepseek-v2-lite",
+        "attn-tp:1:symm@fa3",
+    ),
     "v3": Run(
-        "2 H200s, 2026-11-29",
-        "8 layers of DeepSeek-V3, `--dcp-size 2`: queries gathered by NCCL",
+        "2 H200s, 2026-11-30",
+        "8 layers of DeepSeek-V3, `--dcp-size 2`",
         "serve-h200x2-deepseek-v3-8-layers",
         "symm@fa3",
     ),
     "v3 mtp": Run(
         "2 H200s, 2026-11-29",
-        "the same with an MTP draft: a verify pass of 4 tokens, and the 3 steps of its draft",
+        "the same with an MTP draft: a verify pass of 4 tokens, and the 3 steps of its draft; "
+        "queries gathered by NCCL",
         "drafts-h200x2-deepseek-v3-8-layers",
         "symm@fa3",
     ),
     "shard": Run(
-        "2 H200s, 2026-11-28",
-        "one attention shard of Qwen3-235B, `--attn-tp-size 1`",
+        "2 H200s, 2026-11-30",
+        "one attention shard of Qwen3-235B, `--dcp-size 2`",
+        "serve-h200x2-qwen3-shard",
+        "symm@fa3",
+    ),
+    "shard, replicated": Run(
+        "2 H200s, 2026-11-30",
+        "the same, `--attn-tp-size 1`",
         "serve-h200x2-qwen3-shard",
         "attn-tp:1:symm@fa3",
     ),
-    "gathered": Run(
-        "2 H200s, 2026-11-29",
-        "the same, `--dcp-size 2`: queries gathered",
-        "serve-h200x2-qwen3-scheduled",
+    "next": Run(
+        "2 H200s, 2026-11-30",
+        "a shard of Qwen3-Next, a hybrid, `--dcp-size 2`",
+        "serve-h200x2-qwen3-next-shard",
         "symm@fa3",
     ),
     "llama": Run(
-        "2 H200s, 2026-11-28",
+        "2 H200s, 2026-11-30",
         "Llama-3-8B, `--dcp-size 2`: no copies to save",
         "serve-h200x2-llama-8b",
+        "symm@fa3",
+    ),
+    "host": Run(
+        "2 H200s, 2026-11-30",
+        "2 layers of Llama-3-8B, `--dcp-size 2`: what the host takes for a step",
+        "serve-h200x2-host",
         "symm@fa3",
     ),
     "h100": Run(
@@ -95,6 +108,7 @@ SHOWN = (
     ("lite", 8192, 1),
     ("shard", 131072, 8),
     ("shard", 4096, 1),
+    ("next", 131072, 8),
     ("llama", 131072, 8),
 )
 

@@ -290,8 +290,8 @@ rows; `python -m benchmark.dcp fit docs/figures/serve-*.csv` does it again and p
 beside its prediction. **Eight GPUs were not measured**, nor any but H100 and H200: what is said
 of them follows from 2 and 4, and from the vendors' bandwidths. Two layouts within a few percent
 of one another are equal. Queries are gathered as a server does it by default: with `symm` by its
-kernel, which was not run between more than 2 GPUs, else by NCCL. Recurrent layers of a hybrid were
-not measured.
+kernel, which was not run between more than 2 GPUs, else by NCCL. Of hybrids a shard of Qwen3-Next
+was measured.
 
 Not worth it: one request at a time below the length that stands under each table, and models with
 as many key-value heads as GPUs, which store nothing twice. There plain TP is faster, and simpler.

@@ -48,7 +48,6 @@ class Measured(NamedTuple):
     backend: str
     context: int
     requests: int
-    choosing: int | None  # see cost.step_ms
     ms: float
 
     def predicted(self, parameters: cost.Parameters) -> float:
@@ -60,7 +59,6 @@ class Measured(NamedTuple):
             context=self.context,
             requests=self.requests,
             backend=self.backend,
-            choosing=self.choosing,
         )
 
 
@@ -100,7 +98,6 @@ def measured(path: Path) -> list[Measured]:
                     given.get("--attention-backend", DEFAULT_BACKEND),
                     int(row["context"]),
                     int(row["concurrency"]),
-                    int(chosen) if (chosen := row.get("choosing")) else None,
                     float(row["tpot_median_ms"]),
                 )
             )
@@ -161,6 +158,7 @@ MOST = {"host": 5000.0, "weights": 1.0, "cache": 1.0}  # of others: 500 us
 def fit(figures: Sequence[Measured], link: dict[str, float]) -> cost.Parameters:
     """Least squares over the logarithms of parameters, which are positive, and of times."""
     several = {
+        "host": [cost.PLAIN, cost.SHARDED],
         "attention": sorted({row.backend for row in figures}),
         "exchange": sorted({row.choice.exchange for row in figures} - {""}),
         "gather": [cost.BY_KERNEL, cost.BY_NCCL],

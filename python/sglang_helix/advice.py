@@ -146,11 +146,13 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
         best = compared.best(context, count)
         says = best.flags if best else "no layout holds them"
         lines.append(f"- {count} x {length(context)}: {says}")
-    host = fitted().host / 1e3
-    if any(compared.ms(choice, *place) == host for choice in compared.choices for place in places):
+    host = {kind: us / 1e3 for kind, us in fitted().host.items()}
+    times = (compared.ms(choice, *place) for choice in compared.choices for place in places)
+    if any(ms in host.values() for ms in times):
+        waits = ", ".join(f"{ms:.2f} ms {kind}" for kind, ms in host.items())
         lines.append(
-            f"- {host:.2f} ms: what SGLang's scheduler takes for a step where it was measured; "
-            "GPUs that need less wait for it."
+            f"- {waits}: what SGLang's scheduler takes for a step where it was measured; GPUs that "
+            "need less wait for it."
         )
     for count in requests:
         crossing = compared.crossing(count)

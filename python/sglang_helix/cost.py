@@ -8,8 +8,8 @@ time for each layer, and, over a sharded cache, the exchange and the gathering o
          + recurrent layers * recurrent + states, read and written, / cache bandwidth
     step = the longer of GPU and host
 
-`host` is what SGLang's scheduler takes for a step, which runs beside the GPU's step before: a model
-of few layers waits for it.
+`host` is what SGLang's scheduler takes for a step, which runs beside the GPU's step before: short
+contexts of a small model wait for it. Over a sharded cache it takes longer.
 
 `attention` is a kernel's least time plus the longer of reading its rows and of its arithmetic
 (for MLA with many heads the latter). `projection` is what it takes more to project values before
@@ -17,8 +17,7 @@ the exchange (`--dcp-replicate-v-proj`), which then sends less. Bytes are counte
 configuration. The rest are the parameters of `cost.json`, which `python -m benchmark.dcp fit`
 writes and refuses to write where a measured row is missed by more than 15%. What no figure of
 docs/figures has seen (other GPUs than H100 and H200, more than 4 ranks, fp8, values projected
-first) is computed from the vendor's bandwidths; what a recurrent layer takes, where no figure has
-one, is what `fit` starts from.
+first) is computed from the vendor's bandwidths.
 
 Units: bytes, microseconds, tokens; results in milliseconds.
 """
@@ -84,7 +83,7 @@ def gpu_called(device: str) -> Gpu | None:
 class Parameters(NamedTuple):
     """Microseconds a layer, and shares of the vendor's bandwidths and arithmetic."""
 
-    host: float  # of a whole step
+    host: dict[str, float]  # of a whole step, PLAIN and SHARDED
     layer: float  # norms, projections' launches, all-reduces
     mla: float  # what MLA adds to it
     moe: float  # what a layer of experts adds
@@ -104,6 +103,7 @@ class Parameters(NamedTuple):
 
 
 BY_KERNEL, BY_NCCL = "kernel", "all-gather"
+PLAIN, SHARDED = "plain TP", "sharded"
 
 
 def gathers(exchange: str) -> str:
@@ -250,12 +250,10 @@ def step_ms(
     requests: int,
     backend: str = "fa3",
     weight_element: float = 2,
-    choosing: int | None = None,
     of_gpu: bool = False,
 ) -> float:
     """Milliseconds from one token to the next of `requests` with `context` tokens each.
 
-    choosing: how many of these choose experts of their own, the others the same; None: all.
     of_gpu: what the GPU takes alone, whether or not it waits for the host.
     """
     row, shape = choice.row, model.shape
@@ -281,8 +279,7 @@ def step_ms(
             layer += parameters.gather[by] + requests * gathered / (link * parameters.link[by])
     if shape.kv_heads is None:
         layer += parameters.mla
-    choosing = requests if choosing is None else choosing
-    weights = weight_bytes(model, layout, choice.replicated, choosing, weight_element)
+    weights = weight_bytes(model, layout, choice.replicated, requests, weight_element)
     states = 2 * requests * model.state / layout.tp_size
     gpu_us = (
         layers * layer
@@ -292,7 +289,8 @@ def step_ms(
         + weights / (memory * parameters.weights)
         + states / (memory * parameters.cache)
     )
-    return (gpu_us if of_gpu else max(gpu_us, parameters.host)) / 1e3
+    host_us = parameters.host[SHARDED if layout.kvp_size > 1 else PLAIN]
+    return (gpu_us if of_gpu else max(gpu_us, host_us)) / 1e3
 
 
 # Of what makes values of latents: the series replicates no other than full precision.

@@ -336,38 +336,35 @@ def test_queries_are_gathered_by_what_the_server_uses(monkeypatch: pytest.Monkey
     assert took("symm") == by_nccl
     # As between two GPUs by themselves: 27 layers of 16 heads, where latency is most of it.
     assert 27 * 2 < 1e3 * (by_nccl - by_kernel) < 27 * 10
-    (path,) = (path for path in FIGURES if path.stem.endswith("lite-gather"))
-    assert {row.choice.gather for row in fit.measured(path)} == {"", cost.BY_KERNEL}
+    (path,) = (path for path in FIGURES if path.stem.endswith("x2-qwen3-shard"))
+    gathered = {row.layout: row.choice.gather for row in fit.measured(path)}
+    assert gathered == {
+        "tp@fa3": "",
+        "symm@fa3": cost.BY_KERNEL,
+        "attn-tp:1:symm@fa3": fit.REPLICATED,
+        "a2a@fa3": cost.BY_NCCL,
+        "ag_rs@fa3": cost.BY_NCCL,
+    }
 
 
 def test_a_model_of_few_layers_waits_for_the_host() -> None:
-    """Plain TP's and `symm`'s 8 layers alike; neither queries nor values advise by that wait."""
-    model, host = fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers"), cost.fitted().host / 1e3
+    """Longer over a sharded cache; neither queries nor values advise by that wait."""
+    model = fit.model("benchmark/dcp/models/DeepSeek-V3-8-layers")
+    plain, sharded = (cost.fitted().host[kind] / 1e3 for kind in (cost.PLAIN, cost.SHARDED))
     compared = cost.advise(
         model, 2, cost.GPUS["h200"], kv_memory_gib=None, cache_bytes=2, exchanges=("symm",)
     )
-    assert [compared.ms(choice, 8192, 1) for choice in compared.choices] == [host] * 3
+    waits = [compared.ms(choice, 8192, 1) for choice in compared.choices]
+    assert waits == [plain, sharded, sharded]
+    assert plain < sharded
     assert compared.best(8192, 1) == compared.choices[0]
     gathered, replicated = (
         compared.ms(choice, 0, 1, of_gpu=True) for choice in compared.choices[1:]
     )
     assert gathered != replicated
     said = advice.table(compared, [8192, 1 << 20], [1])
-    assert f"- {host:.2f} ms: what SGLang's scheduler takes" in said
+    assert f"- {plain:.2f} ms plain TP, {sharded:.2f} ms sharded: what SGLang's scheduler" in said
     assert "what SGLang's scheduler takes" not in advice.table(compared, [1 << 20], [1])
-
-
-def test_tokens_of_random_biases_read_the_same_experts() -> None:
-    """As in the one figure from before `serve --prefix made` zeroed them: 8 of 32 in each layer."""
-    (path,) = (path for path in FIGURES if path.stem.endswith("v3-8-layers"))
-    parameters = cost.fitted()._replace(host=0)
-    alike = next(row for row in fit.measured(path) if row.requests == 8)
-    assert alike.choosing == 1
-    model, others = fit.model(alike.model), alike._replace(choosing=None)
-    read = 7 * 3 * 7168 * 2048 * 32 * (0.75 - 0.75**8)  # 7 of the layers have experts
-    assert model.expert_layers == 7
-    saved = others.predicted(parameters) - alike.predicted(parameters)
-    assert saved == pytest.approx(2 * read / 2 / (4.8e9 * parameters.weights))
 
 
 def test_values_projected_first_cost_memory_and_save_bytes() -> None:

@@ -184,8 +184,9 @@ class Layout(Slots):
         all are.
 
         docs/figures/variants-h200x2.csv: between 2 GPUs up to 1.36 times faster from 256 tokens of
-        MLA and 1024 of GQA on, elsewhere the same. With 8 ranks a program of MLA spills unless it
-        has twice the warps, and nobody has timed that.
+        MLA and 1024 of GQA on, elsewhere the same. With 8 ranks, where a program of MLA spills
+        unless it has twice the warps, it was 1.13 to 1.19 times faster from 64 tokens on, but by
+        virtual ranks of one device alone (docs/figures/variants-h200.csv).
         """
         return self.ranks <= 4 if self.ahead is None else self.ahead
 
