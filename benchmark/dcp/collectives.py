@@ -16,6 +16,9 @@ With `--op gather` it is queries that are exchanged, before attention: every ran
 own H/N heads, and is left with those of all, by the group's all-gather from a copy (as SGLang's of
 MLA are) and by `symm`'s kernel. Every bit is checked.
 
+With `--op values` MLA's value projection is timed with the exchange, in both orders
+(`--dcp-replicate-v-proj`): from partial latents of all heads to the values of a rank's own.
+
 Each output is poisoned and checked against float64 before it is timed. On GPUs a sample is the
 replay of a CUDA graph where capture works, else the calls one by one. A sample counts for as long
 as the slowest rank took. Inputs lie in the cache, as attention leaves them there.
@@ -105,11 +108,11 @@ def main(argv: list[str]) -> int:
     )
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=here)
-    parser.add_argument("--op", choices=["exchange", "gather"], default="exchange")
+    parser.add_argument("--op", choices=["exchange", "gather", "values"], default="exchange")
     parser.add_argument(
         "--variants", action="store_true", help="the experiments with symm's kernel too"
     )
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES)
     parser.add_argument(
         "--ranks", nargs="+", type=int, metavar="N", help="powers of two up to the GPUs; at least 2"
     )
@@ -119,6 +122,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each group size")
     report.add_files(parser)
     options = parser.parse_args(argv)
+    options.shape = options.shape or (["mla"] if options.op == "values" else list(SHAPES))
+    if options.op == "values" and options.shape != ["mla"]:
+        parser.error(f"--shape {' '.join(options.shape)}: --op values is of mla alone")
     ranks = options.ranks or groups_that_exist(options.device, options.shape)
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: at least 2 are needed for percentiles")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -48,6 +48,8 @@ class Candidate(NamedTuple):
     """The largest batch; the series takes a collective above it."""
     lay: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     """What its inputs are made of (out, lse) before the time is taken; None: they are these."""
+    head_dim: int | None = None
+    """Elements of a head that it sends; None: all of them."""
 
 
 class Bench:
@@ -55,6 +57,7 @@ class Bench:
 
     bound = BOUND
     """Of an output's relative error."""
+    sets = SETS
 
     def __init__(
         self, rank: int, options: argparse.Namespace, ranks: int, folder: str, symmetric: bool
@@ -243,7 +246,7 @@ class Bench:
             sources = first.to(candidate.takes), *others
             if candidate.lay:
                 sources = candidate.lay(*sources)
-            inputs = [tuple(source.clone() for source in sources) for _ in range(SETS)]
+            inputs = [tuple(source.clone() for source in sources) for _ in range(self.sets)]
             rotation = self.rotation(candidate, [partial(candidate.run, *i) for i in inputs])
             if rotation is None:
                 continue
@@ -260,6 +263,7 @@ class Bench:
                 continue
             rotations[candidate.name], errors[candidate.name] = rotation, error
         timings = measure.take_turns(rotations, self.options.samples)
+        sent = {c.name: replace(p, head_dim=c.head_dim or p.head_dim) for c in candidates}
         return [
             Row(
                 **asdict(p),
@@ -268,7 +272,7 @@ class Bench:
                 p10_us=timing.p10,
                 median_us=timing.median,
                 p90_us=timing.p90,
-                link_bytes=p.link_bytes,
+                link_bytes=sent[name].link_bytes,
                 error=errors[name],
                 mark=mark(self.options.device, self.ranks),
                 device=device_name(self.device),
@@ -450,8 +454,9 @@ def run_rank(
 ) -> None:
     """Body of a rank's process; the first leaves the figures in the folder."""
     from benchmark.dcp.collectives_gather import GatherBench
+    from benchmark.dcp.collectives_values import ValuesBench
 
-    bench = GatherBench if options.op == "gather" else Bench
+    bench = {"exchange": Bench, "gather": GatherBench, "values": ValuesBench}[options.op]
     rows = bench(rank, options, ranks, folder, symmetric).run()
     if rank == 0:
         report.write_csv(rows, figures_in(folder), Row)

@@ -21,6 +21,7 @@ from benchmark.dcp import (
     collectives_gather,
     collectives_rank,
     collectives_report,
+    collectives_values,
     kernels,
     kernels_stage,
     report,
@@ -79,7 +80,7 @@ def test_says_what_it_leaves_out(ran: tuple[Path, str]) -> None:
     assert ran[1].count(peers) == 1
 
 
-class OneThread(collectives_gather.GatherBench):
+class OneThread(collectives_rank.Bench):
     """A rank of a group of threads on the CPU."""
 
     def __init__(self, rank: int, group: ThreadGroup) -> None:
@@ -93,8 +94,39 @@ class OneThread(collectives_gather.GatherBench):
         return [value]
 
 
+class Gathering(OneThread, collectives_gather.GatherBench):
+    pass
+
+
+class Projecting(OneThread, collectives_values.ValuesBench):
+    sets = 2
+
+
+def test_values_are_projected_behind_and_before(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(rank: int, group: ThreadGroup) -> list[Any]:
+        bench = Projecting(rank, group)
+        bench.options.shape = ["mla"]
+        return bench.run()
+
+    for rows in run_threads(run, 2):
+        # Half of the heads and their LSEs cross over; values are a quarter of the latents.
+        assert [(row.batch, row.name, row.link_bytes) for row in rows] == [
+            (batch, f"helix a2a, projected {order}", batch * 64 * (width * 2 + 4))
+            for batch in (1, 3)
+            for order, width in (("behind", 512), ("before", 128))
+        ]
+        assert max(row.error for row in rows) <= kernels.BOUND
+    assert capsys.readouterr().out.count("not measured: helix symm (it needs GPUs") == 1
+
+
+def test_values_are_of_mla(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        collectives.main(["--device", "cpu", "--op", "values", "--shape", "gqa"])
+    assert "--shape gqa: --op values is of mla alone" in capsys.readouterr().err
+
+
 def test_queries_are_gathered_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = run_threads(lambda rank, group: OneThread(rank, group).run(), 2)
+    ranks = run_threads(lambda rank, group: Gathering(rank, group).run(), 2)
     for rows in ranks:
         assert [(row.shape, row.head_dim, row.batch, row.name) for row in rows] == [
             (shape, width, batch, "helix all-gather")
