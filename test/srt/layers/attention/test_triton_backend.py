@@ -54,6 +54,8 @@ def test_a_padded_replay_writes_no_row_of_an_earlier_one(
     prepare(backend, [103, 205], 4, capture=False)
     assert captured[:2].tolist() == [51, 102]
     assert captured[2:].max() < backend.pool_page_size
+    with pytest.raises(RuntimeError, match="exceeds"):
+        prepare(backend, [101, 201, 301], 2, capture=False)
 
 
 @pytest.mark.parametrize("windows", [True, False])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sglang_helix.srt.layers.attention.local_pages import LocalPages, local_rows
 from sglang_helix.srt.layers.attention.windows import Tails
-from sglang_helix.srt.layers.dcp.ownership import KVShard
+from sglang_helix.srt.layers.dcp.ownership import KVShard, scratch_rows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -31,6 +31,7 @@ class OwnedRows(AttentionBackend):
     # Where a batch writes K and V: MLA's store finds the owners by itself.
     write_rows: Tensor | None = None
     captured_rows: Tensor | None = None
+    scratch_rows: Tensor  # what stands in them for tokens of other ranks
     # Keys that window layers see which share the pool of all layers; 0: the model has none.
     window = 0
     tails: Tails | None = None  # of the chunks at hand
@@ -62,6 +63,7 @@ class OwnedRows(AttentionBackend):
         """Rows to write that captured graphs read."""
         if not self.mla:
             self.captured_rows = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
+            self.scratch_rows = scratch_rows(max_num_tokens, self.pool_page_size, self.device)
 
     def prepare_captured_writes(self, forward_batch: ForwardBatch, in_capture: bool) -> None:
         """Rows to write in the capture or one replay of a graph, in place.
@@ -73,8 +75,11 @@ class OwnedRows(AttentionBackend):
             return  # MLA, or an eager pass of a backend that prepares both alike
         slots = forward_batch.out_cache_loc
         rows = self.captured_rows[: forward_batch.batch_size * self.captured_width]
-        rows.zero_()
-        rows[: slots.shape[0]].copy_(self.shard.write_rows(slots, self.pool_page_size))
+        real = slots.shape[0]
+        # Where there are more slots than rows, this raises.
+        self.shard.rows_or(slots, self.scratch_rows[:real], out=rows.narrow(0, 0, real))
+        if real < rows.shape[0]:
+            rows[real:].zero_()
         if in_capture:
             self.write_rows = rows
 

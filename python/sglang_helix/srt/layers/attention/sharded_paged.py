@@ -116,8 +116,11 @@ class ShardedPagedAttention(ShardedAttention):
         self.captured_cu_q = _steps(max_bs, self.captured_width, self.device)
         if self.windows:
             super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
-        dealt = self.deal(self.captured_pages, self.captured_cu_q, self.captured_width)
-        self.captured_schedule = tuple(part.clone() for part in dealt or ())
+        pages = self.captured_pages
+        dealt = self.deal(pages, self.captured_cu_q, self.captured_width) or ()
+        self.captured_schedule = tuple(
+            part if part is pages.lens else part.clone() for part in dealt
+        )
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -135,7 +138,8 @@ class ShardedPagedAttention(ShardedAttention):
         parts = zip(self.captured_schedule, dealt, strict=True)
         schedule = tuple(captured[: len(part)] for captured, part in parts)
         for captured, part in zip(schedule, dealt, strict=True):
-            captured.copy_(part)
+            if part is not pages.lens:  # which are captured themselves
+                captured.copy_(part)
         if in_capture:
             self.pages, self.cu_q, self.cu_cached, self.max_q = pages, cu_q, cu_q, max_q
             self.schedule = schedule or None

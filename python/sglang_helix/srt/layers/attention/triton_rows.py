@@ -139,6 +139,13 @@ class ShardedTritonRows(ShardedAttention, TritonAttnBackend):
         """Splits of each request of a decode batch, from its local length."""
         self.scratch.plan.count(seq_lens, num_kv_splits)
 
+    def _dcp_lens(self, lens: Tensor, start: Tensor | None = None) -> Tensor:
+        """Tokens of this rank: upstream's numbers, of a request's first in a third of the ops."""
+        if start is None and self.dcp_size == self.shard.size:
+            return self.shard.lens(lens)
+        found: Tensor = super()._dcp_lens(lens, start)
+        return found
+
     def _dcp_kv_indices(
         self,
         req_pool_indices: Tensor,

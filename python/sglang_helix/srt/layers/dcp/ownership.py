@@ -44,5 +44,20 @@ class KVShard:
         captured graph needs, and lets the pool's own store kernel do the writing; spreading
         them over the page keeps a long prefill from hammering a single row.
         """
-        scratch = torch.arange(slots.shape[0], device=slots.device) % page_size
-        return torch.where(slots % self.size == self.rank, slots // self.size, scratch)
+        scratch = scratch_rows(slots.shape[0], page_size, slots.device)
+        return self.rows_or(slots, scratch)
+
+    def rows_or(
+        self, slots: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Row to write for each slot [T], or of those of other ranks what scratch [T] has.
+
+        out [T]: memory for them. scratch and out are int64.
+        """
+        own = slots % self.size == self.rank
+        return torch.where(own, slots // self.size, scratch, out=out)
+
+
+def scratch_rows(count: int, page_size: int, device: str | torch.device) -> torch.Tensor:
+    """Of page 0, over and over, for so many tokens: int64 [count]."""
+    return torch.arange(count, device=device) % page_size
