@@ -4,17 +4,25 @@ From q_proj to o_proj, for MLA from the absorbed queries to the value projection
 stand-ins, or Triton's in the interpreter: each is one launch, as are a collective of the group, the
 pool's store and the kernels of the exchange, which here leave nothing behind. A cache in bf16, as
 the model.
+
+And what a captured decode step has the host launch outside of its graph: a step of a small batch
+takes as long as the host does, and each launch is several microseconds of it. Lists of pages, which
+are one launch on a GPU, and of rows count as one.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_cpu_reference.stand_ins import kernel as stand_ins
+from sglang_helix.srt.layers.attention import owned_rows
 from sglang_helix.srt.layers.attention.adapters import Attention, adapter
+from sglang_helix.srt.layers.attention.local_pages import LocalPages
 from sglang_helix.srt.layers.dcp import comm, lse_combine, lse_combine_triton
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.partial import Masked, Partial, Splits
@@ -26,8 +34,9 @@ from srt.layers.attention.launches import Launches
 from srt.layers.attention.steps import Heads, Step
 from srt.slots import Slots
 from srt.threads import ThreadGroup, get_parallel, run_threads
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
+BATCH = 4  # of a step
 RANKS, LAYER_HEADS = 2, {"GQA": Heads(8, 2, 64, 64), "MLA": Heads(8, 1, 576, 512)}
 OPERATORS = ("fwd", "dense_decode_fwd")  # of sgl-kernel and FlashMLA
 EXCHANGES = {
@@ -248,3 +257,88 @@ def test_launches_of_a_layer(process: Fresh, backend: str, attention: Attention)
         assert len(found["a2a"]["extend, gathered"]) <= 12
     assert len(found["symm"]["decode, replicated"]) <= 4
     assert len(found["symm, queries too"]["decode, gathered"]) <= 4
+
+
+def as_one_launch(owner: Any, name: str, noted_as: str) -> None:
+    """Have a function noted as one launch, whatever it does on a CPU."""
+    original = getattr(owner, name)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        note(noted_as)
+        with _disable_current_modes():
+            return original(*args, **options)
+
+    setattr(owner, name, noted)
+
+
+def prepared_on_rank(
+    rank: int, group: ThreadGroup, backend: str, heads: Heads, mla: bool
+) -> dict[str, list[str]]:
+    """What one step launches, of a full batch and of a padded one."""
+    page = (adapter(backend).pages or (4,))[0]
+    slots = Slots(group.world_size, page, pages=40)
+    for request in range(BATCH):
+        slots.extend(request, 5 + request)
+    adapter_ = build(backend, rank, group, heads, slots, mla)
+    adapter_.req_to_token_pool.req_to_token = slots.table()
+
+    def batch(real: int) -> Any:
+        lens = torch.tensor([len(slots.of[request]) for request in range(BATCH)])
+        return SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=BATCH,
+            req_pool_indices=torch.arange(BATCH),
+            seq_lens=lens,
+            seq_lens_cpu=lens.clone(),
+            out_cache_loc=torch.tensor([slots.of[r][-1] for r in range(real)]),
+            spec_info=None,
+            encoder_lens=None,
+            kv_loc_plan=None,
+        )
+
+    adapter_.init_cuda_graph_state(8, 8)
+    adapter_.init_forward_metadata_out_graph(batch(BATCH), in_capture=True)
+    found = {}
+    for name, real in {"full": BATCH, "padded": BATCH - 1}.items():
+        at_hand = batch(real)
+        with Launches() as launches:
+            adapter_.init_forward_metadata_out_graph(at_hand)
+        found[name] = launches.names
+    return found
+
+
+def prepared(backend: str, attention: Attention) -> dict[str, list[str]]:
+    """Of rank 1, in a process of its own."""
+    prepare(backend)
+    as_one_launch(LocalPages, "fill", "pages")
+    as_one_launch(owned_rows, "local_rows", "rows")
+    if os.environ.get("TRITON_INTERPRET"):
+        from triton.runtime.interpreter import GridExecutor
+
+        as_one_launch(GridExecutor, "__call__", "kernel")
+    given = backend, LAYER_HEADS[attention], attention == "MLA"
+    return run_threads(prepared_on_rank, RANKS, *given, **parallel(RANKS))[1]
+
+
+# Where K and V go: of a GQA layer alone, since MLA's store finds the owners in the graph.
+WRITES = ["remainder", "eq", "floor_divide", "where"]
+READS = {
+    ("fa3", "GQA"): ["pages", "get_scheduler_metadata", "copy_"],
+    ("flashmla", "MLA"): ["pages", "get_mla_decoding_metadata", "copy_", "copy_"],
+    ("trtllm_mha", "GQA"): ["pages", "clamp"],
+    # On the host, which plans by it: a plan is of what each request has on this rank.
+    ("flashinfer", "GQA"): ["add", "floor_divide", "lift_fresh", "rows"],
+}
+# Upstream's own metadata of a decode step, but for the tokens that a rank has of each request.
+TRITON = ["add", "floor_divide", "cumsum", "copy_", "kernel", "clamp_min", "kernel"]
+
+
+@pytest.mark.parametrize(("backend", "attention"), CAPTURED)
+def test_launches_of_a_step(process: Fresh, backend: str, attention: Attention) -> None:
+    """Of arithmetic, what cannot be done once; padded rows take one more to be sent to row 0."""
+    writes = WRITES if attention == "GQA" else []
+    padded = ["zero_"] if writes else []
+    reads = TRITON if backend == "triton" else READS.get((backend, attention), ["pages"])
+    found = process.value(prepared, backend, attention)
+    assert sorted(found["full"]) == sorted([*writes, *reads])
+    assert sorted(found["padded"]) == sorted([*writes, *padded, *reads])
