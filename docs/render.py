@@ -289,9 +289,9 @@ The model is fitted to the servers of [benchmarks.md](benchmarks.md) and within 
 rows but those with a draft; `python -m benchmark.dcp fit docs/figures/serve-*.csv` does it again
 and prints every row beside its prediction. **Eight GPUs were not measured**, nor any but H100 and
 H200: what is said of them follows from 2 and 4, and from the vendors' bandwidths. Two layouts
-within a few percent of one another are equal. Queries are gathered as a server does it by default: with `symm` by its
-kernel, which was not run between more than 2 GPUs, else by NCCL. Of hybrids a shard of Qwen3-Next
-was measured.
+within a few percent of one another are equal. Queries are gathered as a server does it by
+default: with `symm` by its kernel, which was not run between more than 2 GPUs, else by NCCL. Of
+hybrids a shard of Qwen3-Next was measured.
 
 Not worth it: one request at a time below the length that stands under each table, and models with
 as many key-value heads as GPUs, which store nothing twice. There plain TP is faster, and simpler.

@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 from sglang_helix import cost
 from sglang_helix.layout import CACHE_BYTES, Shape, rows
 
-from benchmark.dcp.layouts import REPLICATED, parse_layout
+from benchmark.dcp.layouts import GATHERED, REPLICATED, parse_layout
 
 BOUND = 0.15
 # FA3's decode of MLA with 128 heads over 8 x 128K tokens took 500 us on an H200, 584 TFLOP/s (522
@@ -77,6 +77,10 @@ def measured(path: Path) -> list[Measured]:
         for row in csv.DictReader(file):
             if row["status"] != "measured" or row["prefix"] == "shared":
                 continue
+            if row["queries"] == GATHERED:
+                raise ValueError(
+                    f"{path}: of servers elsewhere, which do not say what gathers queries"
+                )
             tp_size, kvp_size = int(row["tp_size"]), int(row["dcp_size"])
             flags = parse_layout(row["layout"], tp_size).flags
             given = dict(zip(flags[::2], flags[1::2], strict=True))

@@ -105,7 +105,7 @@ def test_a_cache_that_a_backend_cannot_read(resolved: Resolve) -> None:
         named = resolved("Hopper", "deepseek_v2", attention_backend=backend, **sharded).error
         refused = f"--attention-backend {backend} does not read --kv-cache-dtype fp8_e4m3 for MLA"
         assert refused in named
-        assert "with --dcp-size 2 (SGLang would convert the whole pool in every layer)" in named
+        assert "with --dcp-size 2 (decode would convert the whole pool" in named
         assert ": use one of flashmla, triton, torch_native." in named
     # Of pages that the user wants otherwise, and of the other fp8, Triton.
     for flags in ({"page_size": 16}, {"kv_cache_dtype": "fp8_e5m2"}):

@@ -353,15 +353,14 @@ def _refusal(record: Adapter, situation: Situation, page_size: int | None) -> st
     """
     args, (flag, size) = situation.args, situation.sharded_by
     what = f"for {'MLA' if situation.mla else 'GQA or MHA'} with {flag} {size}"
-    reason = record.no_fp8.get(situation.attention)
-    if reason and str(args.kv_cache_dtype).startswith("fp8"):
-        return f"does not read --kv-cache-dtype {args.kv_cache_dtype} {what} ({reason})"
-    reason = record.no_drafts.get(situation.attention)
+    cache = str(args.kv_cache_dtype)
+    reason = record.refuses_fp8(situation.attention, e5m2=cache == "fp8_e5m2")
+    if reason and cache.startswith("fp8"):
+        return f"does not read --kv-cache-dtype {cache} {what} ({reason})"
+    reason = record.no_drafts.get(situation.attention, "")
     if reason and args.speculative_algorithm:
         asked = f"--speculative-algorithm {args.speculative_algorithm}"
         return f"does not verify the drafts of {asked} {what} ({reason})"
-    if record.no_e5m2 and args.kv_cache_dtype == "fp8_e5m2":
-        return f"does not read --kv-cache-dtype fp8_e5m2 {what} (fp8_e4m3 it does)"
     if (situation.windows or situation.cut_windows) and not record.windows:
         return f"does not attend sliding windows {what}"
     if record.pages and page_size not in (None, *record.pages):

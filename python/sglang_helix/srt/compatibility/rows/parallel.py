@@ -98,7 +98,7 @@ PARALLEL: tuple[Row, ...] = (
         "value projection before the exchange, of MLA",
         "--dcp-replicate-v-proj",
         "works",
-        "tokens of transformers on both sides of the switch; not seen on a GPU",
+        "tokens of transformers on both sides of the switch; not timed on a GPU",
         alone="lacks",
     ),
     Row(
@@ -127,7 +127,7 @@ PARALLEL: tuple[Row, ...] = (
         "attention data parallelism",
         "--attn-dp-size",
         "works",
-        "two replicas of two and four ranks, also idle ones, GQA and MLA; not seen on a GPU",
+        "two replicas of two and four ranks, also idle ones, GQA and MLA",
     ),
     Row(
         "attention data parallelism of MLA models and Qwen3.5 beside what is untried",

@@ -29,7 +29,7 @@ _TRITON = "sglang_helix.srt.layers.attention.triton_backend"
 _TORCH_NATIVE = "sglang_helix.srt.layers.attention.torch_native_backend"
 _SGLANG = "sglang.srt.layers.attention"
 
-_CONVERTED = "SGLang would convert the whole pool in every layer"
+_CONVERTED = "decode would convert the whole pool in every layer; not tried as prefill alone"
 
 
 class _SGLangs(str):
@@ -128,6 +128,10 @@ class Adapter:
     def _kernels_on(self, platform: Any) -> int | None:
         """The major whose kernels it runs there, where they differ."""
         return platform.device_sm // 10 if self.majors and platform.is_cuda else None
+
+    def refuses_fp8(self, attention: Attention, *, e5m2: bool) -> str:
+        """Why it does not read a cache in fp8, e4m3 or e5m2; empty if it does."""
+        return self.no_fp8.get(attention) or ("fp8_e4m3 it does" if e5m2 and self.no_e5m2 else "")
 
     def runs_on(self, platform: Any, attention: Attention) -> bool:
         """Whether a user may name it on a machine, SGLang's `get_platform()`.

@@ -27,22 +27,24 @@ def create_backend(name: str, original: Callable[[ModelRunner], Any], runner: Mo
     does not see.
     """
     import torch
-    from sglang.srt.runtime_context import get_parallel, get_spec
+    from sglang.srt.runtime_context import get_parallel, get_platform, get_spec
 
     if get_parallel().attn_dcp_size == 1:
         return original(runner)
     attention: Attention = "MLA" if runner.use_mla_backend else "GQA"
     record, cache = adapter(name), runner.kv_cache_dtype
-    if cache != runner.dtype:
-        reason, instead = record.no_fp8.get(attention), "bfloat16"
-        if not reason and record.no_e5m2 and cache == torch.float8_e5m2:
-            reason, instead = "fp8_e4m3 it does", "fp8_e4m3 or bfloat16"
-        if reason:
-            raise ValueError(
-                f"--attention-backend {name} does not read a cache of {cache} for {attention} "
-                f"with --dcp-size > 1 ({reason}), and this checkpoint asks for one: give "
-                f"--kv-cache-dtype {instead}, or another --attention-backend."
-            )
+    e5m2 = cache == torch.float8_e5m2
+    if cache != runner.dtype and (reason := record.refuses_fp8(attention, e5m2=e5m2)):
+        others = (
+            one.name
+            for one in serving(attention)
+            if one.runs_on(get_platform(), attention) and not one.refuses_fp8(attention, e5m2=e5m2)
+        )
+        raise ValueError(
+            f"--attention-backend {name} does not read a cache of {cache} for {attention} with "
+            f"--dcp-size > 1 ({reason}), and this checkpoint asks for one: give --kv-cache-dtype "
+            f"bfloat16, or --attention-backend {' or '.join(others)}."
+        )
     drafts = get_spec().speculative_algorithm is not None
     own = record.own_class(attention, drafts=drafts)
     backend = pkgutil.resolve_name(own)(runner) if own else original(runner)
@@ -62,14 +64,17 @@ def _check_scale(name: str, backend: Any, runner: ModelRunner) -> None:
 
     if not isinstance(backend, FlashInferMLAAttnBackend):
         return
-    planned = runner.model_config.scaling
+    planned, latent = runner.model_config.scaling, runner.model_config.kv_lora_rank
     for layer in runner.model.modules():
-        if isinstance(layer, RadixAttention) and not math.isclose(layer.scaling, planned):
+        # Plans are of layers over the latent: Ring-2.5 has others, which keep a recurrent state.
+        if not isinstance(layer, RadixAttention) or layer.v_head_dim != latent:
+            continue
+        if not math.isclose(layer.scaling, planned):
             raise ValueError(
                 f"--attention-backend {name} attends with a softmax scale of {planned:.6g}, which "
                 f"SGLang takes from the configuration; layer {layer.layer_id} of this model has "
-                f"{layer.scaling:.6g}. Give --attention-backend fa3 or triton, or remove the "
-                "factor of rope_scaling that the model does not use from config.json."
+                f"{layer.scaling:.6g}. Give --attention-backend triton, or remove the factor of "
+                "rope_scaling that the model does not use from config.json."
             )
 
 

@@ -320,8 +320,7 @@ PARTS: tuple[Part, ...] = (
         "hybrid models: Kimi-Linear, Ring-2.5",
         "as above",
         "by Triton, Ring-2.5 `a2a` and `symm`, Kimi-Linear `a2a` and `symm`; by FlashInfer "
-        "Kimi-Linear's `a2a` was as far from the oracle as SGLang's on one rank, by a YaRN in the "
-        "test's configuration: such ones are refused since, and the test has none, not run again",
+        "Kimi-Linear alone, not right, with a YaRN in its configuration, which is refused",
     ),
     Part(
         "hybrid models: Qwen3.5, Granite-4-H, Falcon-H1, LFM2",
