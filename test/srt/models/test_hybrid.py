@@ -136,14 +136,24 @@ def test_sharded_equals_transformers(
 
 
 # Kernels of MLA exist for the widths of real models.
-KERNELS = {"qwen3_next": ONE_HEAD, "kimi_linear": {"qk_nope_head_dim": 128, "v_head_dim": 128}}
+WIDE = {"qk_nope_head_dim": 128, "v_head_dim": 128}
+KERNELS = {"qwen3_next": ONE_HEAD, "kimi_linear": WIDE, "bailing_hybrid": WIDE}
 
 
-@pytest.mark.parametrize("family", KERNELS)
+# FlashInfer's plans of MLA take the softmax scale from the configuration, not from the layers.
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("qwen3_next", "fa3"),
+        ("kimi_linear", "fa3"),
+        ("kimi_linear", "flashinfer"),
+        ("bailing_hybrid", "flashinfer"),
+    ],
+)
 def test_the_kernels_of_the_user_serve_the_full_layers(
-    kernels: Fresh, checkpoint: Any, family: str
+    kernels: Fresh, checkpoint: Any, family: str, attention: str
 ) -> None:
-    flags = ("--dcp-size", "2", "--attention-backend", "fa3")
+    flags = ("--dcp-size", "2", "--attention-backend", attention)
     serve_and_check(kernels, checkpoint(family, **KERNELS[family]), 2, 2, *flags)
 
 
