@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 from sglang_helix.layout import Row, Shape, rows, tokens_in, values_bytes, wire_bytes
 from sglang_helix.srt.distributed.topology import Layout
-from sglang_helix.srt.layers.dcp.exchange import BACKENDS, gathers_by_kernel
 from sglang_helix.srt.models.value_switch import switch
 
 PARAMETERS = Path(__file__).with_name("cost.json")
@@ -108,6 +107,9 @@ PLAIN, SHARDED = "plain TP", "sharded"
 
 def gathers(exchange: str) -> str:
     """What gathers queries in a server of this process's environment: its kernel, or NCCL."""
+    # Here, since it imports torch, and start-up's launcher imports this module.
+    from sglang_helix.srt.layers.dcp.exchange import BACKENDS, gathers_by_kernel
+
     has_kernel = BACKENDS[exchange].query_kernel is not None
     return BY_KERNEL if has_kernel and gathers_by_kernel() else BY_NCCL
 
