@@ -9,7 +9,7 @@ import torch
 
 from benchmark.dcp import report
 from benchmark.dcp.collectives_rank import Bench, Candidate, Problem
-from benchmark.dcp.kernels_candidates import VALUE
+from benchmark.dcp.kernels_candidates import VALUE, project
 from benchmark.dcp.kernels_stage import DTYPE
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class ValuesBench(Bench):
         def behind(
             exchanger: Exchanger, x: torch.Tensor, lse: torch.Tensor, w_vc: torch.Tensor
         ) -> torch.Tensor:
-            latents = exchanger(Partial(x, lse), head_major=True).out
-            return torch.bmm(latents.transpose(0, 1), w_vc[own]).transpose(0, 1)
+            return project(exchanger(Partial(x, lse), head_major=True).out, w_vc[own])
 
         def before(
             exchanger: Exchanger, x: torch.Tensor, lse: torch.Tensor, w_vc: torch.Tensor

@@ -198,6 +198,11 @@ def variants_cases(p: Problem, peers: Peers) -> Cases:
         yield f"helix symm, {name}", Case(one_kernel(p, **variant), inputs, want)
 
 
+def project(latents: torch.Tensor, w_vc: torch.Tensor) -> torch.Tensor:
+    """[B, h, D] by w_vc [h, D, V] -> values [B, h, V]."""
+    return torch.bmm(latents.transpose(0, 1), w_vc).transpose(0, 1)
+
+
 def values_cases(p: Problem, peers: Peers) -> Cases:
     if p.shape != "mla":
         return
@@ -206,9 +211,6 @@ def values_cases(p: Problem, peers: Peers) -> Cases:
     w_vc = (w_vc / p.head_dim**0.5).to(DTYPE)
     own = w_vc[: p.owned].clone()
     projected = torch.einsum("nbhd,hdv->nbhv", x.double(), w_vc.double())
-
-    def project(out: torch.Tensor, w_vc: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(out.transpose(0, 1), w_vc).transpose(0, 1)
 
     if peers.symm and p.device.type == "cuda":
         want = merged(projected[:, :, : p.owned], lse[:, :, : p.owned])
