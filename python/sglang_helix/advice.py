@@ -146,10 +146,12 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
         best = compared.best(context, count)
         says = best.flags if best else "no layout holds them"
         lines.append(f"- {count} x {length(context)}: {says}")
-    host = {kind: us / 1e3 for kind, us in fitted().host.items()}
-    times = (compared.ms(choice, *place) for choice in compared.choices for place in places)
-    if any(ms in host.values() for ms in times):
-        waits = ", ".join(f"{ms:.2f} ms {kind}" for kind, ms in host.items())
+    if any(
+        compared.ms(choice, *place) > compared.ms(choice, *place, of_gpu=True)
+        for choice in compared.choices
+        for place in places
+    ):
+        waits = ", ".join(f"{us / 1e3:.2f} ms {kind}" for kind, us in fitted().host.items())
         lines.append(
             f"- {waits}: what SGLang's scheduler takes for a step where it was measured; GPUs that "
             "need less wait for it."
