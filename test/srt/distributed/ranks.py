@@ -100,7 +100,12 @@ class World:
         self._processes: list[Any] = []
         if backend == "nccl" and world_size > torch.cuda.device_count():
             # A few blocks per rank, or ranks that share a GPU fill it and wait for each other.
-            env = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "4", **(env or {})}
+            sharing = {
+                "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+                "NCCL_MAX_CTAS": "4",
+                "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+            }
+            env = {**sharing, **(env or {})}
         # Forking is unsafe once something in the fork server has asked CUDA for its devices.
         fresh = bool(env) or torch.cuda.device_count() > 0
         context = multiprocessing.get_context("spawn" if fresh else "forkserver")

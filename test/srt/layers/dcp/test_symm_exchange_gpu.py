@@ -33,7 +33,6 @@ pytestmark = [
     ),
 ]
 
-SHARING = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 BOUND = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 MAX_TOKENS = 24
 BLOCK = 32  # tokens of a block of the splits made here
@@ -42,7 +41,7 @@ BLOCK = 32  # tokens of a block of the splits made here
 @pytest.fixture(scope="module", params=[2, 4])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     backend = collective_backend(request.param)
-    with World(request.param, backend=backend, timeout=180, env=SHARING) as world:
+    with World(request.param, backend=backend, timeout=180) as world:
         yield world
 
 
@@ -292,7 +291,7 @@ def stuck_on_rank(rank: int, world_size: int) -> None:
 
 def test_a_stuck_peer_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RankError, match="rank 0 of 2: died"):
-        run_ranks(stuck_on_rank, 2, backend=collective_backend(2), timeout=100, env=SHARING)
+        run_ranks(stuck_on_rank, 2, backend=collective_backend(2), timeout=100)
     assert (
         "symm exchange is stuck: rank 0 of the KVP group waits in layer 23, epoch 4, for rank 1"
         in capfd.readouterr().err
@@ -312,7 +311,7 @@ def test_ranks_that_cannot_share_memory_are_refused_everywhere() -> None:
         2,
         backend=collective_backend(2),
         timeout=100,
-        env=dict.fromkeys(SHARING, "0"),
+        env={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "0"},
     )
     assert len(said) == 2
     for message in said:
