@@ -233,6 +233,21 @@ def gather() -> str:
     return markdown(["batch", "MLA, 128 heads", "GQA, 64 heads"], rows)
 
 
+def values() -> str:
+    """Microseconds of MLA's value projection and exchange between 2 GPUs, in both orders."""
+    us = by_name(lines_of("values-h200x2"))
+    rows = []
+    for batch in dict.fromkeys(batch for _, batch, _ in us):
+        row = [batch]
+        for name in ("helix symm", "helix a2a"):
+            behind, before = (
+                us["mla", batch, f"{name}, projected {order}"] for order in ("behind", "before")
+            )
+            row.append(_beside(behind, before))
+        rows.append(row)
+    return markdown(["batch", "`symm`", "`a2a`"], rows)
+
+
 def by_name(lines: Iterable[Line]) -> dict[tuple[str, str, str], float]:
     """Medians, by shape, batch and name."""
     return {
@@ -320,6 +335,7 @@ TABLES = {
     "exchange": exchange,
     "peers": peers,
     "gather": gather,
+    "values": values,
     "attention": attention,
     "kernels": kernels,
 }

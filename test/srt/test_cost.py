@@ -12,6 +12,7 @@ from sglang_helix.__main__ import main
 from sglang_helix.layout import rows
 from sglang_helix.srt.distributed.topology import Layout
 from sglang_helix.srt.layers.dcp.exchange import GATHER_VARIABLE
+from sglang_helix.srt.models.value_switch import switch
 
 from benchmark.dcp import fit
 
@@ -392,9 +393,10 @@ def test_values_projected_first_cost_memory_and_save_bytes() -> None:
     assert fewer == pytest.approx(8 * held / (layers * 576 * 2), rel=1e-4)
     # Below the switch nothing changes but the memory; from it on the weights of the other 7/8 of
     # the heads are read, or multiplied with, and of each row that is sent 384 elements stay.
-    assert before.ms(first, 4096, 15) == behind.ms(last, 4096, 15)
+    at = switch().from_tokens
+    assert before.ms(first, 4096, at - 1) == behind.ms(last, 4096, at - 1)
     parameters, gpu, others = cost.fitted(), cost.GPUS["h200"], heads * 7 / 8 * latent * value
-    for requests in (16, 1024):
+    for requests in (at, 1024):
         read = 2 * others / (gpu.memory_tb_s * 1e6 * parameters.weights)
         flops = 2 * requests * others / (gpu.tflops * 1e6 * parameters.arithmetic)
         sent = requests * 16 * 7 * 384 * 2 / (gpu.link_gb_s * 1e3 * parameters.link["symm"])
