@@ -234,6 +234,13 @@ def parallel(ranks: int, exchange: str = "a2a") -> dict[str, Any]:
     }
 
 
+def as_captured(batch: Any, width: int = 1) -> Any:
+    """A batch as its graph sees it: SGLang pads the slots with 0 where the graph reads them."""
+    slots = torch.zeros(batch.batch_size * width, dtype=torch.int64)
+    slots[: len(batch.out_cache_loc)] = batch.out_cache_loc
+    return SimpleNamespace(**{**vars(batch), "out_cache_loc": slots})
+
+
 class NoSync(TorchFunctionMode):
     """Raises where the host would wait for the device, or copy from it.
 

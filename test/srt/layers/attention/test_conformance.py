@@ -31,6 +31,7 @@ from srt.layers.attention.conformance import (
     QUANTIZED,
     VERIFIED,
     NoSync,
+    as_captured,
     build,
     parallel,
     prepare,
@@ -141,6 +142,7 @@ def replays_on_rank(
 
     adapter_.init_cuda_graph_state(8, 8)
     adapter_.init_forward_metadata_out_graph(batch([]), in_capture=True)
+    adapter_.init_forward_metadata_in_graph(as_captured(batch([])))
     captured = dict(vars(adapter_))
     scheduled = (backend, mla) in [("fa3", False), ("flashmla", True)]
     assert (captured.get("schedule") is not None) == scheduled
@@ -160,6 +162,9 @@ def replays_on_rank(
         with NoSync.over(at_hand, adapter_):
             adapter_.init_forward_metadata_out_graph(at_hand)
         vars(adapter_).update(captured)  # what the graph reads
+        in_graph = as_captured(at_hand)
+        with NoSync.over(in_graph, adapter_):
+            adapter_.init_forward_metadata_in_graph(in_graph)
         if not mla:
             ends = [slots.of[request][-1] for request in requests]
             written = {row for row in adapter_.write_rows.tolist() if row >= page}

@@ -20,6 +20,7 @@ from srt.layers.attention.conformance import (
     REQUESTS,
     VERIFIED,
     NoSync,
+    as_captured,
     build,
     parallel,
     prepare,
@@ -133,7 +134,9 @@ def captured_drafts_on_rank(
 
     adapter_.init_cuda_graph_state(8, 8 * drafts)
     ngram, eagle = SpecInputType.NGRAM_VERIFY, SpecInputType.EAGLE_VERIFY
-    adapter_.init_forward_metadata_out_graph(replayed([], eagle), in_capture=True)
+    of_padding = replayed([], eagle)
+    adapter_.init_forward_metadata_out_graph(of_padding, in_capture=True)
+    adapter_.init_forward_metadata_in_graph(as_captured(of_padding, drafts))
     captured = dict(vars(adapter_))
     asked, outputs = [], []
     for requests, drafted in (([2, 0], eagle), ([1], ngram)):
@@ -145,6 +148,9 @@ def captured_drafts_on_rank(
         with nullcontext() if asks else NoSync.over(batch, adapter_):
             adapter_.init_forward_metadata_out_graph(batch)
         vars(adapter_).update(captured)  # what the graph reads
+        in_graph = as_captured(batch, drafts)
+        with NoSync.over(in_graph, adapter_):
+            adapter_.init_forward_metadata_in_graph(in_graph)
         real = [(r, test_verify.CACHED[r] + n) for r in requests for n in range(drafts)]
         q, k, v = of(real + [(0, 0)] * (4 * drafts - len(real)))
         padded = torch.zeros(4 * drafts, dtype=torch.int64)

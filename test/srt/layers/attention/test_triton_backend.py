@@ -15,6 +15,7 @@ from sglang_helix.srt.layers.attention.triton_backend import ShardedTritonAttnBa
 from sglang_helix.srt.layers.dcp import comm, lse_combine, lse_combine_triton, packed_rows
 from sglang_helix.srt.layers.dcp.exchange import Exchanger
 from sglang_helix.srt.layers.dcp.ownership import KVShard
+from srt.layers.attention.conformance import as_captured
 from srt.layers.attention.launches import Launches
 
 pytestmark = pytest.mark.quick
@@ -40,22 +41,20 @@ def prepare(adapter: ShardedTritonAttnBackend, slots: list[int], batch: int, cap
     )
     with mock.patch.object(TritonAttnBackend, "init_forward_metadata_out_graph"):
         adapter.init_forward_metadata_out_graph(view, capture)
+    adapter.init_forward_metadata_in_graph(as_captured(view))
 
 
 def test_a_padded_replay_writes_no_row_of_an_earlier_one(
     backend: ShardedTritonAttnBackend,
 ) -> None:
     prepare(backend, [0, 0, 0, 0], 4, capture=True)
-    captured = backend.write_rows
     prepare(backend, [101, 201, 301, 401], 4, capture=False)
-    assert captured is not None
-    assert captured.tolist() == [50, 100, 150, 200]
+    assert backend.write_rows is not None
+    assert backend.write_rows.tolist() == [50, 100, 150, 200]
     # Two requests are left; the graph of four is replayed with their slots only.
     prepare(backend, [103, 205], 4, capture=False)
-    assert captured[:2].tolist() == [51, 102]
-    assert captured[2:].max() < backend.pool_page_size
-    with pytest.raises(RuntimeError, match="exceeds"):
-        prepare(backend, [101, 201, 301], 2, capture=False)
+    assert backend.write_rows[:2].tolist() == [51, 102]
+    assert backend.write_rows[2:].max() < backend.pool_page_size
 
 
 @pytest.mark.parametrize("windows", [True, False])
@@ -336,7 +335,7 @@ def test_launches_of_a_decode_layer(
 
 def test_mla_makes_nothing_that_it_does_not_read(backend: ShardedTritonAttnBackend) -> None:
     """Its store finds the owners; a gathered prefix is read in order, without a list of rows."""
-    backend.mla, backend.write_rows, backend.captured_rows = True, None, None
+    backend.mla, backend.write_rows, backend.scratch_rows = True, None, None
     batch: Any = SimpleNamespace(
         out_cache_loc=torch.tensor([0, 1]), forward_mode=ForwardMode.EXTEND, batch_size=1
     )
@@ -363,7 +362,7 @@ def test_mla_makes_nothing_that_it_does_not_read(backend: ShardedTritonAttnBacke
     with Launches() as launches:
         backend.allocate_captured_writes(8)
         backend.prepare_writes(batch)
-        backend.prepare_captured_writes(batch, in_capture=True)
+        backend.prepare_captured_writes(batch)
         backend.partial_prefix(queries, layer, batch, gathered)
     assert launches.names == []
     assert backend.write_rows is None

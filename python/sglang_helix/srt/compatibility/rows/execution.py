@@ -59,7 +59,7 @@ EXECUTION: tuple[Row, ...] = (
         "captured preparation of decode graphs",
         "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
         "refused",
-        "it would read the slots of an earlier batch, and rows to write depend on the slots",
+        "what graphs do not prepare themselves is planned on the host, or of the drafts at hand",
         "Unset the variable",
         _glue_graph,
     ),

@@ -101,7 +101,6 @@ class ShardedFlashInferAttnBackend(ShardedAttention, FlashInferAttnBackend):
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Prepare the capture or one replay of a decode graph, in place."""
-        self.prepare_captured_writes(forward_batch, in_capture)
         self.prepare_captured_drafts(forward_batch, in_capture)
         batch = forward_batch.batch_size
         if in_capture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
@@ -30,8 +29,8 @@ class OwnedRows(AttentionBackend):
     captured_width: int  # queries of a request in captured graphs, see `Drafts`
     # Where a batch writes K and V: MLA's store finds the owners by itself.
     write_rows: Tensor | None = None
-    captured_rows: Tensor | None = None
-    scratch_rows: Tensor  # what stands in them for tokens of other ranks
+    # In captured graphs, what stands in them for tokens of other ranks.
+    scratch_rows: Tensor | None = None
     # Keys that window layers see which share the pool of all layers; 0: the model has none.
     window = 0
     tails: Tails | None = None  # of the chunks at hand
@@ -60,28 +59,19 @@ class OwnedRows(AttentionBackend):
         return self.window // self.shard.size
 
     def allocate_captured_writes(self, max_num_tokens: int) -> None:
-        """Rows to write that captured graphs read."""
+        """What `prepare_captured_writes` reads."""
         if not self.mla:
-            self.captured_rows = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
             self.scratch_rows = scratch_rows(max_num_tokens, self.pool_page_size, self.device)
 
-    def prepare_captured_writes(self, forward_batch: ForwardBatch, in_capture: bool) -> None:
-        """Rows to write in the capture or one replay of a graph, in place.
+    def prepare_captured_writes(self, forward_batch: ForwardBatch) -> None:
+        """Rows to write, in a graph: it reads slots where SGLang puts those of every replay.
 
-        A replay brings the slots of its real requests only; the graph writes padded rows too, so
-        these go to row 0, which SGLang never allocates. A verify pass brings one for each draft.
+        Padded rows have slot 0 there, and with it a row of page 0, which SGLang never allocates.
         """
-        if self.captured_rows is None:
+        if self.scratch_rows is None:
             return  # MLA, or an eager pass of a backend that prepares both alike
         slots = forward_batch.out_cache_loc
-        rows = self.captured_rows[: forward_batch.batch_size * self.captured_width]
-        real = slots.shape[0]
-        # Where there are more slots than rows, this raises.
-        self.shard.rows_or(slots, self.scratch_rows[:real], out=rows.narrow(0, 0, real))
-        if real < rows.shape[0]:
-            rows[real:].zero_()
-        if in_capture:
-            self.write_rows = rows
+        self.write_rows = self.shard.rows_or(slots, self.scratch_rows[: slots.shape[0]])
 
     def allocate_pages(self, requests: int, tokens: int) -> LocalPages:
         """For so many requests of at most so many tokens over all ranks."""

@@ -185,8 +185,12 @@ class ShardedAttention(Drafts, OwnedRows):
     ) -> None:
         """Prepare the capture or one replay of a decode graph, in place."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        self.prepare_captured_writes(forward_batch, in_capture)
         self.prepare_captured_drafts(forward_batch, in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Record what a decode graph prepares for itself."""
+        super().init_forward_metadata_in_graph(forward_batch)
+        self.prepare_captured_writes(forward_batch)
 
     def get_fused_kv_write_buffers(
         self, layer: RadixAttention, forward_batch: ForwardBatch

@@ -33,7 +33,6 @@ class ShardedPagedAttention(ShardedAttention):
     cu_prefix: Tensor
     max_q: int
     schedule: tuple[Tensor, ...] | None = None
-    captured_schedule: tuple[Tensor, ...] = ()
 
     # Supplied by the adapter.
 
@@ -116,36 +115,26 @@ class ShardedPagedAttention(ShardedAttention):
         self.captured_cu_q = _steps(max_bs, self.captured_width, self.device)
         if self.windows:
             super(ShardedAttention, self).init_cuda_graph_state(max_bs, max_num_tokens, *args)
-        pages = self.captured_pages
-        dealt = self.deal(pages, self.captured_cu_q, self.captured_width) or ()
-        self.captured_schedule = tuple(
-            part if part is pages.lens else part.clone() for part in dealt
-        )
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """Prepare the capture or one replay of a decode graph, in place."""
-        self.prepare_captured_writes(forward_batch, in_capture)
+        """Prepare the capture or one replay of a decode graph: what the graph does not itself."""
         self.prepare_captured_drafts(forward_batch, in_capture)
-        batch = forward_batch.batch_size
-        pages, lens = self.captured_pages.first(batch), forward_batch.seq_lens[:batch]
-        cu_q, max_q = self.captured_cu_q[: batch + 1], self.captured_width
-        self.fill_pages(pages, forward_batch.req_pool_indices[:batch], lens)
         if self.windows:
             super(ShardedAttention, self).init_forward_metadata_out_graph(forward_batch, in_capture)
-        dealt = self.deal(pages, cu_q, max_q) or ()
-        parts = zip(self.captured_schedule, dealt, strict=True)
-        schedule = tuple(captured[: len(part)] for captured, part in parts)
-        for captured, part in zip(schedule, dealt, strict=True):
-            if part is not pages.lens:  # which are captured themselves
-                captured.copy_(part)
-        if in_capture:
-            self.pages, self.cu_q, self.cu_cached, self.max_q = pages, cu_q, cu_q, max_q
-            self.schedule = schedule or None
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Nothing: see `init_forward_metadata_out_graph`."""
+        """Record what a decode graph prepares for itself, of the batch's captured tensors."""
+        self.prepare_captured_writes(forward_batch)
+        batch = forward_batch.batch_size
+        self.pages, self.max_q = self.captured_pages.first(batch), self.captured_width
+        self.cu_q = self.cu_cached = self.captured_cu_q[: batch + 1]
+        self.fill_pages(self.pages, forward_batch.req_pool_indices, forward_batch.seq_lens)
+        # In the memory of the graph, which keeps it for its own.
+        self.schedule = self.deal(self.pages, self.cu_q, self.max_q)
+        if self.windows:
+            super(ShardedAttention, self).init_forward_metadata_in_graph(forward_batch)
 
 
 def _longest(lens: Tensor | None) -> int | None:

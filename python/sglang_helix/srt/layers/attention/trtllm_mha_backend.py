@@ -69,16 +69,15 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """Prepare the capture or one replay of a decode graph, in place."""
-        self.prepare_captured_writes(forward_batch, in_capture)
+        """Nothing: see `init_forward_metadata_in_graph`."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Record what a decode graph prepares for itself, of the batch's captured tensors."""
+        self.prepare_captured_writes(forward_batch)
         batch = forward_batch.batch_size
-        pages, lens = self.captured_pages.first(batch), self.captured_lens[:batch]
-        self.fill_pages(
-            pages, forward_batch.req_pool_indices[:batch], forward_batch.seq_lens[:batch]
-        )
-        torch.clamp(pages.lens, min=1, out=lens)
-        if in_capture:
-            self.pages, self.read_lens = pages, lens
+        self.pages, self.read_lens = self.captured_pages.first(batch), self.captured_lens[:batch]
+        self.fill_pages(self.pages, forward_batch.req_pool_indices, forward_batch.seq_lens)
+        torch.clamp(self.pages.lens, min=1, out=self.read_lens)
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch

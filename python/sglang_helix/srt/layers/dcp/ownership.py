@@ -47,15 +47,10 @@ class KVShard:
         scratch = scratch_rows(slots.shape[0], page_size, slots.device)
         return self.rows_or(slots, scratch)
 
-    def rows_or(
-        self, slots: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Row to write for each slot [T], or of those of other ranks what scratch [T] has.
-
-        out [T]: memory for them. scratch and out are int64.
-        """
+    def rows_or(self, slots: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """int64 [T]: row to write for each slot, or of those of other ranks what scratch has."""
         own = slots % self.size == self.rank
-        return torch.where(own, slots // self.size, scratch, out=out)
+        return torch.where(own, slots // self.size, scratch)
 
 
 def scratch_rows(count: int, page_size: int, device: str | torch.device) -> torch.Tensor:
