@@ -54,9 +54,8 @@ RUNS = {
         "symm@fa3",
     ),
     "v3 mtp": Run(
-        "2 H200s, 2026-11-29",
-        "the same with an MTP draft: a verify pass of 4 tokens, and the 3 steps of its draft; "
-        "queries gathered by NCCL",
+        "2 H200s, 2026-11-30",
+        "the same with an MTP draft: a verify pass of 4 tokens, and the 3 steps of its draft",
         "drafts-h200x2-deepseek-v3-8-layers",
         "symm@fa3",
     ),
@@ -87,7 +86,7 @@ RUNS = {
     "host": Run(
         "2 H200s, 2026-11-30",
         "2 layers of Llama-3-8B, `--dcp-size 2`: what the host takes for a step",
-        "serve-h200x2-host",
+        "host-h200x2",
         "symm@fa3",
     ),
     "h100": Run(

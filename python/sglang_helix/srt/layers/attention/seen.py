@@ -56,8 +56,10 @@ SEEN: tuple[Seen, ...] = (
         "one rank; n-gram drafts with `a2a`, verified from graphs",
     ),
     Seen(
-        *("fa3", "GQA", "several GPUs", ("graph", "extend", "verify")),
-        "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; EAGLE's chains from graphs, "
+        *("fa3", "GQA", "several GPUs", FEATURES),
+        "two H200s, Llama-shaped `a2a`, `symm`, `--attn-tp-size 1`; an fp8 cache with a "
+        "checkpoint's scales, `symm`: no further from the oracle than one rank; Gemma-3 with "
+        "windows cut by owner, `symm`; EAGLE's chains from graphs, "
         "`symm`, and `a2a` with a page 0 of NaN, which padding reads; `symm` of 4 "
         "ranks, two to a GPU, where prompts of one token leave three ranks empty; times per token, "
         "with a decode step's schedule for all layers too. Four H200s: `symm` of 4; times per "
@@ -122,15 +124,16 @@ SEEN: tuple[Seen, ...] = (
         "un-absorbed at once and in chunks too; its verify pass by the conformance suite",
     ),
     Seen(
-        *("flashinfer", "MLA", "one H200", ("graph", "extend")),
+        *("flashinfer", "MLA", "one H200", ("graph", "extend", "verify")),
         "DeepSeek-V2-shaped `ag_rs`, `a2a`, `symm`; `symm` of 4 ranks, with empty shards; long "
-        "prefixes un-absorbed in chunks, `a2a`",
+        "prefixes un-absorbed in chunks, `a2a`; MTP's chains with `symm` of 4 from graphs",
     ),
     Seen(
         *("flashinfer", "MLA", "several GPUs", ("graph", "extend", "verify")),
         "two H200s, DeepSeek-V2-shaped `a2a`, n-grams from graphs too, also with a page 0 of NaN, "
-        "which padding reads; four H200s, DeepSeek-V2-shaped `symm` of 4; times per token of "
-        "DeepSeek-V2-Lite's shape, `a2a` and `symm` on two H200s, `symm` on four H100s",
+        "which padding reads; Kimi-Linear `a2a`; four H200s, DeepSeek-V2-shaped `symm` of 4; times "
+        "per token of DeepSeek-V2-Lite's shape, `a2a` and `symm` on two H200s, `symm` on four "
+        "H100s",
     ),
     Seen(
         *("flashmla", "MLA", "CPU", FEATURES),
@@ -260,13 +263,23 @@ PARTS: tuple[Part, ...] = (
         "the probe of every exchange at start-up",
         "broken exchanges on one rank of 2 and 3, a scheduler that does not start",
         "every server since 2026-11-29",
-        "servers of `a2a` and `symm` on two H200s",
+        "servers of `a2a` and `symm` on two H200s; broken exchanges on one rank of 2, and of 3 "
+        "that share them",
     ),
     Part(
         "Triton's splits by multiprocessors, their merge, what is allocated before the pool",
         "interpreter against float64, sm_90 machine code, unit tests",
         "in the servers above; GQA's and MLA's decode timed",
         "two H200s, in the servers above",
+    ),
+    Part(
+        "what captured graphs read, prepared by the graphs: FA3, FA4, FlashMLA, TRT-LLM",
+        "conformance suite; what is launched outside of a graph, counted: nothing",
+        "FA3: `symm` of 4, gpt-oss and Gemma-2 `symm`, Qwen3-Next `a2a`, attention replicas of "
+        "Qwen3-MoE; FlashMLA: `symm` of 4",
+        "two H200s. FA3: GQA and MLA `symm`, `--attn-tp-size 1`, Gemma-3 `symm`, an fp8 cache with "
+        "scales, EAGLE's chains, page 0 of NaN; FA4: GQA `symm`; FlashMLA: `symm`, an fp8 cache "
+        "with scales, n-grams, page 0 of NaN; times per token",
     ),
     Part(
         "MLA's long prefixes: at once",
@@ -289,15 +302,19 @@ PARTS: tuple[Part, ...] = (
         "queries gathered by `symm`'s kernel",
         "interpreter, every bit, 2, 3, 4 and 8 ranks, also out of step; decode of GQA and MLA with "
         "it; sm_90 and sm_100 machine code; launches counted; a broken one stops every rank",
-        "virtual ranks, every bit and queries that are not aligned: racecheck clean",
-        "two H200s: Llama-shaped by FA3 and FlashInfer, DeepSeek-V2-shaped by FA3, FlashMLA and "
-        "Triton; figures, every bit checked; whole servers' times",
+        "virtual ranks, every bit and queries that are not aligned: memcheck and racecheck clean; "
+        "a million calls out of step",
+        "two H200s: a million calls out of step; Llama-shaped by FA3 and FlashInfer, "
+        "DeepSeek-V2-shaped by FA3, FlashMLA and Triton; figures, every bit checked; whole "
+        "servers' times",
     ),
     Part(
         "MLA's values projected before the exchange (`--dcp-replicate-v-proj`)",
         "SGLang's schedulers against `transformers` on both sides of the switch; `symm` in the "
         "interpreter",
-        several="two H200s, on both sides of the switch: `symm` by FA3, `a2a` by FlashInfer",
+        "both orders timed, every output checked",
+        "two H200s, on both sides of the switch: `symm` by FA3, `a2a` by FlashInfer; figures, "
+        "every output checked",
     ),
     Part(
         "hierarchical cache: K and V by owner",
@@ -319,8 +336,9 @@ PARTS: tuple[Part, ...] = (
     Part(
         "hybrid models: Kimi-Linear, Ring-2.5",
         "as above",
-        "by Triton, Ring-2.5 `a2a` and `symm`, Kimi-Linear `a2a` and `symm`; by FlashInfer "
-        "Kimi-Linear alone, not right, with a YaRN in its configuration, which is refused",
+        "by Triton, Ring-2.5 `a2a` and `symm`, Kimi-Linear `a2a` and `symm`",
+        "two H200s: Kimi-Linear by FlashInfer, `a2a`; a YaRN in its configuration, with which it "
+        "was not right, is refused",
     ),
     Part(
         "hybrid models: Qwen3.5, Granite-4-H, Falcon-H1, LFM2",
@@ -354,7 +372,7 @@ PARTS: tuple[Part, ...] = (
         "SGLang's schedulers against `transformers`, right drafts counted beside a server without "
         "sharding; captured verify passes by the conformance suite",
         "n-grams from graphs by Triton and FlashInfer (GQA) and FA3 (GQA, MLA); EAGLE and MTP "
-        "from graphs by Triton, MTP by FA3 and FlashMLA",
+        "from graphs by Triton, MTP by FA3, FlashMLA and FlashInfer",
         "two H200s: n-grams of MLA from graphs by FA3, FlashMLA, FlashInfer and Triton; EAGLE's "
         "chains from graphs by FA3, FlashInfer and Triton, its trees by Triton; 8 layers of "
         "DeepSeek-V3 with MTP by FA3, times",
@@ -387,7 +405,8 @@ PARTS: tuple[Part, ...] = (
         "attention data parallelism (`--attn-dp-size`)",
         "SGLang's schedulers against `transformers`: two replicas of two and of four ranks, also "
         "one of them idle; a server of MLA",
-        "two replicas of two ranks, `a2a`: DeepSeek-V2-shaped by FA3, Qwen3-MoE-shaped by Triton",
+        "two replicas of two ranks, `a2a`: DeepSeek-V2-shaped by FA3, Qwen3-MoE-shaped by FA3 and "
+        "Triton",
     ),
     Part(
         "Mooncake's store behind the hierarchical cache of MLA",
