@@ -277,11 +277,17 @@ class Stage:
             return call(number)
 
     def prepared(self, backend: Any) -> Any:
-        """The backend with this batch's metadata: of a captured graph, or on a CPU of eager."""
-        if self.p.device.type == "cuda":
+        """The backend with this batch's metadata: as a captured graph's, or on a CPU eager.
+
+        Of kernels that read pages as a graph's on a CPU too.
+        """
+        from sglang_helix.srt.layers.attention.sharded_paged import ShardedPagedAttention
+
+        if self.p.device.type == "cuda" or isinstance(backend, ShardedPagedAttention):
             backend.init_cuda_graph_state(self.p.batch, self.p.batch)
-            backend.init_forward_metadata_out_graph(self.batch, in_capture=True)
-            backend.init_forward_metadata_out_graph(self.batch)
+            for in_capture in (True, False):
+                backend.init_forward_metadata_out_graph(self.batch, in_capture=in_capture)
+                backend.init_forward_metadata_in_graph(self.batch)
         else:
             backend.init_forward_metadata(self.batch)
         return backend
