@@ -195,7 +195,7 @@ def print_borrowed(contract: Contract, catalogue: bool, *, record: bool) -> int:
     differing = changed(contract)
     arguments, variables = contract.unlisted()
     print(f"\nborrowed: {len(symbols)} symbols, {len(private)} of them private, {len(uses)} uses")
-    print(f"read: {len(bodies)} bodies that the series hooks or overrides")
+    print(f"read: {len(bodies)} bodies that the series hooks, overrides or rests on")
     print(
         f"asked: {len(contract.arguments())} arguments, {len(contract.variables())} environment "
         f"variables of the modules that it touches; {len(contract.not_seen())} of them nobody has "

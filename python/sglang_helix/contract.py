@@ -1,9 +1,10 @@
 """What the series takes for granted of SGLang beside its hooks, and where an SGLang differs.
 
 Three things: that what the series borrows is there and fits how it is used; that the bodies of what
-it hooks or overrides are those that it was written against (`contract.json`, made by ``python -m
-sglang_helix series --record`` once every difference was read); and that somebody has looked at
-every argument of a server and every environment variable (`srt/compatibility/looked_at.py`).
+it hooks, overrides or rests on are those that it was written against (`contract.json`, made by
+``python -m sglang_helix series --record`` once every difference was read); and that somebody has
+looked at every argument of a server and every environment variable
+(`srt/compatibility/looked_at.py`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ RECORD = HERE / "contract.json"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _FLAG = re.compile(r"--([\w-]+)")
 _VARIABLE = re.compile(r"\bSGLANG_\w+")
+_RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+# What a captured decode graph prepares for itself rests on these: slots and requests of padding are
+# zero where it reads them, in every replay, and it prepares before the model runs.
+_RESTS_ON = (
+    "sglang.srt.model_executor.cuda_graph_buffer_registry.build_decode_registry",
+    f"{_RUNNER}.capture_one_shape",
+    f"{_RUNNER}.load_batch",
+)
 # Modules of the series that ask about arguments, also by their names in strings.
 _ASK = (
     "build",
@@ -118,7 +127,7 @@ class Contract:
                         yield theirs, Use(theirs.dotted, where, problem)
 
     def bodies(self) -> dict[str, str]:
-        """Hashes of the source of what the series hooks or overrides, by dotted name."""
+        """Hashes of the source of what the series hooks, overrides or rests on, by dotted name."""
         symbols: list[Symbol | External | None] = [symbol for symbol, _ in self.overrides()]
         for hook in hooks():
             module, _, key = hook.target.rstrip("]").partition("[")
@@ -126,6 +135,7 @@ class Contract:
                 symbols += self._entries(module.rpartition(".")[0], key)
             else:
                 symbols.append(self.sources.find(hook.target))
+        symbols += [self.sources.find(name) for name in _RESTS_ON]
         return {
             symbol.dotted: hashlib.sha256(self.sources.body(symbol).encode()).hexdigest()[:16]
             for symbol in symbols
