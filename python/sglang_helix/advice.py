@@ -153,8 +153,8 @@ def table(compared: Advice, contexts: Sequence[int], requests: Sequence[int]) ->
     ):
         waits = ", ".join(f"{us / 1e3:.2f} ms {kind}" for kind, us in fitted().host.items())
         lines.append(
-            f"- {waits}: what SGLang's scheduler takes for a step where it was measured; GPUs that "
-            "need less wait for it."
+            f"- {waits}: what SGLang's scheduler took for a step where it was measured, the latter "
+            "before captured graphs prepared themselves; GPUs that need less wait for it."
         )
     for count in requests:
         crossing = compared.crossing(count)

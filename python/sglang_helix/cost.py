@@ -9,15 +9,16 @@ time for each layer, and, over a sharded cache, the exchange and the gathering o
     step = the longer of GPU and host
 
 `host` is what SGLang's scheduler takes for a step, which runs beside the GPU's step before: short
-contexts of a small model wait for it. Over a sharded cache it takes longer.
+contexts of a small model wait for it. Over a sharded cache it took longer until captured graphs
+prepared themselves, after the servers that the parameters are of.
 
 `attention` is a kernel's least time plus the longer of reading its rows and of its arithmetic
 (for MLA with many heads the latter). `projection` is what it takes more to project values before
 the exchange (`--dcp-replicate-v-proj`), which then sends less. Bytes are counted from the model's
 configuration. The rest are the parameters of `cost.json`, which `python -m benchmark.dcp fit`
 writes and refuses to write where a measured row is missed by more than 15%. What no figure of
-docs/figures has seen (other GPUs than H100 and H200, more than 4 ranks, fp8, values projected
-first) is computed from the vendor's bandwidths.
+docs/figures has seen (other GPUs than H100 and H200, more than 4 ranks, fp8, servers that project
+values first) is computed from the vendor's bandwidths.
 
 Units: bytes, microseconds, tokens; results in milliseconds.
 """

@@ -365,7 +365,7 @@ def test_a_model_of_few_layers_waits_for_the_host() -> None:
     assert gathered != replicated
     said = advice.table(compared, [8192, 1 << 20], [1])
     assert f"- {plain:.2f} ms plain TP, {sharded:.2f} ms sharded: what SGLang's scheduler" in said
-    assert "what SGLang's scheduler takes" not in advice.table(compared, [1 << 20], [1])
+    assert "what SGLang's scheduler took" not in advice.table(compared, [1 << 20], [1])
 
 
 def test_values_projected_first_cost_memory_and_save_bytes() -> None:

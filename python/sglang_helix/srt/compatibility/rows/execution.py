@@ -59,7 +59,7 @@ EXECUTION: tuple[Row, ...] = (
         "captured preparation of decode graphs",
         "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
         "refused",
-        "what graphs do not prepare themselves is planned on the host, or of the drafts at hand",
+        "what graphs do not prepare themselves the host plans for each batch, or drafts bring",
         "Unset the variable",
         _glue_graph,
     ),

@@ -98,7 +98,7 @@ PARALLEL: tuple[Row, ...] = (
         "value projection before the exchange, of MLA",
         "--dcp-replicate-v-proj",
         "works",
-        "tokens of transformers on both sides of the switch; not timed on a GPU",
+        "tokens of transformers on both sides of the switch; timed between two H200s",
         alone="lacks",
     ),
     Row(

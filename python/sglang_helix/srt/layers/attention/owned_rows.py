@@ -26,7 +26,6 @@ class OwnedRows(AttentionBackend):
     pool_page_size: int
     token_to_kv_pool: Any
     req_to_token_pool: Any
-    captured_width: int  # queries of a request in captured graphs, see `Drafts`
     # Where a batch writes K and V: MLA's store finds the owners by itself.
     write_rows: Tensor | None = None
     # In captured graphs, what stands in them for tokens of other ranks.

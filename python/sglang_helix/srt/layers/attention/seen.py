@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # A CPU runs stand-ins for the kernels, Triton's in its interpreter; test_conformance.py holds what
 # it is to run. Ranks may share one H200; several GPUs are a rank's own each.
 Place = Literal["CPU", "one H200", "several GPUs"]
-# Decode from a captured graph (a CPU: with its metadata, refreshed in place), extend over a cached
+# Decode from a captured graph (a CPU: its metadata, as replays read it), extend over a cached
 # prefix, decode from an fp8 cache, a verify pass over trees of drafts.
 Feature = Literal["graph", "extend", "fp8", "verify"]
 
@@ -273,7 +273,7 @@ PARTS: tuple[Part, ...] = (
         "two H200s, in the servers above",
     ),
     Part(
-        "what captured graphs read, prepared by the graphs: FA3, FA4, FlashMLA, TRT-LLM",
+        "what captured graphs read, but masks, prepared by them: FA3, FA4, FlashMLA, TRT-LLM",
         "conformance suite; what is launched outside of a graph, counted: nothing",
         "FA3: `symm` of 4, gpt-oss and Gemma-2 `symm`, Qwen3-Next `a2a`, attention replicas of "
         "Qwen3-MoE; FlashMLA: `symm` of 4",
@@ -326,7 +326,7 @@ PARTS: tuple[Part, ...] = (
         "fp8 cache with a checkpoint's scales",
         "conformance suite, servers",
         "FA3 with `symm`",
-        "FlashInfer (GQA) and FlashMLA with `symm` on two H200s",
+        "FA3 and FlashInfer (GQA) and FlashMLA with `symm` on two H200s",
     ),
     Part(
         "hybrid models: Qwen3-Next, Nemotron-H",
@@ -352,6 +352,7 @@ PARTS: tuple[Part, ...] = (
         "sliding windows in the pool of all layers: Gemma-2, Gemma-3, Command-A",
         "SGLang's schedulers against `transformers`",
         "by FA3 and Triton, `a2a` and `symm`; Gemma-2 by FA3, `symm`",
+        "two H200s: Gemma-3 by FA3 and Triton, `symm`",
     ),
     Part(
         "sliding windows in the pool of all layers: Afmoe, Command-A+, Exaone-4, K-EXAONE",

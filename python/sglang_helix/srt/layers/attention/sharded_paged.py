@@ -47,8 +47,8 @@ class ShardedPagedAttention(ShardedAttention):
     def deal(self, pages: LocalPages, cu_q: Tensor, max_q: int) -> tuple[Tensor, ...] | None:
         """How the kernel is to deal out pages among its programs, for max_q queries of a request.
 
-        As tensors that a captured graph reads in place: those of fewer requests are as long or
-        shorter. None: the kernel finds out by itself.
+        On the device alone: a captured graph does it anew in every replay. None: the kernel finds
+        out by itself.
         """
         return None
 
@@ -108,7 +108,7 @@ class ShardedPagedAttention(ShardedAttention):
         self.schedule = self.deal(self.pages, self.cu_q, self.max_q) if reads_alone else None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
-        """Allocate what captured graphs read; filled anew before every replay."""
+        """Allocate what captured graphs read; filled anew in every replay."""
         self.allocate_captured_writes(max_num_tokens)
         self.allocate_captured_drafts(max_bs, max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)

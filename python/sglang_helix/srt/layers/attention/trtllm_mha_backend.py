@@ -60,7 +60,7 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
         self.read_lens = self.pages.lens.clamp(min=1)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
-        """Allocate what captured graphs read; filled anew before every replay."""
+        """Allocate what captured graphs read; filled anew in every replay."""
         self.allocate_captured_writes(max_num_tokens)
         self.allocate_captured_drafts(max_bs, max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
