@@ -55,16 +55,19 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
             super().init_forward_metadata(forward_batch)
             return
         self.prepare_writes(forward_batch)
-        self.pages = self.allocate_pages(forward_batch.batch_size, self.max_context_len)
-        self.fill_pages(self.pages, forward_batch.req_pool_indices, forward_batch.seq_lens)
-        self.read_lens = self.pages.lens.clamp(min=1)
+        pages = self.allocate_pages(forward_batch.batch_size, self.max_context_len)
+        self._read(pages, forward_batch)
+
+    def _read(self, pages: LocalPages, forward_batch: ForwardBatch) -> None:
+        """Fill the pages that decode reads, and the lengths: a request without tokens has one."""
+        self.fill_pages(pages, forward_batch.req_pool_indices, forward_batch.seq_lens)
+        self.pages, self.read_lens = pages, pages.lens.clamp(min=1)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
         """Allocate what captured graphs read; filled anew in every replay."""
         self.allocate_captured_writes(max_num_tokens)
         self.allocate_captured_drafts(max_bs, max_num_tokens)
         self.captured_pages = self.allocate_pages(max_bs, self.max_context_len)
-        self.captured_lens = torch.ones_like(self.captured_pages.lens)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -74,10 +77,7 @@ class ShardedTRTLLMHAAttnBackend(ShardedFlashInferAttnBackend):
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Record what a decode graph prepares for itself, of the batch's captured tensors."""
         self.prepare_captured_writes(forward_batch)
-        batch = forward_batch.batch_size
-        self.pages, self.read_lens = self.captured_pages.first(batch), self.captured_lens[:batch]
-        self.fill_pages(self.pages, forward_batch.req_pool_indices, forward_batch.seq_lens)
-        torch.clamp(self.pages.lens, min=1, out=self.read_lens)
+        self._read(self.captured_pages.first(forward_batch.batch_size), forward_batch)
 
     def partial_decode(
         self, q: Tensor, layer: RadixAttention, forward_batch: ForwardBatch
