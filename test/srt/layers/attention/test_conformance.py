@@ -198,10 +198,11 @@ def replays_on_rank(
             natural = lse[row] * (math.log(2) if adapter(backend).base2 else 1.0)
             error = float((out[row] - want.out[0]).norm() / want.out.norm())
             of_lse = float((natural - want.lse[0]).abs().max())
-            # A row more or less moves both by more than 1e-3. In one of some hundred processes the
-            # first attention of a thread is off by 4e-5 from what the same thread computes next.
-            allowed = 1e-4 if out.dtype == torch.float32 else 5e-3
-            if not (error < allowed and of_lse < 1e-4):
+            # Over fp8, in one of some hundred processes, a thread's first attention was off by 4e-5
+            # from what it computed next of the same rows. A row less moves both by some 1e-1.
+            bound = 1e-5 if dtype == torch.float32 else 1e-4
+            allowed = bound if out.dtype == torch.float32 else 5e-3
+            if not (error < allowed and of_lse < bound):
                 wrong.append(f"rank {rank}, {requests}: {request}: {error:.1e}, LSE {of_lse:.1e}")
     if not mla and backend != "triton":  # upstream's own metadata is beside theirs
         for step in (Step("decode", {0: 1, 1: 1}), Step("extend", {3: 5, 6: 4, 1: 2})):
